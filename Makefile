@@ -1,0 +1,72 @@
+# demo: install into .venv and run the demonstration.   test: everything that CI checks.
+# bench: the benchmark table of this machine.           lint, format: style of Python and C++.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Asked for first and by itself: pip then takes a local build of this version where there is one, for example
+# a CPU-only build, and leaves it alone when it installs what depends on torch.
+TORCH  ?= torch==2.13.0
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+BUILD  = build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+JOBS  ?= $(shell nproc 2>/dev/null || echo 2)
+CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+
+# Builds without isolation and ctest find cmake and ninja of the environment first.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test develop lint format cpp-test gpu-compile bench clean
+
+demo: $(VENV)/with-torch
+	$(PIP) install '.[demo]'
+	$(BIN)/tvfast demo
+
+# pytest runs last, so that its summary is the last line.
+test: develop
+	$(MAKE) lint
+	$(MAKE) cpp-test
+	$(BIN)/python -m pytest
+
+# An editable install: warnings are errors, and the instruction set that only tests use is in. Not isolated: the
+# tools keep their place, so that a second run compiles only what changed.
+develop: $(VENV)/with-torch
+	$(PIP) install -q 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'cmake>=3.24'
+	CMAKE_ARGS='-DTVFAST_WERROR=ON -DTVFAST_EMULATED_ISA=ON' $(PIP) install -q --no-build-isolation -e '.[dev,demo]'
+
+$(VENV)/with-torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	touch $@
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# In the build folder of the editable install, so that the library is compiled once for both.
+cpp-test:
+	cmake -B $(BUILD) -DTVFAST_TESTS=ON
+	cmake --build $(BUILD) -j $(JOBS)
+	ctest --test-dir $(BUILD) --no-tests=error --output-on-failure -j $(JOBS)
+
+# CUDA and Triton kernels must compile for sm_80 and sm_90 on machines without a GPU too.
+gpu-compile:
+	@found=$$(find csrc -name '*.cu' -o -name '*.cuh'; grep -lr --include='*.py' 'triton\.jit' kernels 2>/dev/null); \
+	if [ -n "$$found" ]; then \
+	  echo "gpu-compile: GPU kernels exist, but this target has no step that compiles them:" >&2; \
+	  echo "$$found" >&2; exit 1; \
+	fi; \
+	echo "gpu-compile: no GPU kernels in csrc/cuda or kernels; nothing to compile"
+
+bench: develop
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf build dist *.egg-info tvfast/*.so

@@ -1,0 +1,59 @@
+// The arithmetic of every stage, on the lane types of the namespace that includes it: F, M, U and the functions select,
+// masked, invert, magnitude, bits, from_bits, is_nan, splat. SIMD and CUDA compile these lines; docs/numerics.md is their text in words.
+// No include guard on purpose. TVFAST_STAGE carries the inlining and device attributes.
+
+// keep ---------------------------------------------------------------------------------------------------------------
+
+// Each inversion becomes an unordered comparison.
+TVFAST_STAGE M in_band(F a, F lo, F hi) { return invert(a < lo) & invert(a > hi); }
+
+TVFAST_STAGE M in_band_ties(F a, F lo, F hi, M under_lo_cut, M under_hi_cut) {
+  return in_band(a, lo, hi) & invert((a == lo) & invert(under_lo_cut)) & invert((a == hi) & under_hi_cut);
+}
+
+TVFAST_STAGE U mix(U h) {
+  h ^= h >> 16;
+  h *= 0x7FEB352Du;
+  h ^= h >> 15;
+  h *= 0x846CA68Bu;
+  return h ^ (h >> 16);
+}
+
+// `index_low` is the low word of the index, `folded` is low32(key) ^ high32(index) * 0x9E3779B9.
+TVFAST_STAGE U tie_hash(U index_low, U folded, std::uint32_t key_high) {
+  return mix(mix(index_low ^ folded) ^ key_high);
+}
+
+// vote ---------------------------------------------------------------------------------------------------------------
+
+TVFAST_STAGE F sign_of(F x) {
+  return select(x > splat(0.0f), splat(1.0f), select(x < splat(0.0f), splat(-1.0f), splat(0.0f)));
+}
+
+TVFAST_STAGE F elected(F votes, F zero) {
+  return select(votes > splat(0.0f), splat(1.0f), select(votes < splat(0.0f), splat(-1.0f), zero));
+}
+
+// members ------------------------------------------------------------------------------------------------------------
+
+// Non-zero and of the elected sign. `sign_is_never_zero` is known before the loop, from the zero rule.
+TVFAST_STAGE M agrees(F ballot, F sign, bool sign_is_never_zero) {
+  const F turned = from_bits(bits(ballot) ^ (bits(sign) & splat_bits(0x80000000u)));
+  const M same = invert(turned <= splat(0.0f));
+  if (sign_is_never_zero) return same;
+  return (same & invert(sign == splat(0.0f))) | is_nan(ballot);
+}
+
+TVFAST_STAGE M agrees_or_zero(F ballot, F sign) { return (sign_of(ballot) == sign) | is_nan(ballot); }
+
+TVFAST_STAGE M not_zero(F v) { return invert(v == splat(0.0f)); }
+
+// reduce -------------------------------------------------------------------------------------------------------------
+
+// The magnitudes compare as integers, so that NaN is above all.
+TVFAST_STAGE F larger(F best, F v, M member) {
+  const M wins = from_unsigned(bits(magnitude(v))) >= from_unsigned(bits(magnitude(best)));
+  return select(member & wins, v, best);
+}
+
+TVFAST_STAGE F safe_divisor(F divisor, F floor, F fill) { return select(magnitude(divisor) < floor, fill, divisor); }

@@ -1,0 +1,24 @@
+#include "headers.hpp"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,popcnt")
+
+#define TVFAST_LANES 8
+namespace tvfast::avx2 {
+namespace {
+#include "lanes/types.hpp"
+#include "lanes/avx2.hpp"
+#include "lanes/convert.hpp"
+#include "../core/stages.inl"
+#include "generic/stage_block.inl"
+#include "generic/combine.inl"
+#include "generic/fused.inl"
+#include "generic/measure.inl"
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = kernels("avx2");
+
+}  // namespace tvfast::avx2
+
+#pragma GCC pop_options

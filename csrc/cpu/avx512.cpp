@@ -1,0 +1,24 @@
+#include "headers.hpp"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt,prefer-vector-width=512")
+
+#define TVFAST_LANES 16
+namespace tvfast::avx512 {
+namespace {
+#include "lanes/types.hpp"
+#include "lanes/avx512.hpp"
+#include "lanes/convert.hpp"
+#include "../core/stages.inl"
+#include "generic/stage_block.inl"
+#include "generic/combine.inl"
+#include "generic/fused.inl"
+#include "generic/measure.inl"
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = kernels("avx512");
+
+}  // namespace tvfast::avx512
+
+#pragma GCC pop_options

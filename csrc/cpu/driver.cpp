@@ -1,0 +1,127 @@
+// The loops over tiles. Every result of a tile is an integer or an order-independent sum, so tiles may run anywhere.
+#include <algorithm>
+#include <mutex>
+
+#include "api.hpp"
+#include "isa.hpp"
+#include "parallel.hpp"
+
+namespace tvfast {
+
+namespace {
+
+// A tile of K + 1 two-byte streams stays in a second-level cache of 512 KiB up to K = 15.
+constexpr std::int64_t kTile = 16384;
+
+// Below this much output, lines are still cached when the next pass wants them.
+constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+
+bool by_rows(const Program& program) {
+  return program.keep == Keep::RANDOM_BY_RANK || program.keep == Keep::BAND_BY_RANK;
+}
+
+struct Plan {
+  const Kernels& kernels;
+  std::vector<Tile> tiles;
+  int n_threads;
+  std::vector<Scratch> scratch;
+
+  Plan(const Table& table, bool rows, const Options& options)
+      : kernels(kernels_for(options.isa)),
+        tiles(table.tiles(options.tile > 0 ? options.tile : kTile, rows)),
+        n_threads(parallel_threads(static_cast<std::int64_t>(tiles.size()), options.n_threads)),
+        scratch(n_threads) {}
+
+  template <class Fn>
+  void run(const Table& table, const Program& program, const Scalars& scalars, Fn&& fn) {
+    parallel_for(static_cast<std::int64_t>(tiles.size()), n_threads, [&](std::int64_t task, int thread) {
+      const Tile& tile = tiles[task];
+      fn(TileCall{table.entries[tile.entry], program, scalars.tensors[tile.entry],
+                  scalars.models.data() + tile.entry * table.n_models, tile.begin, tile.end, scratch[thread]},
+         tile, thread);
+    });
+  }
+};
+
+bool reads(const Entry& entry, const void* address) {
+  if (entry.base.data == address) return true;
+  return std::any_of(entry.models.begin(), entry.models.end(), [&](const View& v) { return v.data == address; });
+}
+
+void add(Moments& to, const Moments& from) {
+  const auto sums = [](std::vector<BinnedSum>& a, const std::vector<BinnedSum>& b) {
+    for (std::size_t i = 0; i < a.size(); ++i) a[i].add(b[i]);
+  };
+  const auto counts = [](std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b) {
+    for (std::size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  };
+  sums(to.l1_before, from.l1_before);
+  sums(to.l1, from.l1);
+  sums(to.gram, from.gram);
+  counts(to.n_kept, from.n_kept);
+  counts(to.n_nonzero, from.n_nonzero);
+  counts(to.n_nonfinite, from.n_nonfinite);
+  to.n_base_nonfinite += from.n_base_nonfinite;
+  to.elected += from.elected;
+  to.n_conflict += from.n_conflict;
+}
+
+Moments empty_moments(int n_models) {
+  const std::size_t k = static_cast<std::size_t>(n_models);
+  Moments moments;
+  moments.l1_before.resize(k);
+  moments.l1.resize(k);
+  moments.gram.resize(k * k);
+  moments.n_kept.resize(k);
+  moments.n_nonzero.resize(k);
+  moments.n_nonfinite.resize(k);
+  return moments;
+}
+
+}  // namespace
+
+void combine(const Table& table, const Program& program, const Scalars& scalars, const Options& options) {
+  Plan plan(table, by_rows(program), options);
+  plan.run(table, program, scalars, [&](const TileCall& call, const Tile&, int) {
+    const Entry& entry = call.entry;
+    const bool large = entry.n * static_cast<std::int64_t>(size_of(entry.out_dtype)) >= kStreamBytes;
+    plan.kernels.combine(call, large && !reads(entry, entry.out));
+  });
+}
+
+std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars, unsigned wants,
+                             const Options& options) {
+  Plan plan(table, by_rows(program), options);
+  // A thread adds up the tiles of one entry by itself for as long as it gets tiles of that entry.
+  struct Running {
+    std::int64_t entry = -1;
+    Moments moments;
+  };
+  std::vector<Moments> result(table.entries.size(), empty_moments(table.n_models));
+  std::vector<Running> running(plan.n_threads);
+  std::mutex lock;
+  const auto flush = [&](Running& r) {
+    if (r.entry < 0) return;
+    const std::lock_guard<std::mutex> guard(lock);
+    add(result[r.entry], r.moments);
+  };
+  plan.run(table, program, scalars, [&](const TileCall& call, const Tile& tile, int thread) {
+    Running& r = running[thread];
+    if (r.entry != tile.entry) {
+      flush(r);
+      r = {tile.entry, empty_moments(table.n_models)};
+    }
+    plan.kernels.measure(call, wants, r.moments);
+  });
+  for (Running& r : running) flush(r);
+  return result;
+}
+
+void row_masks(const Table& table, const Program& program, const Scalars& scalars, const Options& options) {
+  for (const Entry& entry : table.entries)
+    for (std::uint64_t* words : entry.masks) std::fill_n(words, (entry.n + 63) / 64, std::uint64_t{0});
+  Plan plan(table, by_rows(program), options);
+  plan.run(table, program, scalars, [&](const TileCall& call, const Tile&, int) { plan.kernels.row_masks(call); });
+}
+
+}  // namespace tvfast

@@ -1,0 +1,301 @@
+// From storage to kept task vectors t_k, a block at a time in scratch memory. No include guard on purpose.
+
+// Calls fn(j, lanes) for the elements begin + j of one view; the last call may hold zeros past `n`.
+template <DType dtype, class Fn>
+TVFAST_INLINE void for_each_lane(const void* p, std::int64_t begin, std::int64_t n, Fn&& fn) {
+  std::int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) fn(j, load_as_float<dtype>(p, begin + j));
+  if (j < n) fn(j, load_partial<dtype>(p, begin + j, static_cast<int>(n - j)));
+}
+
+template <class Fn>
+TVFAST_INLINE void for_each(const View& view, std::int64_t begin, std::int64_t n, Fn&& fn) {
+  switch (view.dtype) {
+    case DType::F32: return for_each_lane<DType::F32>(view.data, begin, n, fn);
+    case DType::BF16: return for_each_lane<DType::BF16>(view.data, begin, n, fn);
+    case DType::F16: return for_each_lane<DType::F16>(view.data, begin, n, fn);
+  }
+}
+
+static void widen(const View& view, std::int64_t begin, std::int64_t n, float* out) {
+  for_each(view, begin, n, [out](std::int64_t j, F x) { store(out + j, x); });
+}
+
+// Widened base of a block, or null.
+TVFAST_INLINE const float* stage_base(const Entry& entry, std::int64_t begin, std::int64_t n, Scratch& scratch) {
+  if (entry.base.data == nullptr) return nullptr;
+  float* base = scratch.base.get(kMaxBlock + 64);
+  widen(entry.base, begin, n, base);
+  return base;
+}
+
+// fn(j, tau) over one model's task vector.
+template <class Fn>
+TVFAST_INLINE void for_each_tau(const View& model, const float* base, std::int64_t begin, std::int64_t n, Fn&& fn) {
+  if (base == nullptr) {
+    for_each(model, begin, n, fn);
+  } else {
+    for_each(model, begin, n, [&](std::int64_t j, F x) __attribute__((always_inline)) { fn(j, x - load<F>(base + j)); });
+  }
+}
+
+// Draws of elements [index, index + n); the pointer returned may be up to three words into the buffer.
+static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, std::int64_t n, Scratch& scratch) {
+  const std::uint64_t first = index >> 2;
+  const std::int64_t n_blocks = static_cast<std::int64_t>(((index + static_cast<std::uint64_t>(n) + 3) >> 2) - first);
+  std::uint32_t* out = scratch.draws.get(kMaxBlock + 16 * kLanes + 64);
+  for (std::int64_t done = 0; done < n_blocks; done += kLanes) {
+    const std::uint64_t start = first + static_cast<std::uint64_t>(done);
+    const std::uint32_t low = static_cast<std::uint32_t>(start);
+    U c0 = low + iota();
+    // The low word wraps at most once within the lanes.
+    U c1 = static_cast<std::uint32_t>(start >> 32) + ((c0 < low) ? splat_bits(1u) : splat_bits(0u));
+    U c2 = {}, c3 = {};
+    std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const U low0 = c0 * kPhiloxMul0, high0 = mul_high(c0, kPhiloxMul0);
+      const U low1 = c2 * kPhiloxMul1, high1 = mul_high(c2, kPhiloxMul1);
+      c0 = high1 ^ c1 ^ k0;
+      c1 = low1;
+      c2 = high0 ^ c3 ^ k1;
+      c3 = low0;
+      k0 += kPhiloxWeyl0;
+      k1 += kPhiloxWeyl1;
+    }
+    interleave(out + 4 * done, c0, c1, c2, c3);
+  }
+  return out + (index & 3);
+}
+
+// Which of the tie ranks of consecutive elements are below a cut.
+struct TieCut {
+  Tie tie;
+  std::uint64_t index;  // global index of the block's first element
+  std::uint64_t cut, key;
+
+  TVFAST_INLINE_MEMBER M under(std::int64_t j) const { return under(static_cast<std::uint64_t>(j), iota()); }
+
+  // For the elements j + elements[lane] of the block.
+  TVFAST_INLINE_MEMBER M under(std::uint64_t j, U elements) const {
+    if (cut == kOpenCut) return all_lanes();
+    const std::uint64_t at = index + j;
+    if (tie == Tie::INDEX) {
+      const std::uint64_t n_under = cut > at ? std::min<std::uint64_t>(cut - at, 4 * kLanes) : 0;
+      return (M)(elements < static_cast<std::uint32_t>(n_under));
+    }
+    if (cut >> 32) return all_lanes();
+    const std::uint32_t low = static_cast<std::uint32_t>(at), high = static_cast<std::uint32_t>(at >> 32);
+    const U index_low = low + elements;
+    const U index_high = high + ((index_low < low) ? splat_bits(1u) : splat_bits(0u));
+    const U folded = index_high * 0x9E3779B9u ^ static_cast<std::uint32_t>(key);
+    return (M)(tie_hash(index_low, folded, static_cast<std::uint32_t>(key >> 32)) < static_cast<std::uint32_t>(cut));
+  }
+};
+
+// Rank of |tau| within a row, ascending, equal magnitudes by index: a stable radix sort of 31-bit keys.
+static void rank_row(const float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
+  constexpr int kDigit = 11;
+  constexpr std::uint32_t kDigits = 1u << kDigit;
+  std::uint32_t* key = scratch.keys.get(n);
+  std::uint32_t* index = scratch.order.get(n);
+  std::uint32_t* other = scratch.sorted.get(2 * n);
+  std::uint32_t* other_index = other + n;
+  std::uint32_t count[3][kDigits] = {};
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t k = std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu;
+    key[i] = k;
+    ++count[0][k & (kDigits - 1)];
+    ++count[1][(k >> kDigit) & (kDigits - 1)];
+    ++count[2][k >> (2 * kDigit)];
+  }
+  bool first = true;
+  for (int pass = 0; pass < 3; ++pass) {
+    const int shift = pass * kDigit;
+    if (count[pass][(key[0] >> shift) & (kDigits - 1)] == static_cast<std::uint32_t>(n)) continue;  // all equal
+    std::uint32_t start = 0;
+    for (std::uint32_t& c : count[pass]) {
+      const std::uint32_t here = c;
+      c = start;
+      start += here;
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::uint32_t to = count[pass][(key[i] >> shift) & (kDigits - 1)]++;
+      other[to] = key[i];
+      other_index[to] = first ? static_cast<std::uint32_t>(i) : index[i];
+    }
+    first = false;
+    std::swap(key, other);
+    std::swap(index, other_index);
+  }
+  if (first) {
+    for (std::int64_t i = 0; i < n; ++i) rank[i] = static_cast<std::uint32_t>(i);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) rank[index[i]] = static_cast<std::uint32_t>(i);
+  }
+}
+
+constexpr bool ranks_rows(Keep keep) { return keep == Keep::RANDOM_BY_RANK || keep == Keep::BAND_BY_RANK; }
+
+// The keep test of one model on a block of task vector: lanes of `tau` at j to lanes of survivors.
+struct KeepBlock {
+  const Program& program;
+  const ModelScalars& scalars;
+  const float* score;           // |score| or variance
+  const std::uint32_t* draws;
+  const std::uint32_t* ranks;
+  const std::uint64_t* mask;
+  std::int64_t begin;           // within the entry
+  TieCut lo_cut, hi_cut;
+
+  TVFAST_INLINE_MEMBER M band(F a, std::int64_t j) const {
+    const F lo = splat(scalars.lo), hi = splat(scalars.hi);
+    if (program.tie == Tie::GE) return in_band(a, lo, hi);
+    const M tied = (a == lo) | (a == hi);
+    if (mask_bits(tied) == 0) return in_band(a, lo, hi);
+    return in_band_ties(a, lo, hi, lo_cut.under(j), hi_cut.under(j));
+  }
+
+  TVFAST_INLINE_MEMBER M operator()(std::int64_t j, F tau) const {
+    switch (program.keep) {
+      case Keep::ALL: return all_lanes();
+      case Keep::BAND: return band(magnitude(tau), j);
+      case Keep::SCORE:
+      case Keep::VARIANCE: return band(load<F>(score + j), j) | is_nan(tau);
+      case Keep::RANDOM: {
+        if (scalars.limit >= kAlways) return all_lanes();
+        return (M)(load<U>(draws + j) < static_cast<std::uint32_t>(scalars.limit)) | is_nan(tau);
+      }
+      case Keep::RANDOM_BY_RANK: {
+        M kept;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::uint64_t limit = scalars.limit + ((ranks[j + lane] * scalars.limit_step) >> 32);
+          kept[lane] = draws[j + lane] < limit ? -1 : 0;
+        }
+        return kept | is_nan(tau);
+      }
+      case Keep::BAND_BY_RANK: {
+        const U rank = load<U>(ranks + j);
+        const std::uint32_t lo = static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_lo, 0, 0xffffffff));
+        const std::uint32_t hi = static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_hi, 0, 0xffffffff));
+        return ((M)(rank >= lo) & (M)(rank < hi)) | is_nan(tau);
+      }
+      case Keep::MASK: {
+        M kept;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t i = begin + j + lane;
+          kept[lane] = -static_cast<std::int32_t>((mask[i >> 6] >> (i & 63)) & 1u);
+        }
+        return kept | is_nan(tau);
+      }
+    }
+    return all_lanes();
+  }
+};
+
+// Population variance across models, in float64 rounded once.
+static void variance_block(const float* const* taus, int n_models, std::int64_t n, float* out) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    double sum = 0.0;
+    for (int k = 0; k < n_models; ++k) sum += static_cast<double>(taus[k][i]);
+    const double mean = sum / n_models;
+    double spread = 0.0;
+    for (int k = 0; k < n_models; ++k) {
+      const double apart = static_cast<double>(taus[k][i]) - mean;
+      spread += apart * apart;
+    }
+    out[i] = static_cast<float>(spread / n_models);
+  }
+}
+
+// Ranks of every model for the rows of one tile: [K][row_length] of the row being processed.
+static void rank_tile_row(const TileCall& call, std::int64_t row_begin, std::int64_t row_length) {
+  Scratch& scratch = call.scratch;
+  std::uint32_t* ranks = scratch.ranks.get((row_length + 64) * call.n_models());
+  scratch.row.resize(row_length + 64);
+  for (int k = 0; k < call.n_models(); ++k) {
+    for (std::int64_t i = 0; i < row_length; i += kMaxBlock) {
+      const std::int64_t n = std::min(kMaxBlock, row_length - i);
+      const float* base = stage_base(call.entry, row_begin + i, n, scratch);
+      float* row = scratch.row.data() + i;
+      for_each_tau(call.entry.models[k], base, row_begin + i, n, [row](std::int64_t j, F tau) { store(row + j, tau); });
+    }
+    rank_row(scratch.row.data(), row_length, scratch, ranks + k * (row_length + 64));
+  }
+}
+
+// One block of a tile with everything that its keep stage needs.
+struct BlockCall {
+  const TileCall& tile;
+  std::int64_t begin, n;
+  std::int64_t row_begin = 0, row_length = 0;  // set when the keep stage ranks rows
+
+  std::int64_t stride() const { return kMaxBlock + 64; }
+  float* tau(int k) const { return tile.scratch.taus.get(stride() * tile.n_models()) + k * stride(); }
+  float* prob(int k) const { return tile.scratch.probs.get(stride() * tile.n_models()) + k * stride(); }
+};
+
+template <class Fn>
+static void for_each_block(const TileCall& call, Fn&& fn) {
+  const std::int64_t length = block_length(call.n_models());
+  if (!ranks_rows(call.program.keep)) {
+    for (std::int64_t i = call.begin; i < call.end; i += length) fn(BlockCall{call, i, std::min(length, call.end - i)});
+    return;
+  }
+  std::int64_t row = call.entry.row_length();
+  for (std::int64_t start = call.begin; start < call.end; start += row) {
+    row = std::min(row, call.end - start);  // the last row of a tensor may be short
+    rank_tile_row(call, start, row);
+    for (std::int64_t i = start; i < start + row; i += length)
+      fn(BlockCall{call, i, std::min(length, start + row - i), start, row});
+  }
+}
+
+// Keep test of model k; `score` holds the variance if the program asks for it, draws and scores are staged here.
+static KeepBlock keep_block(const BlockCall& block, int k, const float* variance) {
+  const TileCall& call = block.tile;
+  const ModelScalars& scalars = call.models[k];
+  const std::uint64_t index = static_cast<std::uint64_t>(call.entry.offset + block.begin);
+  const Keep keep = call.program.keep;
+  KeepBlock result{call.program, scalars, variance, nullptr, nullptr, nullptr, block.begin,
+                   TieCut{call.program.tie, index, scalars.lo_cut, scalars.key},
+                   TieCut{call.program.tie, index, scalars.hi_cut, scalars.key}};
+  if (keep == Keep::SCORE) {
+    float* score = call.scratch.score.get(block.stride());
+    for_each(call.entry.scores[k], block.begin, block.n, [score](std::int64_t j, F x) { store(score + j, magnitude(x)); });
+    result.score = score;
+  }
+  if (keep == Keep::RANDOM_BY_RANK || (keep == Keep::RANDOM && scalars.limit < kAlways))
+    result.draws = draw_block(scalars.key, index, block.n, call.scratch);
+  if (ranks_rows(keep))
+    result.ranks = call.scratch.ranks.get(0) + k * (block.row_length + 64) + (block.begin - block.row_begin);
+  if (keep == Keep::MASK) result.mask = call.entry.masks[k];
+  return result;
+}
+
+// Probability by which model k's survivors are divided.
+TVFAST_INLINE F probability(const KeepBlock& keep, std::int64_t j) {
+  const F prob = splat(keep.scalars.prob);
+  if (keep.ranks == nullptr) return prob;
+  return prob + __builtin_convertvector(load<U>(keep.ranks + j), F) * splat(keep.scalars.prob_step);
+}
+
+// Writes t_k of every model, before gain, and calls seen(k, tau) on the untouched task vectors of each block.
+template <class Seen>
+static void stage_taus(const BlockCall& block, const float* base, Seen&& seen) {
+  const TileCall& call = block.tile;
+  const int n_models = call.n_models();
+  for (int k = 0; k < n_models; ++k) {
+    float* tau = block.tau(k);
+    for_each_tau(call.entry.models[k], base, block.begin, block.n, [tau](std::int64_t j, F x) { store(tau + j, x); });
+    seen(k, tau);
+  }
+}
+
+static const float* stage_variance(const BlockCall& block) {
+  if (block.tile.program.keep != Keep::VARIANCE) return nullptr;
+  std::vector<const float*> taus;
+  for (int k = 0; k < block.tile.n_models(); ++k) taus.push_back(block.tau(k));
+  float* variance = block.tile.scratch.score.get(block.stride());
+  variance_block(taus.data(), block.tile.n_models(), block.n, variance);
+  return variance;
+}

@@ -1,0 +1,89 @@
+// What one instruction set provides: functions over a block or a tile. isa.hpp chooses a table once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../core/accumulate.hpp"
+#include "table.hpp"
+
+namespace tvfast {
+
+// Elements that a stage processes at a time: the floats of base, K task vectors and the result stay in the first-level cache.
+inline constexpr std::int64_t kMaxBlock = 1024, kMinBlock = 128;
+inline std::int64_t block_length(int n_models) {
+  return std::clamp<std::int64_t>(8192 / (n_models + 2) / 64 * 64, kMinBlock, kMaxBlock);
+}
+
+// A growing array on 64-byte boundaries; never shrinks, contents are lost on growth.
+template <class T>
+class Buffer {
+ public:
+  T* get(std::size_t n) {
+    if (n > capacity_) {
+      data_.reset();
+      data_.reset(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})));
+      capacity_ = n;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> data_;
+  std::size_t capacity_ = 0;
+};
+
+// One thread's memory.
+struct Scratch {
+  Buffer<float> base, taus, probs, score, result;
+  Buffer<std::uint32_t> draws, keys, ranks, sorted, order;
+  std::vector<float> row;
+};
+
+struct TileCall {
+  const Entry& entry;
+  const Program& program;
+  const TensorScalars& tensor;
+  const ModelScalars* models;  // [K]
+  std::int64_t begin, end;     // within the entry
+  Scratch& scratch;
+  int n_models() const { return static_cast<int>(entry.models.size()); }
+};
+
+struct Moments {
+  std::vector<BinnedSum> l1_before, l1, gram;  // [K], [K], [K * K] upper triangle
+  std::vector<std::int64_t> n_kept, n_nonzero, n_nonfinite;
+  std::int64_t n_base_nonfinite = 0, elected = 0, n_conflict = 0;
+};
+
+enum Wants : unsigned { L1_BEFORE = 1, L1 = 2, GRAM = 4, COUNTS = 8, VOTES = 16, SQUARES = 32 };
+
+// Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between are collected.
+struct Bracket {
+  std::uint32_t lo = 0, hi = 0;
+  std::int64_t n_above = 0, n_hi = 0, n_lo = 0, n_inside = 0;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  void (*combine)(const TileCall& call, bool streaming);
+  void (*measure)(const TileCall& call, unsigned wants, Moments& moments);
+  void (*row_masks)(const TileCall& call);
+  // Magnitude bits of `n` keys of `model` from `begin`, where `keep` says which key: tau, score or variance.
+  void (*keys)(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n, Scratch& scratch,
+               std::uint32_t* out);
+  // Counts against lo == hi only; the same as `scan` without collecting, straight from storage.
+  void (*verify)(const Entry& entry, int model, std::int64_t begin, std::int64_t end, Bracket& bracket);
+  // Counts; keys strictly inside are written to `out`, which has room for n + lanes, unless it is null. Returns how many.
+  std::int64_t (*scan)(const std::uint32_t* keys, std::int64_t n, Bracket& bracket, std::uint32_t* out);
+  std::int64_t (*count_equal)(const std::uint32_t* keys, std::int64_t n, std::uint32_t value);
+};
+
+}  // namespace tvfast

@@ -1,0 +1,40 @@
+// Hooks for 256-bit vectors. Stores that stream need addresses aligned to the vector stored.
+
+#define TVFAST_NATIVE_F16
+
+template <bool streaming, class V, class T>
+TVFAST_INLINE void put(T* p, V v) {
+  if constexpr (!streaming) {
+    store(p, v);
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+  }
+}
+TVFAST_INLINE void stream_fence() { _mm_sfence(); }
+
+TVFAST_INLINE std::uint32_t mask_bits(M m) { return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)m)); }
+
+TVFAST_INLINE F fused_add(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
+  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(static_cast<int>(b));
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  return (U)_mm256_blend_epi32(even, odd, 0xAA);
+}
+
+TVFAST_INLINE F widen_f16(const std::uint16_t* p) {
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+TVFAST_INLINE H narrow_f16(F x) {
+  return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// Writes the lanes of `m` to `out` one after the other, and possibly anything after them; returns how many.
+TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
+  int n = 0;
+  for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1) out[n++] = v[std::countr_zero(rest)];
+  return n;
+}

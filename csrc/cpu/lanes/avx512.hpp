@@ -1,0 +1,40 @@
+// Hooks for 512-bit vectors. Stores that stream need addresses aligned to the vector stored.
+
+#define TVFAST_NATIVE_F16
+
+template <bool streaming, class V, class T>
+TVFAST_INLINE void put(T* p, V v) {
+  if constexpr (!streaming) {
+    store(p, v);
+  } else if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  }
+}
+TVFAST_INLINE void stream_fence() { _mm_sfence(); }
+
+TVFAST_INLINE std::uint32_t mask_bits(M m) { return _mm512_movepi32_mask((__m512i)m); }
+
+TVFAST_INLINE F fused_add(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
+  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, y), 32);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  return (U)_mm512_mask_mov_epi32(even, 0xAAAA, odd);
+}
+
+TVFAST_INLINE F widen_f16(const std::uint16_t* p) {
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+TVFAST_INLINE H narrow_f16(F x) {
+  return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// Writes the lanes of `m` to `out` one after the other, and anything after them; returns how many.
+TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
+  const __mmask16 mask = _mm512_movepi32_mask((__m512i)m);
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, (__m512i)v));
+  return __builtin_popcount(mask);
+}

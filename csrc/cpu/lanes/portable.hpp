@@ -1,0 +1,35 @@
+// Hooks without intrinsics: the scalar table, NEON for now, and the emulated one.
+
+template <bool streaming, class V, class T>
+TVFAST_INLINE void put(T* p, V v) {
+  store(p, v);
+}
+TVFAST_INLINE void stream_fence() {}
+
+TVFAST_INLINE std::uint32_t mask_bits(M m) {
+  std::uint32_t result = 0;
+  for (int lane = 0; lane < kLanes; ++lane) result |= (static_cast<std::uint32_t>(m[lane]) & 1u) << lane;
+  return result;
+}
+
+// a * b + c, rounded once.
+TVFAST_INLINE F fused_add(F a, F b, F c) {
+  for (int lane = 0; lane < kLanes; ++lane) c[lane] = std::fma(a[lane], b[lane], c[lane]);
+  return c;
+}
+
+// High word of the 64-bit product, by 16-bit halves.
+TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
+  const U a0 = a & 0xffffu, a1 = a >> 16;
+  const std::uint32_t b0 = b & 0xffffu, b1 = b >> 16;
+  const U low = a0 * b0, cross = a1 * b0;
+  const U middle = (low >> 16) + (cross & 0xffffu) + a0 * b1;
+  return a1 * b1 + (cross >> 16) + (middle >> 16);
+}
+
+// Writes the lanes of `m` to `out` one after the other, and possibly anything after them; returns how many.
+TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
+  int n = 0;
+  for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1) out[n++] = v[std::countr_zero(rest)];
+  return n;
+}

@@ -1,0 +1,20 @@
+#include "headers.hpp"
+
+
+#define TVFAST_LANES 1
+namespace tvfast::scalar {
+namespace {
+#include "lanes/types.hpp"
+#include "lanes/portable.hpp"
+#include "lanes/convert.hpp"
+#include "../core/stages.inl"
+#include "generic/stage_block.inl"
+#include "generic/combine.inl"
+#include "generic/fused.inl"
+#include "generic/measure.inl"
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = kernels("scalar");
+
+}  // namespace tvfast::scalar

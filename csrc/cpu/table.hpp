@@ -1,0 +1,57 @@
+// The work table: tensors of one call, cut into tiles that threads take in any order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../core/program.hpp"
+
+namespace tvfast {
+
+struct Entry {
+  std::vector<View> models;  // K counterparts
+  std::vector<View> scores;  // K or none
+  std::vector<std::uint64_t*> masks;  // K bit planes or none
+  View base;                 // data == nullptr: none
+  void* out = nullptr;
+  DType out_dtype = DType::F32;
+  std::int64_t n = 0;             // elements
+  std::int64_t row = 0;           // elements per row, 0: all
+  std::int64_t offset = 0;        // global index of element 0
+  std::int64_t group_offset = 0;  // position of global index 0 in the group
+  int group = 0;
+
+  std::int64_t row_length() const { return row > 0 ? row : n; }
+};
+
+struct Tile {
+  std::int64_t entry, begin, end;
+};
+
+struct Table {
+  int n_models = 0;
+  std::vector<Entry> entries;
+
+  int n_groups() const {
+    int most = -1;
+    for (const Entry& entry : entries) most = std::max(most, entry.group);
+    return most + 1;
+  }
+
+  // Tiles of about `length` elements; of whole rows if `by_rows`. Lengths are multiples of 64 elements, so that a
+  // tile starts at a whole word of a bit plane, except that rows may begin anywhere.
+  std::vector<Tile> tiles(std::int64_t length, bool by_rows) const {
+    std::vector<Tile> result;
+    for (std::size_t e = 0; e < entries.size(); ++e) {
+      const Entry& entry = entries[e];
+      std::int64_t step = std::max<std::int64_t>(64, length / 64 * 64);
+      if (by_rows && entry.n > 0) step = std::max<std::int64_t>(1, step / entry.row_length()) * entry.row_length();
+      for (std::int64_t begin = 0; begin < entry.n; begin += step)
+        result.push_back({static_cast<std::int64_t>(e), begin, std::min(begin + step, entry.n)});
+    }
+    return result;
+  }
+};
+
+}  // namespace tvfast

@@ -1,0 +1,1 @@
+"""Home of the Triton kernels, imported as `tvfast.kernels`. It has none yet."""

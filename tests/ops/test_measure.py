@@ -1,0 +1,170 @@
+"""`measure` of every backend: the reference's numbers exactly, in any order, near the true sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import bounds
+from tests.strategies import DTYPES, Case, Part, bit_values, cases, grid_values, model_counts, normal_values
+from tvfast.ops import reference
+from tvfast.ops.raw import Backend, Wants
+from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote
+
+REFERENCE = reference.backend()
+EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES
+_FILLED_BY = {
+    Wants.L1_BEFORE: ("l1_before",),
+    Wants.L1: ("l1",),
+    Wants.GRAM: ("gram",),
+    Wants.COUNTS: ("n_kept", "n_nonzero", "n_nonfinite", "n_base_nonfinite"),
+    Wants.VOTES: ("elected", "n_conflict"),
+}
+
+
+def asked(moments: Moments, wants: Wants) -> dict[str, str]:
+    """The fields that `wants` names, as text: NaN equals NaN and -0 differs from 0."""
+    names = [name for want, filled in _FILLED_BY.items() if wants & want for name in filled]
+    seen = {name: repr(getattr(moments, name)) for name in names}
+    if wants & Wants.SQUARES:
+        seen["squares"] = repr([moments.gram[k][k] for k in range(len(moments.gram))])
+    return seen
+
+
+def sums_case(models: Sequence[torch.Tensor]) -> Case:
+    """Keep everything: the sums are those of the models themselves."""
+    scalars = TensorScalars(models=[ModelScalars() for _ in models])
+    return Case(Program(vote=Vote.MASS), [Part(list(models))], [scalars])
+
+
+def test_every_field_of_moments_has_a_want() -> None:
+    named = {name for filled in _FILLED_BY.values() for name in filled}
+    assert named == {one.name for one in fields(Moments)}
+
+
+@settings(max_examples=150)
+@given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 63).map(Wants)))
+def test_every_number_equals_the_reference(native: Backend, case: Case, wants: Wants) -> None:
+    found = native.measure(case.table(), case.program, case.scalars, wants)
+    expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
+    assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected]
+
+
+@settings(max_examples=50)
+@given(case=cases(most_parts=4))
+def test_threads_and_tiles_do_not_change_numbers(native_with: Callable[..., Backend], case: Case) -> None:
+    def measured(backend: Backend, n_threads: int) -> list[dict[str, str]]:
+        found = backend.measure(case.table(), case.program, case.scalars, EVERYTHING, n_threads=n_threads)
+        return [asked(one, EVERYTHING) for one in found]
+
+    expected = measured(native_with(), 1)
+    for tile, n_threads in ((0, 2), (0, 3), (64, 1), (64, 3), (192, 2), (1024, 2)):
+        backend = native_with(tile=tile) if tile else native_with()
+        assert measured(backend, n_threads) == expected
+
+
+@settings(max_examples=60)
+@given(n_models=st.integers(1, 5), seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["bits", "normal"]))
+def test_the_order_of_elements_does_not_change_sums(
+    backend: Backend, n_models: int, seed: int, kind: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    make = bit_values if kind == "bits" else normal_values
+    models = [make(rng, 700, DTYPES[int(rng.integers(3))]) for _ in range(n_models)]
+    if kind == "bits":
+        models = [torch.where(torch.isfinite(model), model, 1.0) for model in models]
+    permutation = torch.from_numpy(rng.permutation(700))
+    found = []
+    for case in (sums_case(models), sums_case([model[permutation] for model in models])):
+        (moments,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
+        found.append(asked(moments, EVERYTHING))
+    assert found[0] == found[1]
+
+
+@settings(max_examples=60)
+@given(n_models=model_counts, n=st.integers(0, 600), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_sums_are_within_the_bound_of_the_true_sums(
+    backend: Backend, n_models: int, n: int, seed: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    kind = data.draw(st.sampled_from(["grid", "normal", "wide"]))
+    models = []
+    for _ in range(n_models):
+        if kind == "grid":
+            models.append(grid_values(rng, n, DTYPES[int(rng.integers(3))]))
+        else:
+            values = normal_values(rng, n, torch.float32, 1.0)
+            scale = rng.integers(-100, 30, n) if kind == "wide" else np.zeros(n)
+            models.append(values * torch.from_numpy(2.0**scale).float())
+    case = sums_case(models)
+    (found,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
+    rows = [model.double().numpy() for model in models]
+    for j, row in enumerate(rows):
+        sums = [(found.l1[j], np.abs(row)), (found.l1_before[j], np.abs(row))]
+        sums += [(found.gram[j][k], row * other) for k, other in enumerate(rows)]
+        for value, addends in sums:
+            truth = math.fsum(addends)
+            limit = 0.0 if kind == "grid" else bounds.sum_error(addends.tolist())
+            assert abs(value - truth) <= limit
+
+
+def test_squares_are_the_diagonal_of_the_gram_matrix(backend: Backend) -> None:
+    rng = np.random.default_rng(3)
+    case = sums_case([normal_values(rng, 333, torch.bfloat16) for _ in range(4)])
+    (whole,) = backend.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    (diagonal,) = backend.measure(case.table(), case.program, case.scalars, Wants.SQUARES)
+    assert [diagonal.gram[k][k] for k in range(4)] == [whole.gram[k][k] for k in range(4)]
+    assert all(whole.gram[k][k] > 0 for k in range(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_counts(backend: Backend, dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    base = torch.tensor([0.0, inf, 0.0, nan, 1.0, 0.0, 0.0, 1.0], dtype=dtype)
+    first = torch.tensor([nan, 0.0, -inf, 1.0, 2.0, 0.5, 0.0, 1.0], dtype=dtype)
+    other = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 0.5, 0.0, 3.0], dtype=dtype)
+    case = Case(
+        Program(keep=Keep.BAND, vote=Vote.COUNT),
+        [Part([first, other], base)],
+        [TensorScalars(models=[ModelScalars(lo=1.0), ModelScalars(lo=0.0, gain=-1.0)])],
+    )
+    (found,) = backend.measure(case.table(), case.program, case.scalars, Wants.COUNTS | Wants.VOTES)
+    # tau: first [nan, -inf, -inf, nan, 1, .5, 0, 0], other [1, -inf, 2, nan, -1, .5, 0, 2]
+    assert found.n_nonfinite == [2, 0]
+    assert found.n_base_nonfinite == 2
+    assert found.n_kept == [5, 8]
+    assert found.n_nonzero == [5, 7]
+    assert found.n_conflict == 2  # elements 2 and 4
+    # ballots: first as tau, other times -1: signs 0-1, -1+1, -1-1, 0, 1+1, 0-1, 0, 0-1
+    assert found.elected == -1 + 0 - 1 + 0 + 1 - 1 + 0 - 1
+
+
+def test_nonfinite_sums(backend: Backend) -> None:
+    inf = float("inf")
+    tensors = [
+        torch.tensor([1.0, inf, 2.0]),
+        torch.tensor([1.0, float("nan"), 2.0]),
+        torch.tensor([-1.0, 1.0, -inf]),
+    ]
+    case = sums_case(tensors)
+    (found,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
+    assert found.l1[0] == inf
+    assert math.isnan(found.l1[1])
+    assert found.l1[2] == inf
+    assert math.isnan(found.gram[0][2])  # inf - inf
+    assert found.gram[0][0] == inf
+
+
+def test_the_kept_entries_are_summed_before_gain_and_weight(backend: Backend) -> None:
+    case = sums_case([torch.tensor([0.25, -0.5, 1.0])])
+    own = TensorScalars(models=[ModelScalars(lo=0.5, gain=7.0, weight=-3.0)])
+    case = replace(case, program=Program(keep=Keep.BAND), scalars=[own])
+    (found,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
+    assert (found.l1_before, found.l1, found.gram) == ([1.75], [1.5], [[1.25]])

@@ -1,0 +1,151 @@
+"""Draws and tie hashes: known answers, rates, and nothing but (key, global index) decides."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.strategies import Part, table_of, unpack_plane
+from tvfast.ops import _philox_torch
+from tvfast.ops.raw import Backend
+from tvfast.program import ALWAYS, Keep, ModelScalars, Program, RankQuery, TensorScalars, Tie
+
+KNOWN_ANSWERS = [  # Random123 1.14, tests/kat_vectors, philox4x32 10: counter, key, result
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+indices = st.one_of(
+    st.integers(0, 20),
+    st.integers(0, 2**45),
+    st.sampled_from([2**31 - 1, 2**32 - 1, 2**32, 2**34 - 1, 2**34]),
+)
+keys = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 2**32 - 1, 2**32, 2**64 - 1]))
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p, q = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = q >> 32 ^ c1 ^ k0, q % 2**32, p >> 32 ^ c3 ^ k1, p % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+def tie_hash(key: int, g: int) -> int:
+    def mix(h: int) -> int:
+        h = (h ^ h >> 16) * 0x7FEB352D % 2**32
+        h = (h ^ h >> 15) * 0x846CA68B % 2**32
+        return h ^ h >> 16
+
+    h = g % 2**32 ^ key % 2**32 ^ (g >> 32) * 0x9E3779B9 % 2**32
+    return mix(mix(h) ^ key >> 32)
+
+
+def kept(backend: Backend, program: Program, own: ModelScalars, n: int, offset: int = 0) -> np.ndarray:
+    """What the keep stage keeps of n ones; bools [n]."""
+    part = Part([torch.ones(n)], masks=[np.zeros(n, dtype=bool)], offset=offset)
+    table = table_of([part])
+    backend.row_masks(table, program, [TensorScalars(models=[own])])
+    return unpack_plane(table.entries[0].masks[0].owner, n)
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
+def test_known_answers_of_philox(
+    counter: tuple[int, ...], key: tuple[int, ...], result: tuple[int, ...]
+) -> None:
+    assert philox(counter, key) == result
+    words = [torch.tensor([word]) for word in counter]
+    found = _philox_torch.philox((words[0], words[1], words[2], words[3]), key[0] | key[1] << 32)
+    assert tuple(int(word) for word in found) == result
+
+
+@settings(max_examples=60)
+@given(key=keys, first=indices)
+def test_draws_are_philox_of_key_and_index(backend: Backend, key: int, first: int) -> None:
+    program = Program(keep=Keep.RANDOM)
+    for i in range(9):
+        g = first + i
+        draw = philox((g >> 2 & 0xFFFFFFFF, g >> 34, 0, 0), (key & 0xFFFFFFFF, key >> 32))[g & 3]
+        n = 10 - i  # other lengths and starts: only the global index may matter
+        assert not kept(backend, program, ModelScalars(limit=draw, key=key), n, g)[0]
+        assert kept(backend, program, ModelScalars(limit=draw + 1, key=key), n, g)[0]
+
+
+@settings(max_examples=60)
+@given(key=keys, first=indices, n=st.integers(1, 40))
+def test_ties_are_cut_by_the_hash_of_key_and_index(backend: Backend, key: int, first: int, n: int) -> None:
+    hashes = np.array([tie_hash(key, first + i) for i in range(n)])
+    cut = int(np.sort(hashes)[n // 2])
+    program = Program(keep=Keep.BAND, tie=Tie.HASH)
+    low = kept(backend, program, ModelScalars(lo=1.0, lo_cut=cut, key=key), n, first)
+    assert low.tolist() == (hashes < cut).tolist()
+    high = kept(backend, program, ModelScalars(hi=1.0, hi_cut=cut, key=key), n, first)
+    assert high.tolist() == (hashes >= cut).tolist()
+
+
+@settings(max_examples=40)
+@given(first=indices, n=st.integers(1, 40), cut=st.integers(0, 40))
+def test_ties_are_cut_by_index(backend: Backend, first: int, n: int, cut: int) -> None:
+    program = Program(keep=Keep.BAND, tie=Tie.INDEX)
+    low = kept(backend, program, ModelScalars(lo=1.0, lo_cut=first + cut), n, first)
+    assert low.tolist() == [i < cut for i in range(n)]
+    high = kept(backend, program, ModelScalars(hi=1.0, hi_cut=first + cut), n, first)
+    assert high.tolist() == [i >= cut for i in range(n)]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.05, 0.3, 0.5, 0.9, 1.0])
+def test_the_keep_rate_is_the_probability_in_every_quarter(backend: Backend, probability: float) -> None:
+    n = 1 << 18
+    own = ModelScalars(limit=round(probability * ALWAYS), key=0x123456789ABCDEF)
+    quarters = kept(backend, Program(keep=Keep.RANDOM), own, n).reshape(4, -1).mean(axis=1)
+    five_sigma = 5 * math.sqrt(probability * (1 - probability) / (n // 4))
+    assert np.abs(quarters - probability).max() <= five_sigma
+
+
+def test_models_draw_independently(backend: Backend) -> None:
+    n = 1 << 18
+    first, second = (
+        kept(backend, Program(keep=Keep.RANDOM), ModelScalars(limit=ALWAYS // 2, key=key), n)
+        for key in (2**40 + 1, 2**40 + 2)
+    )
+    assert abs((first & second).mean() - 0.25) <= 5 * math.sqrt(0.25 * 0.75 / n)
+    assert abs((first[1:] & first[:-1]).mean() - 0.25) <= 5 * math.sqrt(0.25 / n)
+
+
+@pytest.mark.parametrize("offset", [0, 2**31 - 77, 2**33 + 1])
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.8])
+def test_hash_ties_are_balanced_in_every_quarter(backend: Backend, density: float, offset: int) -> None:
+    n = 1 << 18
+    own = ModelScalars(lo=1.0, lo_cut=int(density * 2**32), key=99)
+    quarters = (
+        kept(backend, Program(keep=Keep.BAND, tie=Tie.HASH), own, n, offset).reshape(4, -1).mean(axis=1)
+    )
+    assert np.abs(quarters - density).max() <= 5 * math.sqrt(density * (1 - density) / (n // 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_hash_ties_keep_the_density_of_16_mi_deltas(native: Backend, density: float) -> None:
+    n = 1 << 24
+    generator = torch.Generator().manual_seed(3)
+    base = torch.empty(n).normal_(0, 0.02, generator=generator).bfloat16()
+    model = (base.float() + torch.empty(n).normal_(0, 1e-4, generator=generator)).bfloat16()
+    part = Part([model], base, masks=[np.zeros(n, dtype=bool)])
+    table = table_of([part])
+    k = int(density * n)
+    (at,) = native.thresholds(table, Keep.BAND, [RankQuery(0, 0, k)])
+    own = ModelScalars(lo=at.value, lo_cut=(k - at.n_greater << 32) // at.n_equal, key=5)
+    native.row_masks(table, Program(keep=Keep.BAND, tie=Tie.HASH), [TensorScalars(models=[own])])
+    quarters = unpack_plane(table.entries[0].masks[0].owner, n).reshape(4, -1).mean(axis=1)
+    assert np.abs(quarters - density).max() <= 0.001

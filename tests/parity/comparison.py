@@ -1,0 +1,147 @@
+"""Golden files of mergekit, our merge of the same inputs, and how far apart they may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import tvfast
+from tests.bounds import UNIT
+
+Array = npt.NDArray[Any]
+
+GOLDEN = Path(__file__).parent / "golden"
+N_ULPS = 1
+RECIPE_NAMES = {"weight": "weights", "lambda": "scale"}  # mergekit's name -> ours, where they differ
+DROPPED = {"int8_mask"}  # changes only the dtype of mergekit's temporaries
+
+
+@dataclass
+class Golden:
+    """One file: its record and its arrays."""
+
+    record: dict[str, Any]
+    arrays: dict[str, Array]
+
+
+def load(path: Path) -> Golden:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return Golden(json.loads(arrays.pop("record").tobytes()), arrays)
+
+
+def ours(parameters: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A recipe's parameters as keyword arguments of `tvfast.merge`."""
+    translated = {
+        RECIPE_NAMES.get(key, key): value for key, value in parameters.items() if key not in DROPPED
+    }
+    if method == "passthrough" and "scale" in translated:
+        (translated["scale"],) = translated["scale"]
+    return translated
+
+
+def merged(
+    method: str,
+    base: Mapping[str, Array],
+    models: Sequence[Mapping[str, Array]],
+    parameters: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Array]:
+    """`tvfast.merge` of state dicts of arrays; the mergekit dialect is the default one."""
+    out = tvfast.merge(
+        {name: torch.from_numpy(x) for name, x in base.items()},
+        [{name: torch.from_numpy(x) for name, x in model.items()} for model in models],
+        method=method,
+        **ours(parameters, method),
+        **more,
+    )
+    return {name: tensor.numpy() for name, tensor in out.items()}
+
+
+def ulps(left: Array, right: Array) -> Array:
+    """Steps between float32 values on the line of all float32 values; -0 and +0 are one step apart."""
+
+    def place(x: Array) -> Array:
+        bits = np.ascontiguousarray(x, np.float32).view(np.int32).astype(np.int64)
+        return np.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+
+    return np.abs(place(left) - place(right))
+
+
+def assert_within_an_ulp(found: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        apart = ulps(found[name], wanted)
+        worst = np.unravel_index(int(apart.argmax()), apart.shape)
+        assert apart[worst] <= N_ULPS, (
+            f"{what}, tensor {name!r}: {int((apart > N_ULPS).sum())} of {apart.size} entries differ by more "
+            f"than {N_ULPS} ulp; at {tuple(map(int, worst))} by {apart[worst]}: "
+            f"found {found[name][worst]!r}, mergekit {wanted[worst]!r}"
+        )
+
+
+def assert_within_rounding(
+    found: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    case: Mapping[str, Any],
+    operands: Sequence[Mapping[str, Array]],
+) -> None:
+    """float32 sums of c_k x_k against their float64 values.
+
+    Each term is rounded with its coefficient, its product and K - 1 additions. Linear divides by W = sum of
+    w_k, whose roundings, K of weights and K of additions, weigh sum |w_k| / |W|, and rounds the quotient.
+    """
+    n_models = len(operands)
+    for name, wanted in expected.items():
+        coefficients, n_roundings = wanted.flat[:2], n_models + 1.0  # slerp: the probes
+        if case["method"] == "linear":
+            weights = np.array(case["parameters"]["weight"])
+            coefficients = weights / weights.sum()
+            n_roundings += 1 + 2 * n_models * np.abs(weights).sum() / abs(weights.sum())
+        values = [operand[name].astype(np.float64) for operand in operands]
+        terms = sum(np.abs(c * x) for c, x in zip(coefficients, values, strict=True))
+        over = np.abs(found[name] - wanted) > n_roundings * UNIT * terms
+        assert not over.any(), (
+            f"{case['name']}, tensor {name!r}: {int(over.sum())} entries beyond their bound"
+        )
+
+
+def check_case(golden: Golden, case: Mapping[str, Any]) -> None:
+    """One deterministic case, all tensors of its family in one call."""
+    prefix = f"output/{case['name']}/"
+    expected = {key.removeprefix(prefix): x for key, x in golden.arrays.items() if key.startswith(prefix)}
+    assert expected, f"no output of case {case['name']}"
+    base, *models = (
+        {name: golden.arrays[f"input/{case['family']}/{name}/{place}"] for name in expected}
+        for place in range(case["models"] + 1)
+    )
+    found = merged(case["method"], base, models, case["parameters"])
+    if case["float64"]:
+        operands = [base, *models] if case["method"] == "slerp" else models
+        assert_within_rounding(found, expected, case, operands)
+    else:
+        assert_within_an_ulp(found, expected, case["name"])
+
+
+def check_checkpoint(golden: Golden, method: str) -> None:
+    """One run of mergekit-yaml, merged here from the same state dicts."""
+    recipe = golden.record["recipes"][method]
+    parameters = dict(recipe["parameters"]) | recipe.get("per_model", {})
+    if "weights" in recipe:
+        parameters["weight"] = recipe["weights"]
+
+    def member(kind: str) -> dict[str, Array]:
+        prefix = f"{kind}/"
+        return {key.removeprefix(prefix): x for key, x in golden.arrays.items() if key.startswith(prefix)}
+
+    models = [member(f"input/ft{place}") for place in range(3)]
+    expected = member(f"output/{method}")
+    assert expected
+    assert_within_an_ulp(merged(method, member("input/base"), models, parameters), expected, method)

@@ -1,0 +1,223 @@
+"""What is merged for parity: inputs from seeds, and cases. numpy only: it also runs beside the peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Family = dict[str, list[Array]]  # tensor name -> [base, model 0, model 1, ...]
+
+SEED = 20261
+SHAPES = {
+    "matrix": (24, 29),
+    "vector": (100,),
+    "row": (1, 41),
+    "cube": (5, 6, 7),
+    "conv": (6, 5, 3, 3),
+}
+N_MODELS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge of one family; `parameters` have the peer's names."""
+
+    name: str
+    method: str
+    family: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    models: int = N_MODELS
+    float64: bool = False  # the peer runs in float64: its formula without its roundings
+
+
+def _finetune(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """Small changes of small weights, as real fine-tunes have."""
+    base = rng.normal(0, 0.02, shape)
+    return [base, *(base + rng.normal(0, 5e-4, shape) for _ in range(N_MODELS))]
+
+
+def _wide(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """Changes as large as the base, in either direction."""
+    base = rng.normal(0, 1, shape)
+    return [base, *(base + rng.normal(0, 1, shape) for _ in range(N_MODELS))]
+
+
+def _dominant(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """|base| in [1, 2), changes below a quarter of it: a rounding of a sum over a tensor stays below an ulp.
+
+    Models change by different amounts, so that weights from norms differ.
+    """
+    base = rng.uniform(1, 2, shape) * rng.choice([-1, 1], shape)
+    return [
+        base,
+        *(base + np.clip(rng.normal(0, 0.03 * (k + 1), shape), -0.24, 0.24) for k in range(N_MODELS)),
+    ]
+
+
+def _probed(base: npt.NDArray[Any], model: npt.NDArray[Any]) -> list[Array]:
+    """Two entries are (1, 0) and (0, 1): an interpolation shows its two coefficients there."""
+    base.flat[:2] = (1, 0)
+    model.flat[:2] = (0, 1)
+    return [base, model]
+
+
+def _apart(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """One model at a wide angle from the base but of the same signs, so that nothing cancels between them."""
+    base = rng.uniform(1, 2, shape) * rng.choice([-1, 1], shape)
+    return _probed(base, base * rng.uniform(0.2, 1.8, shape))
+
+
+def _across(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """A base and a model that have nothing in common."""
+    return _probed(rng.normal(0, 1, shape), rng.normal(0, 2, shape))
+
+
+def _short(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """bfloat16 values, whose products with weights of 16 bits are exact in float32."""
+    return [_truncated(x) for x in _wide(rng, shape)]
+
+
+def _truncated(x: npt.NDArray[Any]) -> Array:
+    bits = np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32)
+
+
+_MAKERS = {
+    "finetune": _finetune,
+    "wide": _wide,
+    "dominant": _dominant,
+    "short": _short,
+    "apart": _apart,
+    "across": _across,
+}
+_RANKED = ("finetune", "wide", "dominant")
+
+
+def tie_free(arrays: list[Array]) -> bool:
+    """Whether every task vector has distinct magnitudes, and so has its variance over models."""
+    taus = [model - arrays[0] for model in arrays[1:]]
+    variance = np.var(np.stack(taus).astype(np.float64), axis=0).astype(np.float32)
+    return all(np.unique(np.abs(x)).size == x.size for x in (*taus, variance))
+
+
+def make_families(accept: Callable[[str, list[Array]], bool]) -> dict[str, Family]:
+    """Every family; a tensor is drawn again until it is tie-free, where it is ranked, and accepted."""
+    families: dict[str, Family] = {}
+    for number, (family, make) in enumerate(_MAKERS.items()):
+        tensors: Family = {}
+        for place, (name, shape) in enumerate(SHAPES.items()):
+            for attempt in range(5000):
+                rng = np.random.default_rng([SEED, number, place, attempt])
+                arrays = [np.ascontiguousarray(x, np.float32) for x in make(rng, shape)]
+                if (family not in _RANKED or tie_free(arrays)) and accept(family, arrays):
+                    break
+            else:
+                raise RuntimeError(f"no usable draw of {family}/{name}")
+            tensors[name] = arrays
+        families[family] = tensors
+    return families
+
+
+SLERP_T = (0.0, 0.3, 0.5, 0.85, 1.0)
+
+
+def cases() -> Iterator[Case]:
+    """Cases whose result is determined by their inputs."""
+    yield Case("linear-mean", "linear", "finetune", {"weight": [1.0, 1.0, 1.0]})
+    yield Case("linear-sum", "linear", "short", {"weight": [0.5, 0.25, 0.75], "normalize": False})
+    yield Case("linear-negative", "linear", "short", {"weight": [1.5, -0.375, 0.40625]})
+    yield Case("linear-float64", "linear", "wide", {"weight": [0.3, -0.7, 1.9]}, float64=True)
+    yield Case("linear-one", "linear", "short", {"weight": [3.0]}, models=1)
+
+    yield Case("slerp-near", "slerp", "finetune", {"t": 0.3}, models=1)
+    for t in SLERP_T:
+        yield Case(f"slerp-apart-{t}", "slerp", "apart", {"t": t}, models=1)
+        yield Case(f"slerp-across-{t}", "slerp", "across", {"t": t}, models=1, float64=True)
+
+    yield Case("passthrough", "passthrough", "wide", {}, models=1)
+    yield Case("passthrough-scale", "passthrough", "wide", {"scale": [-0.7]}, models=1)
+
+    yield Case("ta", "task_arithmetic", "finetune", {"weight": [0.5, 0.3, 0.2]})
+    yield Case("ta-one", "task_arithmetic", "finetune", {"weight": [1.0]}, models=1)
+    yield Case("ta-lambda", "task_arithmetic", "wide", {"weight": [1.0, -0.7, 0.35], "lambda": 0.4})
+    normalized = {"weight": [1.5, -0.25, 0.5], "normalize": True, "lambda": 1.3}
+    yield Case("ta-normalize", "task_arithmetic", "wide", normalized)
+    yield Case("ta-cancel", "task_arithmetic", "wide", {"weight": [1.0, -2.0, 1.0], "normalize": True})
+
+    yield Case("ties", "ties", "finetune", {"weight": [1.0, 1.0, 1.0], "density": 0.2})
+    mixed = {"weight": [0.6, -0.3, 1.7], "density": [0.1, 0.5, 0.9], "lambda": 0.8}
+    yield Case("ties-mixed", "ties", "finetune", mixed)
+    summed = {"weight": [0.5, 1.0, 0.25], "density": 0.3, "normalize": False}
+    yield Case("ties-sum", "ties", "wide", summed)
+    yield Case("ties-all", "ties", "wide", {"weight": [1.0, 2.0, 3.0], "density": 1.0})
+    yield Case("ties-default", "ties", "wide", {"weight": [1.0, 1.0, -1.0]})
+    yield Case("ties-least", "ties", "wide", {"weight": [1.0, 0.5, 2.0], "density": 1e-6})
+    yield Case("ties-none", "ties", "wide", {"weight": [1.0, 0.5, 2.0], "density": 0.0})
+    yield Case(
+        "ties-rescale", "ties", "dominant", {"weight": [1.0, 0.5, 0.8], "density": 0.4, "rescale": True}
+    )
+    yield Case("ties-one", "ties", "finetune", {"weight": [0.7], "density": 0.29}, models=1)
+    yield Case("ties-two", "ties", "wide", {"weight": [0.7, 0.3], "density": [0.57, 0.29]}, models=2)
+
+    for method in ("breadcrumbs", "breadcrumbs_ties"):
+        equal = {"weight": [1.0, 0.6, 0.8]}
+        yield Case(method, method, "finetune", {**equal, "density": 0.6, "gamma": 0.1})
+        yield Case(f"{method}-default", method, "wide", {"weight": [0.5, -0.5, 1.0], "density": 0.9})
+        yield Case(f"{method}-over", method, "wide", {**equal, "density": 0.9, "gamma": 0.3})
+        yield Case(f"{method}-no-outliers", method, "finetune", {**equal, "density": 0.3, "gamma": 0.0})
+        yield Case(f"{method}-all", method, "wide", {**equal, "density": 1.0, "gamma": 0.2})
+        yield Case(f"{method}-none", method, "wide", {**equal, "density": 0.0, "gamma": 0.2})
+        ranges = {"density": [0.2, 0.5, 0.8], "gamma": [0.05, 0.0, 0.15], "normalize": True, "lambda": 0.9}
+        yield Case(f"{method}-mixed", method, "finetune", {**equal, **ranges})
+
+    yield Case("sce", "sce", "finetune", {})
+    for share in (0.29, 0.58, 0.0, 1e-6):
+        yield Case(f"sce-{share}", "sce", "finetune", {"select_topk": share})
+    yield Case("sce-norms", "sce", "dominant", {})
+    yield Case("sce-norms-0.3", "sce", "dominant", {"select_topk": 0.3})
+    yield Case("sce-two", "sce", "dominant", {"select_topk": 0.5}, models=2)
+
+
+@dataclass(frozen=True)
+class RandomCase:
+    """One random merge of `random_inputs`, drawn `draws` times."""
+
+    name: str
+    method: str
+    parameters: dict[str, Any]
+    models: int
+    draws: int = 3000
+
+
+RANDOM_SHAPE = (6, 48)
+
+
+def random_inputs() -> list[Array]:
+    """[base, model 0, 1, 2] of `RANDOM_SHAPE`, tie-free."""
+    rng = np.random.default_rng([SEED, 99])
+    arrays = [np.ascontiguousarray(x, np.float32) for x in _wide(rng, RANDOM_SHAPE)]
+    if not tie_free(arrays):
+        raise RuntimeError("the random inputs have ties")
+    return arrays
+
+
+def random_cases() -> Iterator[RandomCase]:
+    """One model for keep rates, three for the merged entry; with and without rescaling."""
+    three = [1.0, 0.6, -0.4]
+    yield RandomCase("dare-keep", "dare_linear", {"weight": [1.0], "density": 0.3}, 1)
+    yield RandomCase("della-keep", "della_linear", {"weight": [1.0], "density": 0.5, "epsilon": 0.3}, 1)
+    yield RandomCase("della-keep-skew", "della_linear", {"weight": [1.0], "density": 0.8, "epsilon": 0.15}, 1)
+    yield RandomCase("dare_linear", "dare_linear", {"weight": three, "density": 0.5}, 3)
+    raw = {"weight": three, "density": [0.3, 0.6, 0.9], "rescale": False, "lambda": 0.7}
+    yield RandomCase("dare_linear-raw", "dare_linear", raw, 3)
+    yield RandomCase("dare_ties", "dare_ties", {"weight": three, "density": 0.5}, 3)
+    yield RandomCase(
+        "dare_ties-normalize", "dare_ties", {"weight": three, "density": 0.6, "normalize": True}, 3
+    )
+    yield RandomCase("della", "della", {"weight": [1.0, 0.6, 0.8], "density": 0.5, "epsilon": 0.2}, 3)
+    yield RandomCase("della_linear", "della_linear", {"weight": three, "density": 0.6}, 3)

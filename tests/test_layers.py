@@ -1,0 +1,274 @@
+"""Who may import whom: one row per layer, in Python and in C++."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer may import besides itself and the standard library.
+
+    A name in `inside` covers what is below it, one in `exactly` does not.
+    """
+
+    inside: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    exactly: tuple[str, ...] = ()
+
+
+# Names that these modules export themselves; what lies below them is not public.
+PUBLIC = ("tvfast", "tvfast.errors", "tvfast.methods", "tvfast.ops", "tvfast.ops.raw")
+
+# The longest matching name is a module's layer. A new package needs a row here before its tests pass.
+LAYERS = {
+    "tvfast": Layer(
+        inside=("tvfast.errors", "tvfast.methods", "tvfast.ops", "tvfast.merging", "tvfast.comparing")
+    ),
+    "tvfast.errors": Layer(),
+    "tvfast.program": Layer(),
+    "tvfast.ops.raw": Layer(inside=("tvfast.errors", "tvfast.program")),
+    "tvfast.ops": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops"), outside=("torch", "numpy")),
+    "tvfast.ops.cpp": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast._C_cpu")),
+    "tvfast.methods": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw")),
+    "tvfast._leaves": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops"), outside=("torch",)),
+    "tvfast.merging": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods", "tvfast._leaves"),
+        outside=("torch",),
+    ),
+    "tvfast.comparing": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.merging", "tvfast._leaves"),
+        outside=("torch",),
+    ),
+    "tvfast.demo": Layer(exactly=PUBLIC, outside=("torch", "numpy", "sklearn", "matplotlib")),
+    "tvfast.__main__": Layer(inside=("tvfast.cli",)),
+    "tvfast.cli": Layer(inside=("tvfast.demo",), exactly=PUBLIC),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, absolute, with the names taken from it."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports_of(source: str, module: str, *, is_package: bool = False) -> Iterator[Import]:
+    """Imports at any depth, functions included; those under `if TYPE_CHECKING` never run and are left out."""
+
+    def walk(node: ast.AST) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, (), node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module if is_package else module.rpartition(".")[0]
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            yield Import(base, tuple(alias.name for alias in node.names), node.lineno)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (
+                Import(str(a.value), (), a.lineno) for a in node.args[:1] if isinstance(a, ast.Constant)
+            )
+        children: Iterator[ast.AST] = ast.iter_child_nodes(node)
+        if isinstance(node, ast.If) and is_type_checking(node.test):
+            children = iter(node.orelse)
+        for child in children:
+            yield from walk(child)
+
+    yield from walk(ast.parse(source))
+
+
+def covers(prefix: str, module: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def layer_name(module: str) -> str:
+    rows = (name for name in LAYERS if module == name or (name != "tvfast" and covers(name, module)))
+    return max(rows, key=len, default="")
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir() or name.startswith("tvfast._C_")
+
+
+def targets_of(found: Import) -> list[str]:
+    """The modules imported: of `from tvfast import errors, merge` they are `tvfast.errors` and `tvfast`."""
+    if not found.names:
+        return [found.module]
+    return [
+        f"{found.module}.{name}" if is_module(f"{found.module}.{name}") else found.module
+        for name in found.names
+    ]
+
+
+def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
+    """Every import of `module` that its layer does not allow."""
+    layer = layer_name(module)
+    rule = LAYERS.get(layer)
+    if rule is None:
+        return [f"{module} belongs to no layer; add a row to LAYERS"]
+    found = []
+    for item in imports_of(source, module, is_package=is_package):
+        for target in targets_of(item):
+            root = target.split(".")[0]
+            if root == "tvfast":
+                own = covers(layer, target) and layer_name(target) == layer
+                listed = target in rule.exactly or any(covers(name, target) for name in rule.inside)
+                allowed = own or listed
+            else:
+                allowed = root in sys.stdlib_module_names or root in rule.outside
+            if not allowed:
+                found.append(f"{module}, line {item.line}: layer {layer!r} must not import {target}")
+    return found
+
+
+PYTHON_FILES = sorted((ROOT / "tvfast").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=module_name)
+def test_python_imports_follow_the_layers(path: Path) -> None:
+    assert violations(path.read_text(), module_name(path), is_package=path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=module_name)
+def test_every_python_file_is_in_a_package(path: Path) -> None:
+    assert (path.parent / "__init__.py").exists(), "find_packages would leave it out of the wheel"
+
+
+def test_every_layer_exists() -> None:
+    modules = {module_name(path) for path in PYTHON_FILES}
+    assert sorted(set(LAYERS) - modules) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("tvfast.errors", "import torch"),
+        ("tvfast.program", "from tvfast import errors"),
+        ("tvfast.program", "from .errors import ArgumentError"),
+        ("tvfast.methods.ties", "import torch"),
+        ("tvfast.methods.ties", "def f():\n    from torch import Tensor"),
+        ("tvfast.methods.ties", "import importlib\ntorch = importlib.import_module('torch')"),
+        ("tvfast.methods.ties", "from tvfast.ops import combine"),
+        ("tvfast.methods.ties", "from ..ops.reference import backend"),
+        ("tvfast.ops.reference", "from tvfast import _C_cpu"),
+        ("tvfast.ops.reference", "import tvfast._C_cpu"),
+        ("tvfast.ops.reference", "from tvfast.methods import base"),
+        ("tvfast.ops.raw", "from tvfast.ops import _views"),
+        ("tvfast.cli.main", "from tvfast.ops import reference"),
+        ("tvfast.cli.main", "import tvfast.program"),
+        ("tvfast.cli.main", "from tvfast import _C_cpu"),
+        ("tvfast.merging", "from tvfast import _C_cpu"),
+        ("tvfast.unheard_of", ""),
+    ],
+)
+def test_forbidden_imports_are_found(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("tvfast.methods.ties", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("tvfast.methods.ties", "from tvfast.methods._scalars import gains"),
+        ("tvfast.methods.ties", "from tvfast.ops import raw"),
+        ("tvfast.ops.cpp", "from tvfast import _C_cpu"),
+        ("tvfast.cli.main", "from tvfast import merge_, methods"),
+        ("tvfast.cli.main", "from tvfast.ops.raw import backend_statuses"),
+    ],
+)
+def test_allowed_imports_pass(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*(?:<([^>]+)>|"([^"]+)")', re.MULTILINE)
+STANDARD_HEADER = re.compile(r"[a-z_]+")  # <vector>, <cstdint>; never <immintrin.h> or <pybind11/...>
+FOREIGN = re.compile(r"(pybind11|torch|ATen|c10|cuda|Python\.h|numpy)")
+
+# Per folder of csrc: which quoted files may be included, which angled ones.
+CPP_LAYERS = {
+    "core": (re.compile(r"core/.*"), STANDARD_HEADER),
+    "cpu": (re.compile(r"(core|cpu)/.*"), re.compile(rf"(?!{FOREIGN.pattern}).*")),
+    "bindings": (
+        re.compile(r"(core/.*|bindings/.*|cpu/(api|table)\.hpp)"),
+        re.compile(r"([a-z_]+|pybind11/.*)"),
+    ),
+}
+CPP_FILES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".hpp", ".inl"))
+
+
+def csrc_name(path: Path) -> str:
+    return path.relative_to(ROOT / "csrc").as_posix()
+
+
+def include_violations(source: str, path: Path) -> list[str]:
+    """Every `#include` of the file at `path` that its folder does not allow."""
+    quoted_rule, angled_rule = CPP_LAYERS[csrc_name(path).split("/")[0]]
+    found = []
+    for angled, quoted in INCLUDE.findall(source):
+        if angled:
+            allowed = angled_rule.fullmatch(angled) is not None
+        else:
+            candidates = [(path.parent / quoted).resolve(), (ROOT / "csrc" / quoted).resolve()]
+            file = next((c for c in candidates if c.is_file() and c.is_relative_to(ROOT / "csrc")), None)
+            allowed = file is not None and quoted_rule.fullmatch(csrc_name(file)) is not None
+        if not allowed:
+            found.append(f"{csrc_name(path)} must not include {angled or quoted}")
+    return found
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=csrc_name)
+def test_cpp_includes_follow_the_layers(path: Path) -> None:
+    assert include_violations(path.read_text(), path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("core/x.hpp", "#include <immintrin.h>"),
+        ("core/x.hpp", '#include "cpu/api.hpp"'),
+        ("core/x.hpp", "#include <torch/extension.h>"),
+        ("cpu/x.cpp", "#include <pybind11/pybind11.h>"),
+        ("cpu/x.cpp", "#  include <cuda_runtime.h>"),
+        ("cpu/x.cpp", '#include "core/no_such_file.hpp"'),
+        ("bindings/x.cpp", '#include "../cpu/parallel.hpp"'),
+        ("bindings/x.cpp", "#include <ATen/ATen.h>"),
+    ],
+)
+def test_forbidden_includes_are_found(path: str, line: str) -> None:
+    assert len(include_violations(line, ROOT / "csrc" / path)) == 1
+
+
+@pytest.mark.parametrize(
+    "module", ["tvfast", "tvfast.cli.main", "tvfast.methods", "tvfast.ops", "tvfast.ops.raw"]
+)
+def test_import_is_light(module: str) -> None:
+    """The import starts no framework and loads no native code."""
+    heavy = ("torch", "triton", "numpy", "tvfast._C_cpu")
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,44 @@
+"""tvfast: merging of large language model checkpoints with task arithmetic, in place and in one pass.
+
+Names below load on first use; `import tvfast` itself imports neither torch nor native code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tvfast import errors as errors
+    from tvfast import methods as methods
+    from tvfast import ops as ops
+    from tvfast.comparing import Comparison as Comparison
+    from tvfast.comparing import compare as compare
+    from tvfast.merging import merge as merge
+    from tvfast.merging import merge_ as merge_
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "merge_": "tvfast.merging",
+    "merge": "tvfast.merging",
+    "compare": "tvfast.comparing",
+    "Comparison": "tvfast.comparing",
+}
+_MODULES = ("errors", "methods", "ops")
+
+__all__ = ["Comparison", "__version__", "compare", "errors", "merge", "merge_", "methods", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tvfast.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tvfast' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

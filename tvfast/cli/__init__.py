@@ -1,0 +1,1 @@
+"""The `tvfast` command: parse, call, print."""

@@ -1,0 +1,80 @@
+"""`tvfast methods`: the registry, as a list or one method in full."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+import tvfast
+
+if TYPE_CHECKING:
+    from tvfast.methods import MethodInfo
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_to(commands: Commands) -> None:
+    """Register the subcommand."""
+    command = commands.add_parser(
+        "methods",
+        help="merge methods, their parameters, formulas and sources",
+        description="List the merge methods, or one with its parameters, formula and source.",
+    )
+    command.add_argument("name", nargs="?", metavar="NAME", help="one method in full")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the list, or one method."""
+    if options.name is not None:
+        info = tvfast.methods.method_info(options.name)
+        print(json.dumps(as_json(info), indent=2) if options.json else describe(info))
+        return 0
+    known = [tvfast.methods.METHODS[name] for name in sorted(tvfast.methods.METHODS)]
+    if options.json:
+        print(json.dumps({info.name: as_json(info) for info in known}, indent=2))
+        return 0
+    width = max(len(info.name) for info in known)
+    for info in known:
+        print(f"{info.name:{width}}  {info.formula}")
+    return 0
+
+
+def as_json(info: MethodInfo) -> dict[str, Any]:
+    """A method as plain data."""
+    fewest, most = info.n_models
+    return {
+        "name": info.name,
+        "formula": info.formula,
+        "source": info.source,
+        "dialects": list(info.dialects),
+        "needs_base": info.needs_base,
+        "n_models": {"min": fewest, "max": most},
+        "parameters": [
+            {"name": one.name, "default": one.default, "meaning": one.meaning} for one in info.parameters
+        ],
+    }
+
+
+def describe(info: MethodInfo) -> str:
+    """A method in full, as text."""
+    fewest, most = info.n_models
+    count = str(fewest) if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
+    width = max(len(one.name) for one in info.parameters)
+    return "\n".join(
+        [
+            info.name,
+            "",
+            *(f"  {line}".rstrip() for line in inspect.cleandoc(info.cls.__doc__ or "").splitlines()),
+            "",
+            f"source    {info.source}",
+            f"dialects  {', '.join(info.dialects)}",
+            f"models    {count} besides the base{'' if info.needs_base else ', whose values are not read'}",
+            "",
+            "parameters",
+            *(f"  {one.name:{width}}  {one.meaning} [{one.default}]" for one in info.parameters),
+        ]
+    )

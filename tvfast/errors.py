@@ -1,0 +1,39 @@
+"""Exceptions. Each says where, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class TvfastError(Exception):
+    """Base of every error that tvfast raises on purpose."""
+
+
+class ArgumentError(TvfastError, ValueError):
+    """An argument has a value, type or count that the function does not take."""
+
+
+class ShapeError(ArgumentError):
+    """Tensors that must have the same shape do not."""
+
+
+class DTypeError(ArgumentError):
+    """A tensor has a dtype that cannot be merged, or differs from what is required."""
+
+
+class DeviceError(ArgumentError):
+    """Tensors are on different devices, or on one that no backend serves."""
+
+
+class LayoutError(ArgumentError):
+    """A tensor is not contiguous, or overlaps another in part."""
+
+
+class StateDictError(ArgumentError):
+    """State dicts or modules differ in their sets of names."""
+
+
+class UnknownNameError(ArgumentError):
+    """A method, parameter or option that does not exist; the nearest known one is named."""
+
+
+class BackendError(TvfastError, RuntimeError):
+    """No backend, or not the forced one, can run the call."""

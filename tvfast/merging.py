@@ -1,0 +1,264 @@
+"""`merge_` and `merge`: from tensors, lists, state dicts and modules to a work table and back."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors, strip_wrappers
+from tvfast.errors import ArgumentError, BackendError, DeviceError
+from tvfast.methods import ProgramMethod, TableStatistics, make_method
+from tvfast.methods.base import PerModel
+from tvfast.methods.statistics import PLANE_BYTES
+from tvfast.ops._views import check_overlap, span, view
+from tvfast.ops.raw import Backend, backend_for
+from tvfast.program import DType, Entry, View, WorkTable
+
+W = TypeVar("W", bound=Weights)
+
+
+def merge_(
+    base: W,
+    models: Iterable[Weights],
+    *,
+    method: str,
+    weights: PerModel | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
+    tie: str | None = None,
+    dialect: str = "mergekit",
+    n_threads: int = 0,
+    **parameters: Any,
+) -> W:
+    """Merge models into the base, in place; returns the base.
+
+    θ₀ is overwritten with θ₀ + λ · merged(w_k, θ_k - θ₀), or with what `method` says instead; formulas are
+    in `docs/methods.md`.
+
+    Args:
+        base: tensor, list or dict of tensors (state dict), or module. Its floating-point tensors are
+            overwritten, integers and booleans left as they are. Contiguous; float32, bfloat16, float16 or
+            float64.
+        models: K of the same names and shapes, on the same devices; dtypes may differ. Not modified.
+        method: a name of `tvfast.methods.METHODS`.
+        weights: w_k: one, or one per model; 1 by default.
+        scale: λ.
+        seed: key of random draws and of `tie="hash"`. Draws depend on seed, tensor name, model index and
+            element index, and on nothing else. A bare tensor's name is "tensor", a list's the index; wrapper
+            prefixes of FSDP, DDP and torch.compile are not part of a name.
+        tie: which entries equal to a threshold survive: "ge" all, "index" exactly the asked number, lowest
+            index first, "hash" each by a hash of its index, in the right share; None: as the dialect does.
+        dialect: whose reading of the method; "mergekit" is release 0.1.5.
+        n_threads: 0 is all cores that the process may use. Does not change the result.
+        **parameters: of the method, as `density=0.2`; a number is one value or one per model.
+
+    Returns:
+        `base`.
+
+    Raises:
+        UnknownNameError: method, parameter, tie or dialect does not exist.
+        ArgumentError: a value outside its range, or a wrong number of weights or models.
+        StateDictError, ShapeError, DTypeError, DeviceError, LayoutError: models do not fit the base, or
+            memory that is written overlaps other memory. All is checked before anything is written.
+        BackendError: no backend can run the call.
+
+    Notes:
+        float32 arithmetic, rounded once per output; float64 tensors are merged in float64 by the reference
+        backend. NaN propagates. The same bytes for any number of threads. Tied tensors are merged once. Extra
+        memory: at most 64 MiB. Not safe while another thread writes the tensors.
+    """
+    chosen = make_method(
+        method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
+    )
+    leaves = _checked(base, models, chosen, n_threads)
+    spans = [
+        (
+            span(leaf.base, leaf.name, "base", row),
+            [span(m, leaf.name, f"models[{k}]", row) for k, m in enumerate(leaf.models)],
+        )
+        for row, leaf in enumerate(leaves)
+    ]
+    check_overlap([out for out, _ in spans], [item for _, inputs in spans for item in inputs])
+    _run(chosen, leaves, [leaf.base for leaf in leaves], n_threads)
+    for leaf in leaves:
+        if not leaf.base.is_inference():
+            torch.autograd.graph.increment_version(leaf.base)  # the write went past autograd
+    return base
+
+
+def merge(
+    base: W,
+    models: Iterable[Weights],
+    *,
+    method: str,
+    weights: PerModel | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
+    tie: str | None = None,
+    dialect: str = "mergekit",
+    n_threads: int = 0,
+    **parameters: Any,
+) -> W:
+    """Merge models into new tensors; arguments, errors and values are those of `merge_`.
+
+    Returns:
+        What `base` is, with the base's dtypes and devices: a tensor, a list or tuple, a dict, or for a module
+        a deep copy of it with merged weights. Integer and boolean tensors are copies of the base's; tensors
+        that the base ties are tied. New tensors require no gradient; a module's parameters do as in the
+        base.
+
+    Notes:
+        Extra memory: the result and at most 64 MiB.
+    """
+    chosen = make_method(
+        method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
+    )
+    leaves = _checked(base, models, chosen, n_threads)
+    if isinstance(base, nn.Module):
+        merged = copy.deepcopy(base)
+        targets = named_tensors(merged, "base")
+        _run(chosen, leaves, [targets[leaf.name] for leaf in leaves], n_threads)
+        return merged
+    outs = [torch.empty_like(leaf.base, requires_grad=False) for leaf in leaves]
+    _run(chosen, leaves, outs, n_threads)
+    by_name = {
+        name: out for leaf, out in zip(leaves, outs, strict=True) for name in (leaf.name, *leaf.aliases)
+    }
+    return cast(W, _like(base, by_name))
+
+
+def _like(base: Any, merged: Mapping[str, Tensor]) -> Any:
+    """`base` rebuilt with merged tensors; what was not merged is cloned."""
+    if isinstance(base, Tensor):
+        return merged["tensor"]
+    if isinstance(base, Mapping):
+        names = strip_wrappers(base)
+        rebuilt = {key: _leaf_like(value, merged.get(names[key])) for key, value in base.items()}
+        return OrderedDict(rebuilt) if isinstance(base, OrderedDict) else rebuilt
+    parts = [_leaf_like(value, merged.get(str(index))) for index, value in enumerate(base)]
+    return tuple(parts) if isinstance(base, tuple) else parts
+
+
+def _leaf_like(value: Any, merged: Tensor | None) -> Any:
+    if merged is not None:
+        return merged
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _checked(base: Weights, models: Iterable[Weights], method: ProgramMethod, n_threads: int) -> list[Leaf]:
+    """The leaves of a call whose arguments fit the method."""
+    check_threads(n_threads)
+    found = model_list(models)
+    method.check_models(len(found))
+    return match(base, found)
+
+
+def check_threads(n_threads: int) -> None:
+    """Raise unless a thread count is 0 or more.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if isinstance(n_threads, bool) or not isinstance(n_threads, int) or n_threads < 0:
+        raise ArgumentError(f"n_threads is {n_threads!r}; expected 0 (all cores) or a positive integer.")
+
+
+def _run(method: ProgramMethod, leaves: Sequence[Leaf], outs: Sequence[Tensor], n_threads: int) -> None:
+    """Merge leaves into `outs`; every table has its backend before the first one is written."""
+    with torch.no_grad():
+        for table, backend in list(_tables(method, leaves, outs)):
+            planes = _Planes(table)
+            statistics = TableStatistics(backend, table, planes.new, n_threads)
+            program, scalars = method.resolve(statistics)
+            backend.combine(table, program, scalars, n_threads)
+            for entry in table.entries:
+                entry.masks = ()
+
+
+def _tables(
+    method: ProgramMethod, leaves: Sequence[Leaf], outs: Sequence[Tensor]
+) -> Iterator[tuple[WorkTable, Backend]]:
+    """Work tables: one per device and arithmetic, and as few as the memory for bit planes allows."""
+    rows: dict[tuple[torch.device, bool], list[Entry]] = {}
+    double = any(leaf.float64 for leaf in leaves)
+    for leaf, out in zip(leaves, outs, strict=True):
+        if leaf.base.numel() == 0:
+            continue
+        operand, operands = method.operands(leaf.base_view, leaf.model_views)
+        entry = Entry(
+            name=leaf.name,
+            models=operands,
+            base=operand,
+            out=leaf.base_view if out is leaf.base else view(out, leaf.name, "out", float64=True),
+            row=method.row_elements(leaf.base.shape),
+        )
+        # thresholds over the whole model need one table, in the widest arithmetic that any tensor needs
+        rows.setdefault((leaf.base.device, double if method.whole_model else leaf.float64), []).append(entry)
+    if method.whole_model and len(rows) > 1:
+        devices = sorted(str(device) for device, _ in rows)
+        raise DeviceError(
+            f"method {method.info.name!r}, dialect {method.dialect!r} ranks all tensors together; found "
+            f"them on {', '.join(devices)}, expected one device. Move them, or use a dialect that ranks "
+            "each tensor by itself."
+        )
+    for (_, float64), entries in rows.items():
+        if method.whole_model:
+            _share_group(entries)
+        for batch in _batches(method, entries):
+            if not method.whole_model:
+                for group, entry in enumerate(batch):
+                    entry.group = group
+            table = WorkTable(batch, len(batch[0].models))
+            yield table, float64_backend() if float64 else backend_for(table)
+
+
+def _share_group(entries: list[Entry]) -> None:
+    """One group, positions running in order of name."""
+    position = 0
+    for entry in sorted(entries, key=lambda e: e.name):
+        entry.group, entry.group_offset = 0, position
+        position += entry.n_elements
+
+
+def _batches(method: ProgramMethod, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Runs of entries whose bit planes fit `PLANE_BYTES`; one that alone does not is a run of its own."""
+    batch: list[Entry] = []
+    used = 0
+    for entry in entries:
+        wanted = method.plane_bytes(entry.n_elements, len(entry.models))
+        if batch and used + wanted > PLANE_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(entry)
+        used += wanted
+    if batch:
+        yield batch
+
+
+class _Planes:
+    """Allocates bit planes on the device of a table; words are zero."""
+
+    def __init__(self, table: WorkTable) -> None:
+        self.device = table.entries[0].models[0].owner.device
+
+    def new(self, n_bits: int) -> View:
+        words = torch.zeros((n_bits + 63) // 64, dtype=torch.int64, device=self.device)
+        return View(words.data_ptr(), n_bits, DType.F32, words)
+
+
+def float64_backend() -> Backend:
+    forced = os.environ.get("TVFAST_BACKEND")
+    if forced not in (None, "", "reference"):
+        raise BackendError(
+            f"backend {forced!r} was forced but cannot run: float64 tensors are merged by the reference "
+            "backend. Unset TVFAST_BACKEND, or cast to float32."
+        )
+    from tvfast.ops.reference import backend
+
+    return backend(torch.float64)

@@ -1,0 +1,78 @@
+"""Merge methods by name. Importing this package registers them all and imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from tvfast.errors import ArgumentError, UnknownNameError
+from tvfast.methods import (  # noqa: F401  (imported to register)
+    breadcrumbs,
+    dare,
+    della,
+    linear,
+    passthrough,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+)
+from tvfast.methods.base import (
+    METHODS,
+    MethodInfo,
+    Parameter,
+    ProgramMethod,
+    check_name,
+    nearest,
+    register_method,
+)
+from tvfast.methods.statistics import TableStatistics
+
+__all__ = [
+    "METHODS",
+    "MethodInfo",
+    "Parameter",
+    "ProgramMethod",
+    "TableStatistics",
+    "make_method",
+    "method_info",
+    "register_method",
+]
+
+SHARED = frozenset(f.name for f in fields(ProgramMethod))
+"""Parameters that callers pass to every method, as None where they were not given."""
+
+
+def method_info(name: str) -> MethodInfo:
+    """What the registry knows of a method.
+
+    Raises:
+        UnknownNameError: no method has that name; the nearest one is named.
+    """
+    check_name("method", name, sorted(METHODS), "merge")
+    return METHODS[name]
+
+
+def make_method(name: str, **parameters: Any) -> ProgramMethod:
+    """A method with its parameters checked; parameters that are None keep their defaults.
+
+    Raises:
+        UnknownNameError: the method, a parameter, `tie` or `dialect` does not exist.
+        ArgumentError: a value is out of range, or another method's parameter was given.
+    """
+    info = method_info(name)
+    own = [p.name for p in info.parameters]
+    for found, value in parameters.items():
+        if found in own or (value is None and found in SHARED):
+            continue
+        takers = [other.name for other in METHODS.values() if any(p.name == found for p in other.parameters)]
+        if takers:
+            raise ArgumentError(
+                f"method {name!r} does not take {found!r}; it takes {', '.join(own)}. "
+                f"Methods that take {found!r}: {', '.join(sorted(takers))}."
+            )
+        raise UnknownNameError(
+            f"method {name!r}: parameter {found!r} does not exist;{nearest(found, own)} "
+            f"it takes {', '.join(own)}."
+        )
+    return info.cls(**{key: value for key, value in parameters.items() if value is not None})

@@ -1,0 +1,296 @@
+"""The registry, and what every method is: a frozen choice of stages and scalars that owns no kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+from tvfast.errors import ArgumentError, UnknownNameError
+from tvfast.methods.statistics import TableStatistics
+from tvfast.program import ALWAYS, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
+
+PerModel: TypeAlias = float | Sequence[float]
+"""One value, or one per model."""
+
+TIES = {"ge": Tie.GE, "index": Tie.INDEX, "hash": Tie.HASH}
+DEFAULT_TIES = {"mergekit": "hash", "paper": "ge"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One keyword of a method: its name, default and meaning."""
+
+    name: str
+    default: Any
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """What the registry knows of a method. `n_models`: fewest and most (None: no limit), base not counted."""
+
+    name: str
+    cls: type[ProgramMethod]
+    source: str
+    dialects: tuple[str, ...]
+    needs_base: bool
+    n_models: tuple[int, int | None]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def formula(self) -> str:
+        """The first line of the class docstring."""
+        return (self.cls.__doc__ or "").strip().splitlines()[0]
+
+
+METHODS: dict[str, MethodInfo] = {}
+"""Every registered method by name."""
+
+M = TypeVar("M", bound="ProgramMethod")
+
+
+def register_method(
+    name: str,
+    *,
+    source: str,
+    dialects: tuple[str, ...] = ("mergekit",),
+    needs_base: bool = True,
+    n_models: tuple[int, int | None] = (1, None),
+) -> Callable[[type[M]], type[M]]:
+    """Class decorator: make a method known under `name`; the first of `dialects` is its default.
+
+    Args:
+        source: paper or program that defines it.
+        needs_base: whether the base's values are an operand.
+        n_models: fewest and most models, base not counted.
+    """
+
+    def decorate(cls: type[M]) -> type[M]:
+        parameters = tuple(
+            Parameter(f.name, f.default, f.metadata.get("meaning", ""))
+            for f in fields(cls)
+            if f.name not in cls.unused
+        )
+        cls.info = METHODS[name] = MethodInfo(name, cls, source, dialects, needs_base, n_models, parameters)
+        return cls
+
+    return decorate
+
+
+def parameter(default: Any, meaning: str) -> Any:
+    """A dataclass field with its one-line meaning."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramMethod(ABC):
+    """A merge method inside the stage algebra. Every parameter is checked when it is made.
+
+    Raises:
+        ArgumentError: a value outside its range, with what was found and expected.
+        UnknownNameError: `tie` or `dialect` does not exist.
+    """
+
+    info: ClassVar[MethodInfo]
+    unused: ClassVar[frozenset[str]] = frozenset()  # shared parameters that mean nothing here
+    random: ClassVar[bool] = False  # whether entries are drawn, so that every model needs a key
+
+    weights: PerModel | None = parameter(None, "w_k: one, or one per model; 1 by default")
+    scale: float = parameter(1.0, "λ: multiplies the merged task vector")
+    seed: int = parameter(0, "key of random draws and of tie='hash'")
+    tie: str | None = parameter(
+        None, "entries equal to a threshold: 'ge', 'index' or 'hash'; by dialect if None"
+    )
+    dialect: str = parameter("mergekit", "whose reading of the method")
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            self._normalise("weights", finite=True)
+        self._normalise("scale", finite=True, per_model=False)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentError(f"seed is {self.seed!r}; expected an integer.")
+        check_name("dialect", self.dialect, self.info.dialects, f"method {self.info.name!r}")
+        if self.tie is not None:
+            check_name("tie", self.tie, TIES, f"method {self.info.name!r}")
+
+    # -- the three questions ------------------------------------------------------------------------
+
+    @abstractmethod
+    def program(self) -> Program:
+        """The stages."""
+
+    def scalars(self, statistics: TableStatistics) -> list[TensorScalars]:
+        """The numbers of every tensor; asks `statistics` for what must be measured."""
+        return self.plain_scalars(statistics.table)
+
+    def resolve(self, statistics: TableStatistics) -> tuple[Program, list[TensorScalars]]:
+        """Stages and numbers together, for methods whose stages depend on what fits in memory."""
+        return self.program(), self.scalars(statistics)
+
+    # -- how tensors become rows of a work table ----------------------------------------------------
+
+    def operands(self, base: View, models: tuple[View, ...]) -> tuple[View | None, tuple[View, ...]]:
+        """(base, models) of an `Entry`: without a base, the models themselves are merged."""
+        return (base if self.info.needs_base else None), models
+
+    def row_elements(self, shape: Sequence[int]) -> int:
+        """Elements per row for rank stages; 0: the whole tensor is one row."""
+        return 0
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether thresholds and majorities are taken over all tensors together, in order of name."""
+        return False
+
+    def plane_bytes(self, n_elements: int, n_models: int) -> int:
+        """Bytes of bit planes wanted for one tensor; merges go in batches that fit `PLANE_BYTES`."""
+        return 0
+
+    # -- for subclasses -----------------------------------------------------------------------------
+
+    @property
+    def tie_rule(self) -> Tie:
+        return TIES[self.tie or DEFAULT_TIES[self.dialect]]
+
+    def check_models(self, n_models: int) -> None:
+        """Raise unless the method takes this many models and every per-model parameter has as many values.
+
+        Raises:
+            ArgumentError: naming the parameter, how many were found and expected.
+        """
+        fewest, most = self.info.n_models
+        if n_models < fewest or (most is not None and n_models > most):
+            expected = (
+                f"{fewest}"
+                if most == fewest
+                else f"at least {fewest}"
+                if most is None
+                else f"{fewest} to {most}"
+            )
+            raise ArgumentError(
+                f"method {self.info.name!r} got {n_models} models; expected {expected} besides the base."
+            )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple) and len(value) != n_models:
+                raise ArgumentError(
+                    f"method {self.info.name!r}: {f.name} has {len(value)} values for {n_models} models; "
+                    "expected one value or one per model."
+                )
+
+    def per_model(self, name: str, n_models: int) -> tuple[float, ...]:
+        """A parameter as one value per model; an absent one is all 1."""
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            return value
+        return (1.0 if value is None else float(value),) * n_models
+
+    def plain_scalars(self, table: WorkTable) -> list[TensorScalars]:
+        """Weights, scale and, where draws or hashed ties need them, keys. Everything else at its default."""
+        weights = self.per_model("weights", table.n_models)
+        keyed = self.random or self.program().tie is Tie.HASH
+        return [
+            TensorScalars(
+                models=[
+                    ModelScalars(weight=weight, key=model_key(self.seed, entry.name, k) if keyed else 0)
+                    for k, weight in enumerate(weights)
+                ],
+                scale=self.scale,
+            )
+            for entry in table.entries
+        ]
+
+    def _normalise(self, name: str, *, finite: bool = False, per_model: bool = True) -> None:
+        """Replace a numeric parameter by a float or a tuple of floats."""
+        value = numbers(name, getattr(self, name))
+        if isinstance(value, tuple) and not per_model:
+            raise ArgumentError(f"method {self.info.name!r}: {name} is a sequence; expected one number.")
+        for item in value if isinstance(value, tuple) else (value,):
+            if finite and not math.isfinite(item):
+                raise ArgumentError(f"method {self.info.name!r}: {name} is {item}; expected a finite number.")
+        object.__setattr__(self, name, value)
+
+    def _check_fractions(self, *names: str) -> None:
+        """Normalise parameters that are shares; raise unless every value is in [0, 1]."""
+        for name in names:
+            self._normalise(name)
+            value = getattr(self, name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if not 0.0 <= item <= 1.0:
+                    raise ArgumentError(
+                        f"method {self.info.name!r}: {name} is {item}; expected a number in [0, 1]."
+                    )
+
+    def _check_flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, bool):
+            raise ArgumentError(f"method {self.info.name!r}: {name} is {value!r}; expected True or False.")
+
+
+def numbers(name: str, value: Any) -> float | tuple[float, ...]:
+    """A number as float; a sequence, array or 1-D tensor of numbers as a tuple.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if not isinstance(value, bool | str | bytes):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        try:
+            if isinstance(value, Iterable):
+                return tuple(float(item) for item in value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise ArgumentError(f"{name} is {value!r}; expected a number or one number per model.")
+
+
+def check_name(what: str, found: object, known: Iterable[str], place: str) -> None:
+    """Raise unless `found` is a known name.
+
+    Raises:
+        UnknownNameError: with the nearest known name.
+    """
+    names = list(known)
+    if found not in names:
+        raise UnknownNameError(
+            f"{place}: {what} {found!r} does not exist;{nearest(str(found), names)} "
+            f"expected one of {', '.join(names)}."
+        )
+
+
+def nearest(found: str, known: Iterable[str]) -> str:
+    """ " did you mean 'x'?" for the nearest known name, or nothing."""
+    matches = get_close_matches(found, list(known), n=1)
+    return f" did you mean {matches[0]!r}?" if matches else ""
+
+
+def model_key(seed: int, name: str, model: int) -> int:
+    """The 64-bit key of one model's draws and tie hashes in one tensor; see docs/numerics.md, Keys."""
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{model}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def draw_limit(probability: float) -> int:
+    """The 32-bit draws below it are a share `probability` of all."""
+    return min(ALWAYS, max(0, round(probability * ALWAYS)))
+
+
+def float32(value: float) -> float:
+    """Rounded once to float32; infinity where it does not fit."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def top_count(density: float, n: int) -> int:
+    """Entries kept at a density: truncated, in float64."""
+    return int(density * n)

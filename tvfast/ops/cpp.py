@@ -1,0 +1,220 @@
+"""Adapter to the C++ kernels: work tables to addresses, numbers to dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from tvfast import _C_cpu
+from tvfast.errors import ArgumentError
+from tvfast.ops.raw import Wants
+from tvfast.program import (
+    Keep,
+    Moments,
+    Program,
+    RankQuery,
+    TensorScalars,
+    Threshold,
+    View,
+    WorkTable,
+)
+
+
+def isas() -> list[str]:
+    """Instruction sets that this build holds and this processor can run, best first."""
+    return list(_C_cpu.isas())
+
+
+def _pair(view: View | None) -> tuple[int, int]:
+    return (0, 0) if view is None else (view.address, int(view.dtype))
+
+
+def _native_table(table: WorkTable) -> Any:
+    native = table.cache.get("cpp")
+    if native is None:
+        native = _C_cpu.Table(table.n_models)
+        for entry in table.entries:
+            native.add(
+                _pair(entry.base),
+                [_pair(view) for view in entry.models],
+                _pair(entry.out),
+                [_pair(view) for view in entry.scores],
+                [view.address for view in entry.masks],
+                entry.n_elements,
+                entry.row,
+                entry.offset,
+                entry.group,
+                entry.group_offset,
+            )
+        table.cache["cpp"] = native
+    return native
+
+
+def _native_program(program: Program) -> tuple[int, ...]:
+    return (
+        int(program.keep),
+        int(program.tie),
+        int(program.gain),
+        int(program.vote),
+        int(program.ballot),
+        int(program.zero_sign),
+        int(program.members),
+        int(program.reduce),
+        int(program.divisor),
+    )
+
+
+def _native_scalars(scalars: Sequence[TensorScalars]) -> Any:
+    tensors = [(s.scale, s.majority, s.divisor_floor, s.divisor_fill) for s in scalars]
+    models = [
+        (
+            m.weight,
+            m.gain,
+            m.lo,
+            m.hi,
+            m.lo_cut,
+            m.hi_cut,
+            m.limit,
+            m.limit_step,
+            m.prob,
+            m.prob_step,
+            m.rank_lo,
+            m.rank_hi,
+            m.key,
+        )
+        for s in scalars
+        for m in s.models
+    ]
+    return _C_cpu.Scalars(tensors, models)
+
+
+class CppBackend:
+    """The C++ kernels at one instruction set."""
+
+    name = "cpp"
+
+    def __init__(self, isa: str = "", tile: int = 0) -> None:
+        self._isa = isa
+        self._tile = tile
+
+    @property
+    def detail(self) -> str:
+        isa = self._isa or _C_cpu.default_isa()
+        return f"{isa}; this processor can run {', '.join(isas())}; {_C_cpu.available_threads()} threads"
+
+    def why_not(self, table: WorkTable) -> str | None:
+        for entry in table.entries:
+            for view in (entry.base, entry.out, *entry.models, *entry.scores):
+                device = getattr(getattr(view, "owner", None), "device", None)
+                if device is not None and device.type != "cpu":
+                    return f"tensor {entry.name!r} is on {device}"
+                dtype = str(getattr(getattr(view, "owner", None), "dtype", ""))
+                if dtype == "torch.float64":
+                    return f"tensor {entry.name!r} is float64"
+        return None
+
+    def thresholds(
+        self, table: WorkTable, keep: Keep, queries: Sequence[RankQuery], n_threads: int = 0
+    ) -> list[Threshold]:
+        asked = [(q.group, q.model, q.k) for q in queries]
+        found = _C_cpu.thresholds(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile)
+        return [Threshold(*answer) for answer in found]
+
+    def nth_equal(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, float, int]],
+        n_threads: int = 0,
+    ) -> list[int]:
+        asked = list(queries)
+        return list(_C_cpu.nth_equal(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile))
+
+    def measure(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> list[Moments]:
+        found = _C_cpu.measure(
+            _native_table(table),
+            _native_program(program),
+            _native_scalars(scalars),
+            int(wants),
+            self._isa,
+            n_threads,
+            self._tile,
+        )
+        return [_moments(answer, table.n_models) for answer in found]
+
+    def row_masks(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None:
+        _C_cpu.row_masks(
+            _native_table(table),
+            _native_program(program),
+            _native_scalars(scalars),
+            self._isa,
+            n_threads,
+            self._tile,
+        )
+
+    def combine(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None:
+        _C_cpu.combine(
+            _native_table(table),
+            _native_program(program),
+            _native_scalars(scalars),
+            self._isa,
+            n_threads,
+            self._tile,
+        )
+
+
+def _moments(answer: Any, n_models: int) -> Moments:
+    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite, n_base_nonfinite, elected, n_conflict = answer
+    gram = [[upper[min(a, b) * n_models + max(a, b)] for b in range(n_models)] for a in range(n_models)]
+    return Moments(
+        l1_before=l1_before,
+        l1=l1,
+        gram=gram,
+        n_kept=n_kept,
+        n_nonzero=n_nonzero,
+        n_nonfinite=n_nonfinite,
+        n_base_nonfinite=n_base_nonfinite,
+        elected=elected,
+        n_conflict=n_conflict,
+    )
+
+
+@lru_cache(maxsize=None)
+def backend(isa: str | None = None, tile: int = 0) -> CppBackend:
+    """The C++ backend.
+
+    Args:
+        isa: an instruction set of `isas()`; None: the best, or the one that `TVFAST_ISA` names.
+        tile: elements that a thread takes at a time; 0: chosen by the kernels. No result depends on it.
+
+    Raises:
+        ArgumentError: `isa`, or `TVFAST_ISA`, names an instruction set that cannot run here.
+    """
+    try:
+        if isa is None:
+            _C_cpu.default_isa()
+        elif isa not in isas():
+            raise ValueError(f"instruction set {isa!r} cannot run here; expected one of {', '.join(isas())}")
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    return CppBackend(isa or "", tile)

@@ -1,0 +1,131 @@
+"""The torch-free face of ops: backends over work tables of (address, length, dtype)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Protocol, cast
+
+from tvfast.errors import ArgumentError, BackendError
+from tvfast.program import (
+    Keep,
+    Moments,
+    Program,
+    RankQuery,
+    TensorScalars,
+    Threshold,
+    WorkTable,
+)
+
+
+class Wants(IntFlag):
+    """Which fields of `Moments` a measurement fills."""
+
+    L1_BEFORE = 1
+    L1 = 2
+    GRAM = 4
+    COUNTS = 8  # n_kept, n_nonzero, n_nonfinite, n_base_nonfinite
+    VOTES = 16  # elected, n_conflict
+    SQUARES = 32  # the diagonal of the Gram matrix only
+
+
+class Backend(Protocol):
+    """What every backend implements; `docs/architecture.md` gives the contract."""
+
+    name: str
+
+    def why_not(self, table: WorkTable) -> str | None:
+        """None if the table can be processed, otherwise the reason."""
+
+    def thresholds(
+        self, table: WorkTable, keep: Keep, queries: Sequence[RankQuery], n_threads: int = 0
+    ) -> list[Threshold]: ...
+
+    def nth_equal(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, float, int]],
+        n_threads: int = 0,
+    ) -> list[int]: ...
+
+    def measure(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> list[Moments]: ...
+
+    def row_masks(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None: ...
+
+    def combine(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """One line of `tvfast doctor`."""
+
+    name: str
+    usable: bool
+    detail: str
+
+
+_MODULES = {"cpp": "tvfast.ops.cpp", "reference": "tvfast.ops.reference"}  # in order of preference
+
+
+def _load(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(_MODULES[name]).backend())
+
+
+def backend_for(table: WorkTable) -> Backend:
+    """The first backend that can process the table; `TVFAST_BACKEND` forces one.
+
+    Raises:
+        ArgumentError: `TVFAST_BACKEND` names no backend.
+        BackendError: the forced backend cannot run, or none can; every reason is given.
+    """
+    forced = os.environ.get("TVFAST_BACKEND")
+    if forced and forced not in _MODULES:
+        raise ArgumentError(f"TVFAST_BACKEND={forced!r} is not a backend; expected one of {', '.join(_MODULES)}.")
+    reasons = []
+    for name in [forced] if forced else _MODULES:
+        try:
+            backend = _load(name)
+        except ImportError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        reason = backend.why_not(table)
+        if reason is None:
+            return backend
+        reasons.append(f"{name}: {reason}")
+    which = f"backend {forced!r} was forced but cannot run" if forced else "no backend can run"
+    raise BackendError(f"{which}: {'; '.join(reasons)}.")
+
+
+def backend_statuses() -> list[BackendStatus]:
+    """Every backend, whether it can run here, and the reason if not."""
+    statuses = []
+    for name in _MODULES:
+        try:
+            detail = getattr(_load(name), "detail", "")
+            statuses.append(BackendStatus(name, True, str(detail)))
+        except ImportError as error:
+            statuses.append(BackendStatus(name, False, str(error)))
+    return statuses
