@@ -65,8 +65,9 @@ gpu-compile:
 	fi; \
 	echo "gpu-compile: no GPU kernels in csrc/cuda or kernels; nothing to compile"
 
+# BENCH="--op combine --threads 1" chooses; TVFAST_MERGEKIT_PYTHON adds the rows of mergekit.
 bench: develop
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py $(BENCH)
 
 clean:
 	rm -rf build dist *.egg-info tvfast/*.so

@@ -50,7 +50,9 @@ def combine_error(tile: Tile, program: Program, scalars: TensorScalars, dtype: t
     belong = stages.members(program, scalars, ballots, weighted)
     magnitudes = [torch.where(member, v.abs(), 0.0) for member, v in zip(belong, weighted, strict=True)]
     mass = stages.divide(program, scalars, belong, sum(magnitudes[1:], magnitudes[0])).abs()
-    reduced = stages.divide(program, scalars, belong, stages.reduce(program, belong, weighted))
+    reduced = stages.divide(
+        program, scalars, belong, stages.reduce(program, scalars, belong, rescaled, weighted)
+    )
     result = stages.apply(scalars, tile.base, reduced)
     base = torch.zeros_like(result) if tile.base is None else tile.base
     terms = abs(scalars.scale) * mass + base.abs() + result.abs()

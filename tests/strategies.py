@@ -261,7 +261,7 @@ def model_scalars(draw: st.DrawFn, ends: Sequence[float], n: int, exact: bool) -
         lo_cut=draw(_cuts),
         hi_cut=draw(_cuts),
         limit=draw(st.one_of(st.sampled_from([0, ALWAYS]), st.integers(0, ALWAYS))),
-        limit_step=draw(st.one_of(st.integers(0, 2**64 // (n + 1)), st.integers(0, 2**64 - 1))),
+        limit_step=draw(st.one_of(st.integers(0, 2**64 // (n + 2)), st.integers(0, 2**64 - 1))),
         prob=draw(st.sampled_from([1.0, 0.5, 0.25]) if exact else st.floats(0.0, 1.0, width=32)),
         prob_step=0.0 if exact else draw(st.sampled_from([0.0, 1e-3, -1e-3, 0.25])),
         rank_lo=draw(st.integers(0, n + 1)),

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -72,6 +73,8 @@ Scalars to_scalars(const std::vector<TensorTuple>& tensors, const std::vector<Mo
 
 Options to_options(const std::string& isa, int n_threads, std::int64_t tile) { return {isa, n_threads, tile}; }
 
+std::uint32_t key_of(float value) { return std::min(std::bit_cast<std::uint32_t>(value) & 0x7fffffffu, kNanKey); }
+
 std::vector<double> values(const std::vector<BinnedSum>& sums) {
   std::vector<double> result;
   for (const BinnedSum& sum : sums) result.push_back(sum.value());
@@ -139,7 +142,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("verify", [](const Table& table, const std::vector<std::tuple<int, int, float>>& asked, const std::string& isa,
                      int n_threads, std::int64_t tile) {
     std::vector<CountQuery> queries;
-    for (const auto& [group, model, value] : asked) queries.push_back({group, model, std::bit_cast<std::uint32_t>(value)});
+    for (const auto& [group, model, value] : asked) queries.push_back({group, model, key_of(value)});
     const py::gil_scoped_release unlocked;
     std::vector<std::pair<std::int64_t, std::int64_t>> counts;
     for (const Threshold& t : verify(table, queries, to_options(isa, n_threads, tile))) counts.push_back({t.n_greater, t.n_equal});
@@ -149,8 +152,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("nth_equal", [](const Table& table, int keep, const std::vector<std::tuple<int, int, float, std::int64_t>>& asked,
                         const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<EqualQuery> queries;
-    for (const auto& [group, model, value, r] : asked)
-      queries.push_back({group, model, std::bit_cast<std::uint32_t>(value), r});
+    for (const auto& [group, model, value, r] : asked) queries.push_back({group, model, key_of(value), r});
     const py::gil_scoped_release unlocked;
     return nth_equal(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
   });

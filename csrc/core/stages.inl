@@ -5,23 +5,18 @@
 // keep ---------------------------------------------------------------------------------------------------------------
 
 // Each inversion becomes an unordered comparison.
-TVFAST_STAGE M in_band(F a, F lo, F hi) { return invert(a < lo) & invert(a > hi); }
+TVFAST_STAGE M from_end(F a, F lo) { return invert(a < lo); }
+TVFAST_STAGE M in_band(F a, F lo, F hi) { return from_end(a, lo) & invert(a > hi); }
 
 TVFAST_STAGE M in_band_ties(F a, F lo, F hi, M under_lo_cut, M under_hi_cut) {
   return in_band(a, lo, hi) & invert((a == lo) & invert(under_lo_cut)) & invert((a == hi) & under_hi_cut);
 }
 
-TVFAST_STAGE U mix(U h) {
-  h ^= h >> 16;
-  h *= 0x7FEB352Du;
+// `folded` is made of the key and of the high word of the index. Half a mixer: only the order of hashes is used.
+TVFAST_STAGE U tie_hash(U index_low, U folded) {
+  U h = (index_low ^ folded) * 0x7FEB352Du;
   h ^= h >> 15;
-  h *= 0x846CA68Bu;
-  return h ^ (h >> 16);
-}
-
-// `index_low` is the low word of the index, `folded` is low32(key) ^ high32(index) * 0x9E3779B9.
-TVFAST_STAGE U tie_hash(U index_low, U folded, std::uint32_t key_high) {
-  return mix(mix(index_low ^ folded) ^ key_high);
+  return h * 0x846CA68Bu;
 }
 
 // vote ---------------------------------------------------------------------------------------------------------------

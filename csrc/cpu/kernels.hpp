@@ -18,6 +18,9 @@ inline std::int64_t block_length(int n_models) {
   return std::clamp<std::int64_t>(8192 / (n_models + 2) / 64 * 64, kMinBlock, kMaxBlock);
 }
 
+// Elements up to which a bin of magnitudes is sorted by insertion.
+inline constexpr std::uint32_t kInsertionSort = 64;
+
 // A growing array on 64-byte boundaries; never shrinks, contents are lost on growth.
 template <class T>
 class Buffer {
@@ -42,7 +45,8 @@ class Buffer {
 // One thread's memory.
 struct Scratch {
   Buffer<float> base, taus, probs, score, result;
-  Buffer<std::uint32_t> draws, keys, ranks, sorted, order;
+  Buffer<std::uint32_t> draws, keys, ranks, bins;
+  Buffer<std::uint64_t> sorted;
   std::vector<float> row;
 };
 
@@ -64,11 +68,16 @@ struct Moments {
 
 enum Wants : unsigned { L1_BEFORE = 1, L1 = 2, GRAM = 4, COUNTS = 8, VOTES = 16, SQUARES = 32 };
 
+// Bits of a magnitude, in which every NaN is this one.
+inline constexpr std::uint32_t kNanKey = 0x7f800001u;
+
 // Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between are collected.
 struct Bracket {
   std::uint32_t lo = 0, hi = 0;
   std::int64_t n_above = 0, n_hi = 0, n_lo = 0, n_inside = 0;
 };
+
+inline constexpr int kVerifyModels = 4;
 
 struct Kernels {
   const char* name;
@@ -79,8 +88,9 @@ struct Kernels {
   // Magnitude bits of `n` keys of `model` from `begin`, where `keep` says which key: tau, score or variance.
   void (*keys)(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n, Scratch& scratch,
                std::uint32_t* out);
-  // Counts against lo == hi only; the same as `scan` without collecting, straight from storage.
-  void (*verify)(const Entry& entry, int model, std::int64_t begin, std::int64_t end, Bracket& bracket);
+  // Counts task vectors of up to kVerifyModels models against brackets with lo == hi, straight from storage: base and
+  // models of one type.
+  void (*verify)(const Entry& entry, const int* models, int n, std::int64_t begin, std::int64_t end, Bracket* const* brackets);
   // Counts; keys strictly inside are written to `out`, which has room for n + lanes, unless it is null. Returns how many.
   std::int64_t (*scan)(const std::uint32_t* keys, std::int64_t n, Bracket& bracket, std::uint32_t* out);
   std::int64_t (*count_equal)(const std::uint32_t* keys, std::int64_t n, std::uint32_t value);

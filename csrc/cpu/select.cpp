@@ -17,7 +17,7 @@ namespace tvfast {
 
 namespace {
 
-constexpr std::uint32_t kTopKey = 0x7fffffffu;
+constexpr std::uint32_t kTopKey = kNanKey;
 constexpr std::int64_t kTile = 16384;
 constexpr std::int64_t kSmallGroup = 16384;      // selected from a copy of its keys
 constexpr std::int64_t kSampleLine = 16;         // consecutive elements of one sample
@@ -52,6 +52,12 @@ struct Found {
     if (keys.size() < n_keys + n) keys.resize(2 * (n_keys + n));
     return keys.data() + n_keys;
   }
+};
+
+// A stream with queries to answer, and where those stand among the open queries.
+struct OpenStream {
+  Stream* stream;
+  std::size_t first;
 };
 
 std::uint32_t bin_width(const Query& query) { return (query.hi - query.lo) / kBins + 1; }
@@ -145,36 +151,52 @@ struct Selection {
     }
   }
 
-  // Counts for one tile of one stream.
-  void pass_over(const Entry& entry, const Stream& stream, std::int64_t begin, std::int64_t end, Scratch& scratch,
-                 std::vector<Found>& found, std::vector<std::atomic<std::int64_t>>& room, std::size_t first) {
-    const auto& queries = stream.queries;
-    const bool uniform = keep == Keep::BAND && entry.base.data != nullptr && entry.base.dtype == entry.models[stream.model].dtype;
-    bool need_keys = false;
-    for (std::size_t q = 0; q < queries.size(); ++q) {
-      if (queries[q].done) continue;
-      if (uniform && !queries[q].by_histogram && queries[q].lo == queries[q].hi) {
-        kernels.verify(entry, stream.model, begin, end, found[first + q].bracket);
-      } else {
-        need_keys = true;
-      }
-    }
-    if (!need_keys) return;
-    for_each_keys(entry, stream.model, begin, end, scratch, [&](const std::uint32_t* keys, std::int64_t n) {
-      for (std::size_t q = 0; q < queries.size(); ++q) {
-        const Query& query = queries[q];
-        Found& f = found[first + q];
-        if (query.done || (uniform && !query.by_histogram && query.lo == query.hi)) continue;
-        if (query.by_histogram) {
-          add_to_bins(query, keys, n, f);
+  // Whether a query can be counted straight from storage.
+  bool verifies(const Entry& entry, const Stream& stream, const Query& query) const {
+    return keep == Keep::BAND && !query.by_histogram && query.lo == query.hi && query.hi < kNanKey && entry.base.data != nullptr &&
+           entry.base.dtype == entry.models[stream.model].dtype;
+  }
+
+  // Counts of one tile for the queries of some streams; `first` is where a stream's queries stand in `found`.
+  void pass_over(const Entry& entry, std::int64_t begin, std::int64_t end, const std::vector<OpenStream>& open,
+                 Scratch& scratch, std::vector<Found>& found, std::vector<std::atomic<std::int64_t>>& room) {
+    int models[kVerifyModels], n_verified = 0;
+    Bracket* brackets[kVerifyModels];
+    const auto verify = [&] {
+      if (n_verified > 0) kernels.verify(entry, models, n_verified, begin, end, brackets);
+      n_verified = 0;
+    };
+    for (const auto& [stream, first] : open) {
+      bool needs_keys = false;
+      for (std::size_t q = 0; q < stream->queries.size(); ++q) {
+        const Query& query = stream->queries[q];
+        if (query.done) continue;
+        if (!verifies(entry, *stream, query)) {
+          needs_keys = true;
           continue;
         }
-        const bool collects = room[first + q].load(std::memory_order_relaxed) > 0;
-        const std::int64_t taken = kernels.scan(keys, n, f.bracket, collects ? f.room_for(n + kernels.lanes) : nullptr);
-        f.n_keys += taken;
-        if (taken > 0) room[first + q].fetch_sub(taken, std::memory_order_relaxed);
+        models[n_verified] = stream->model;
+        brackets[n_verified++] = &found[first + q].bracket;
+        if (n_verified == kVerifyModels) verify();
       }
-    });
+      if (!needs_keys) continue;
+      for_each_keys(entry, stream->model, begin, end, scratch, [&, stream = stream, first = first](const std::uint32_t* keys, std::int64_t n) {
+        for (std::size_t q = 0; q < stream->queries.size(); ++q) {
+          const Query& query = stream->queries[q];
+          Found& f = found[first + q];
+          if (query.done || verifies(entry, *stream, query)) continue;
+          if (query.by_histogram) {
+            add_to_bins(query, keys, n, f);
+            continue;
+          }
+          const bool collects = room[first + q].load(std::memory_order_relaxed) > 0;
+          const std::int64_t taken = kernels.scan(keys, n, f.bracket, collects ? f.room_for(n + kernels.lanes) : nullptr);
+          f.n_keys += taken;
+          if (taken > 0) room[first + q].fetch_sub(taken, std::memory_order_relaxed);
+        }
+      });
+    }
+    verify();
   }
 
   static void add_to_bins(const Query& query, const std::uint32_t* keys, std::int64_t n, Found& f) {
@@ -241,47 +263,38 @@ struct Selection {
       }
     });
     for (;;) {
+      // All open streams of a group take a tile together: the base's part of it is still cached for the next model.
+      std::map<int, std::vector<OpenStream>> open_of_group;
+      std::vector<std::pair<Query*, std::size_t>> open;
+      for (std::size_t s = begin; s < end; ++s) {
+        auto& queries = streams[s].queries;
+        if (std::all_of(queries.begin(), queries.end(), [](const Query& q) { return q.done; })) continue;
+        open_of_group[streams[s].group].push_back({&streams[s], open.size()});
+        for (Query& query : queries) open.push_back({&query, open.size()});
+      }
+      if (open.empty()) return;
       struct Task {
         const Entry* entry;
         std::int64_t begin, end;
-        std::size_t stream, first;
+        const std::vector<OpenStream>* open;
       };
       std::vector<Task> tasks;
-      std::size_t n_open = 0;
-      // Streams of one tensor follow each other tile by tile: the base's tile is still cached for the next model.
-      std::map<int, std::vector<std::pair<std::size_t, std::size_t>>> open_of_group;
-      for (std::size_t s = begin; s < end; ++s) {
-        const auto& queries = streams[s].queries;
-        if (std::all_of(queries.begin(), queries.end(), [](const Query& q) { return q.done; })) continue;
-        open_of_group[streams[s].group].push_back({s, n_open});
-        n_open += queries.size();
-      }
-      if (n_open == 0) return;
-      for (const auto& [group, open] : open_of_group)
+      for (const auto& [group, of_group] : open_of_group)
         for (const Entry* entry : group_entries[group])
           for (std::int64_t i = 0; i < entry->n; i += tile)
-            for (const auto& [s, first] : open) tasks.push_back({entry, i, std::min(i + tile, entry->n), s, first});
-      std::vector<std::atomic<std::int64_t>> room(n_open);
-      for (auto& r : room) r = kCandidateBytes / static_cast<std::int64_t>(sizeof(std::uint32_t) * n_open);
-      std::vector<std::vector<Found>> found(n_threads, std::vector<Found>(n_open));
-      for (const auto& [group, open] : open_of_group)
-        for (const auto& [s, first] : open)
-          for (std::size_t q = 0; q < streams[s].queries.size(); ++q)
-            for (auto& of_thread : found) {
-              of_thread[first + q].bracket.lo = streams[s].queries[q].lo;
-              of_thread[first + q].bracket.hi = streams[s].queries[q].hi;
-            }
+            tasks.push_back({entry, i, std::min(i + tile, entry->n), &of_group});
+      std::vector<std::atomic<std::int64_t>> room(open.size());
+      for (auto& r : room) r = kCandidateBytes / static_cast<std::int64_t>(sizeof(std::uint32_t) * open.size());
+      std::vector<std::vector<Found>> found(n_threads, std::vector<Found>(open.size()));
+      for (auto& of_thread : found)
+        for (const auto& [query, at] : open) of_thread[at].bracket = {query->lo, query->hi, 0, 0, 0, 0};
       parallel_for(static_cast<std::int64_t>(tasks.size()), n_threads, [&](std::int64_t task, int thread) {
         const Task& t = tasks[task];
-        pass_over(*t.entry, streams[t.stream], t.begin, t.end, scratch[thread], found[thread], room, t.first);
+        pass_over(*t.entry, t.begin, t.end, *t.open, scratch[thread], found[thread], room);
       });
-      std::vector<std::pair<Query*, std::size_t>> moving;
-      for (const auto& [group, open] : open_of_group)
-        for (const auto& [s, first] : open)
-          for (std::size_t q = 0; q < streams[s].queries.size(); ++q)
-            if (!streams[s].queries[q].done) moving.push_back({&streams[s].queries[q], first + q});
-      parallel_for(static_cast<std::int64_t>(moving.size()), n_threads, [&](std::int64_t task, int) {
-        advance(*moving[task].first, merge(found, moving[task].second));
+      parallel_for(static_cast<std::int64_t>(open.size()), n_threads, [&](std::int64_t task, int) {
+        const auto& [query, at] = open[task];
+        if (!query->done) advance(*query, merge(found, at));
       });
     }
   }
@@ -343,32 +356,29 @@ std::vector<Threshold> thresholds(const Table& table, Keep keep, const std::vect
 
 std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>& queries, const Options& options) {
   Selection selection(table, Keep::BAND, options);
-  std::vector<Stream> streams;
-  std::vector<std::vector<std::size_t>> of_group(table.n_groups());
-  for (const CountQuery& query : queries) {
-    Stream stream{query.group, query.model, 0, {}};
-    Query q;
-    q.lo = q.hi = query.key;
-    stream.queries.push_back(q);
-    of_group[query.group].push_back(streams.size());
-    streams.push_back(stream);
+  std::vector<Stream> streams(queries.size());
+  std::vector<std::vector<OpenStream>> of_group(table.n_groups());
+  for (std::size_t at = 0; at < queries.size(); ++at) {
+    Query query;
+    query.lo = query.hi = queries[at].key;
+    streams[at] = {queries[at].group, queries[at].model, 0, {query}};
+    of_group[queries[at].group].push_back({&streams[at], at});
   }
   const std::vector<Tile> tiles = table.tiles(selection.tile, false);
   std::vector<Scratch> scratch(selection.n_threads);
   std::vector<std::atomic<std::int64_t>> room(queries.size());
   std::vector<std::vector<Found>> found(selection.n_threads, std::vector<Found>(queries.size()));
   for (auto& of_thread : found)
-    for (std::size_t q = 0; q < queries.size(); ++q) of_thread[q].bracket.lo = of_thread[q].bracket.hi = queries[q].key;
+    for (std::size_t at = 0; at < queries.size(); ++at) of_thread[at].bracket.lo = of_thread[at].bracket.hi = queries[at].key;
   parallel_for(static_cast<std::int64_t>(tiles.size()), selection.n_threads, [&](std::int64_t task, int thread) {
     const Tile& tile = tiles[task];
     const Entry& entry = table.entries[tile.entry];
-    for (std::size_t s : of_group[entry.group])
-      selection.pass_over(entry, streams[s], tile.begin, tile.end, scratch[thread], found[thread], room, s);
+    selection.pass_over(entry, tile.begin, tile.end, of_group[entry.group], scratch[thread], found[thread], room);
   });
   std::vector<Threshold> result;
-  for (std::size_t q = 0; q < queries.size(); ++q) {
-    const Bracket& bracket = Selection::merge(found, q).bracket;
-    result.push_back({queries[q].key, bracket.n_above, bracket.n_hi});
+  for (std::size_t at = 0; at < queries.size(); ++at) {
+    const Bracket& bracket = Selection::merge(found, at).bracket;
+    result.push_back({queries[at].key, bracket.n_above, bracket.n_hi});
   }
   return result;
 }

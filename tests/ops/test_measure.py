@@ -49,7 +49,7 @@ def test_every_field_of_moments_has_a_want() -> None:
     assert named == {one.name for one in fields(Moments)}
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 63).map(Wants)))
 def test_every_number_equals_the_reference(native: Backend, case: Case, wants: Wants) -> None:
     found = native.measure(case.table(), case.program, case.scalars, wants)
@@ -57,7 +57,7 @@ def test_every_number_equals_the_reference(native: Backend, case: Case, wants: W
     assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected]
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(case=cases(most_parts=4))
 def test_threads_and_tiles_do_not_change_numbers(native_with: Callable[..., Backend], case: Case) -> None:
     def measured(backend: Backend, n_threads: int) -> list[dict[str, str]]:

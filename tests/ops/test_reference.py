@@ -75,15 +75,9 @@ def philox(key: int, g: int) -> int:
 
 
 def tie_hash(key: int, g: int) -> int:
-    def mix(h: int) -> int:
-        h ^= h >> 16
-        h = h * 0x7FEB352D & MASK32
-        h ^= h >> 15
-        h = h * 0x846CA68B & MASK32
-        return h ^ h >> 16
-
-    h = (g & MASK32) ^ (key & MASK32) ^ (g >> 32) * 0x9E3779B9 & MASK32
-    return mix(mix(h) ^ key >> 32)
+    folded_key = (key & MASK32) ^ ((key >> 32) * 0x85EBCA6B & MASK32)
+    h = ((g & MASK32) ^ ((g >> 32) * 0x9E3779B9 & MASK32) ^ folded_key) * 0x7FEB352D & MASK32
+    return (h ^ h >> 15) * 0x846CA68B & MASK32
 
 
 def sign(x: Any) -> int:
@@ -110,6 +104,22 @@ def rounded(x: np.float32, dtype: torch.dtype) -> int:
         return 0x7FC0
     word = pattern(x)
     return (word + 0x7FFF + (word >> 16 & 1)) >> 16
+
+
+def fused(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
+    """a * b + c by rational arithmetic, rounded once."""
+    plain = np.float64(a) * np.float64(b) + np.float64(c)
+    if not all(np.isfinite([a, b, c])):
+        return F(plain)
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if exact == 0:
+        return F(plain)  # exact in float64 too, with the sign that IEEE gives a zero
+    exponent = abs(exact.numerator).bit_length() - exact.denominator.bit_length()
+    if abs(exact) < Fraction(2) ** exponent:
+        exponent -= 1
+    unit = Fraction(2) ** (max(exponent, -126) - 23)
+    nearest = float(round(exact / unit) * unit)
+    return F(math.copysign(nearest, exact))
 
 
 class Restated:
@@ -208,7 +218,11 @@ class Restated:
         zero = {ZeroSign.PLUS: 1, ZeroSign.MINUS: -1, ZeroSign.NONE: 0, ZeroSign.MAJORITY: int(own.majority)}
         elected = self.voted(ballots) or zero[program.zero_sign]
         belong = [self.belongs(x, y, elected) for x, y in zip(ballots, v, strict=True)]
-        if program.reduce is Reduce.SUM:
+        if program.reduce is Reduce.FUSED_SUM:
+            result = F(-0.0)
+            for k, (member, model) in enumerate(zip(belong, own.models, strict=True)):
+                result = fused(self.rescaled(k, i) if member else F(0), F(model.weight), result)
+        elif program.reduce is Reduce.SUM:
             result = F(-0.0)
             for member, y in zip(belong, v, strict=True):
                 result = result + (y if member else F(0))

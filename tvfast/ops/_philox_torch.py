@@ -46,19 +46,12 @@ def draws(key: int, start: int, n: int, device: torch.device) -> Tensor:
     return torch.stack(words, dim=1).reshape(-1)[begin : begin + n]
 
 
-def _mix(h: Tensor) -> Tensor:
-    h = h ^ (h >> 16)
-    h = (h * 0x7FEB352D) & _WORD
-    h = h ^ (h >> 15)
-    h = (h * 0x846CA68B) & _WORD
-    return h ^ (h >> 16)
-
-
 def tie_hash(key: int, index: Tensor) -> Tensor:
     """The 32-bit tie hash of global element indices, int64 [n] -> int64 [n] in [0, 2^32).
 
-    Source: the mixer of Wellons' "lowbias32", applied twice.
+    Source: the inner steps of Wellons' "lowbias32" mixer.
     """
     low, high = index & _WORD, (index >> 32) & _WORD
-    h = low ^ (key & _WORD) ^ ((high * 0x9E3779B9) & _WORD)
-    return _mix(_mix(h) ^ ((key >> 32) & _WORD))
+    folded_key = (key & _WORD) ^ (((key >> 32) * 0x85EBCA6B) & _WORD)
+    h = ((low ^ ((high * 0x9E3779B9) & _WORD) ^ folded_key) * 0x7FEB352D) & _WORD
+    return ((h ^ (h >> 15)) * 0x846CA68B) & _WORD

@@ -274,8 +274,8 @@ def fused_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return a * b + c
     product, addend = a.to(torch.float64) * b.to(torch.float64), c.to(torch.float64)
     total = product + addend
-    # The product is exact. Knuth's two-sum gives the rounding error of the sum; rounding to odd by it makes the
-    # second rounding, to float32, as if from the exact sum.
+    # The product is exact. Knuth's two-sum gives the rounding error of the sum; rounding to odd by it makes
+    # the second rounding, to float32, as if from the exact sum.
     part = total - product
     error = (product - (total - part)) + (addend - part)
     bits = total.view(torch.int64)

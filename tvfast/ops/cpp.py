@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from tvfast import _C_cpu
@@ -199,7 +199,7 @@ def _moments(answer: Any, n_models: int) -> Moments:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend(isa: str | None = None, tile: int = 0) -> CppBackend:
     """The C++ backend.
 

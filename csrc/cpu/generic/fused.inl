@@ -56,33 +56,40 @@ struct Step {
   TVFAST_INLINE_STATIC U round(U u) { return u + (0x7fffu + ((u >> 16) & 1u)); }
 };
 
-// Scalars of the models, splat once per tile.
-template <int n_models>
-struct FusedScalars {
-  F weight[n_models], gain[n_models], lo[n_models], hi[n_models];
-  TieCut lo_cut[n_models], hi_cut[n_models];
-  F zero;  // the elected sign of a vote of zero
-  bool never_zero, unit_gain;
+// What of a band a fused kernel tests. A band's upper end is at infinity unless outliers are dropped.
+enum class Ends { NONE, LOWER, LOWER_HASHED, BOTH_HASHED };
+
+// A model's band with its ties resolved for one tile: an entry equal to `lo` survives iff its hash is at most
+// `lo_last`, one equal to `hi` iff its hash is at least `hi_first`.
+struct TileBand {
+  float lo, hi;
+  std::uint32_t lo_last = 0xffffffffu, hi_first = 0;
 };
 
-template <class Choice, Keep keep, bool ties, int n_models>
-TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const TensorScalars& tensor, const F* tau,
-                             const F* base, std::uint64_t index, U elements) {
+// Scalars of the models, splat once per tile. Gains are one and the zero rule gives a sign, or the tile is not fused.
+template <int n_models>
+struct FusedScalars {
+  F weight[n_models], lo[n_models], hi[n_models];
+  U folded[n_models], lo_last[n_models], hi_first[n_models];
+  F zero, scale, divisor_floor, divisor_fill;
+};
+
+template <Ends ends, int n_models>
+TVFAST_INLINE M fused_keep(const FusedScalars<n_models>& s, int k, F a, U index) {
+  if constexpr (ends == Ends::LOWER) return from_end(a, s.lo[k]);
+  const U hash = tie_hash(index, s.folded[k]);
+  const M dropped = (a == s.lo[k]) & (M)(hash > s.lo_last[k]);
+  if constexpr (ends == Ends::LOWER_HASHED) return from_end(a, s.lo[k]) & invert(dropped);
+  return in_band(a, s.lo[k], s.hi[k]) & invert(dropped | ((a == s.hi[k]) & (M)(hash < s.hi_first[k])));
+}
+
+template <class Choice, Ends ends, int n_models>
+TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, const F* base, U index) {
   constexpr Program program = Choice::get(Program{});
   F t[n_models], v[n_models];
   for (int k = 0; k < n_models; ++k) {
     t[k] = tau[k];
-    if constexpr (keep == Keep::BAND) {
-      const F a = magnitude(tau[k]);
-      M kept = in_band(a, s.lo[k], s.hi[k]);
-      if constexpr (ties) {
-        const M tied = (a == s.lo[k]) | (a == s.hi[k]);
-        if (mask_bits(tied) != 0)
-          kept = in_band_ties(a, s.lo[k], s.hi[k], s.lo_cut[k].under(index, elements), s.hi_cut[k].under(index, elements));
-      }
-      t[k] = masked(kept, t[k]);
-    }
-    if (!s.unit_gain) t[k] = t[k] * s.gain[k];
+    if constexpr (ends != Ends::NONE) t[k] = masked(fused_keep<ends>(s, k, magnitude(tau[k]), index), tau[k]);
     v[k] = t[k] * s.weight[k];
   }
   F sign = s.zero;
@@ -94,7 +101,7 @@ TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const TensorScalar
   F reduced = splat(-0.0f), divisor = splat(0.0f);
   for (int k = 0; k < n_models; ++k) {
     M member = all_lanes();
-    if constexpr (program.vote != Vote::NONE) member = agrees(program.ballot == Ballot::WEIGHTED ? v[k] : t[k], sign, s.never_zero);
+    if constexpr (program.vote != Vote::NONE) member = agrees(program.ballot == Ballot::WEIGHTED ? v[k] : t[k], sign, true);
     if constexpr (program.reduce == Reduce::FUSED_SUM) {
       reduced = fused_add(t[k], s.weight[k], reduced);
     } else {
@@ -103,64 +110,97 @@ TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const TensorScalar
     if constexpr (program.divisor == Divisor::COUNT) divisor += masked(member, splat(1.0f));
     if constexpr (program.divisor == Divisor::WEIGHT) divisor += masked(member, s.weight[k]);
   }
-  if constexpr (program.divisor != Divisor::NONE)
-    reduced = reduced / safe_divisor(divisor, splat(tensor.divisor_floor), splat(tensor.divisor_fill));
-  const F result = reduced * splat(tensor.scale);
+  if constexpr (program.divisor != Divisor::NONE) reduced = reduced / safe_divisor(divisor, s.divisor_floor, s.divisor_fill);
+  const F result = reduced * s.scale;
   return base == nullptr ? result : *base + result;
 }
 
-// Elements [begin, end), a multiple of a step, of streams whose element 0 has global index `index`.
-template <class Choice, DType dtype, Keep keep, bool ties, int n_models>
-static void fused_steps(const FusedScalars<n_models>& s, const TensorScalars& tensor, const void* base,
-                        const void* const* models, void* out, std::int64_t begin, std::int64_t end, std::uint64_t index,
-                        bool streaming) {
+// The tie cuts of a model as a band for this tile. False if they need the staged kernel: the cut of Tie::INDEX lies
+// within the tile, or every entry at infinity is to be dropped.
+static bool resolve_band(const TileCall& call, const ModelScalars& m, TileBand& band) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  band.lo = m.lo;
+  band.hi = m.hi;
+  if (call.program.tie == Tie::GE) return true;
+  const std::uint64_t first = static_cast<std::uint64_t>(call.entry.offset + call.begin);
+  const std::uint64_t last = static_cast<std::uint64_t>(call.entry.offset + call.end) - 1;
+  const bool hashed = call.program.tie == Tie::HASH;
+  // How many of the tie ranks of this tile are below a cut.
+  enum { NONE, SOME, EVERY };
+  const auto under = [&](std::uint64_t cut) {
+    if (hashed) return cut == 0 ? NONE : cut >> 32 ? EVERY : SOME;
+    return cut <= first ? NONE : cut > last ? EVERY : SOME;
+  };
+  const auto lo = under(m.lo_cut), hi = under(m.hi_cut);
+  if (!hashed && (lo == SOME || hi == SOME)) return false;
+  if (lo == NONE) {
+    if (m.lo == infinity) return false;
+    band.lo = std::nextafter(m.lo, infinity);
+  } else if (lo == SOME) {
+    band.lo_last = static_cast<std::uint32_t>(m.lo_cut) - 1;
+  }
+  if (hi == EVERY) {
+    band.hi = m.hi > 0.0f ? std::nextafter(m.hi, 0.0f) : -1.0f;
+  } else if (hi == SOME) {
+    band.hi_first = static_cast<std::uint32_t>(m.hi_cut);
+  }
+  return true;
+}
+
+// Elements [begin, end), a multiple of a step, of streams whose element 0 has a global index of low word `index`.
+template <class Choice, DType dtype, Ends ends, int n_models>
+static void fused_steps(const FusedScalars<n_models>& scalars, const void* base, const void* const* models, void* out,
+                        std::int64_t begin, std::int64_t end, std::uint32_t index, bool streaming) {
   using S = Step<dtype>;
+  const FusedScalars<n_models> s = scalars;  // a copy that no store can alias
+  const bool has_base = ends != Ends::NONE || base != nullptr;
   for (std::int64_t i = begin; i < end; i += S::kElements) {
     Pair b{};
-    if (base != nullptr) b = S::load(base, i);
+    if (has_base) b = S::load(base, i);
     F first[n_models], second[n_models];
     for (int k = 0; k < n_models; ++k) {
       const Pair x = S::load(models[k], i);
-      first[k] = base != nullptr ? x.first - b.first : x.first;
-      second[k] = base != nullptr ? x.second - b.second : x.second;
+      first[k] = has_base ? x.first - b.first : x.first;
+      second[k] = has_base ? x.second - b.second : x.second;
     }
-    const std::uint64_t at = index + static_cast<std::uint64_t>(i);
+    const std::uint32_t at = index + static_cast<std::uint32_t>(i);
     Pair result;
-    result.first = fused_vector<Choice, keep, ties, n_models>(s, tensor, first, base != nullptr ? &b.first : nullptr, at,
-                                                              S::first_elements());
-    result.second = fused_vector<Choice, keep, ties, n_models>(s, tensor, second, base != nullptr ? &b.second : nullptr, at,
-                                                               S::second_elements());
+    result.first = fused_vector<Choice, ends>(s, first, has_base ? &b.first : nullptr, at + S::first_elements());
+    result.second = fused_vector<Choice, ends>(s, second, has_base ? &b.second : nullptr, at + S::second_elements());
     S::store(out, i, result, streaming);
   }
 }
 
-template <class Choice, DType dtype, Keep keep, bool ties, int n_models>
+template <class Choice, DType dtype, Ends ends, int n_models>
 static void fused_tile(const TileCall& call, bool streaming) {
   constexpr std::int64_t kElements = Step<dtype>::kElements;
-  constexpr auto steps = fused_steps<Choice, dtype, keep, ties, n_models>;
+  constexpr auto steps = fused_steps<Choice, dtype, ends, n_models>;
   const Entry& entry = call.entry;
+  const TensorScalars& tensor = call.tensor;
   FusedScalars<n_models> s;
-  s.zero = zero_sign(call.program, call.tensor);
-  s.never_zero = s.zero[0] != 0.0f;
-  s.unit_gain = true;
+  s.zero = zero_sign(call.program, tensor);
+  s.scale = splat(tensor.scale);
+  s.divisor_floor = splat(tensor.divisor_floor);
+  s.divisor_fill = splat(tensor.divisor_fill);
   const void* models[n_models];
   for (int k = 0; k < n_models; ++k) {
     const ModelScalars& m = call.models[k];
     models[k] = entry.models[k].data;
     s.weight[k] = splat(m.weight);
-    s.gain[k] = splat(m.gain);
-    s.lo[k] = splat(m.lo);
-    s.hi[k] = splat(m.hi);
-    s.lo_cut[k] = TieCut{call.program.tie, 0, m.lo_cut, m.key};
-    s.hi_cut[k] = TieCut{call.program.tie, 0, m.hi_cut, m.key};
-    s.unit_gain = s.unit_gain && m.gain == 1.0f;
+    TileBand band{m.lo, m.hi};
+    if constexpr (ends != Ends::NONE) resolve_band(call, m, band);
+    s.lo[k] = splat(band.lo);
+    s.hi[k] = splat(band.hi);
+    s.folded[k] = splat_bits(folded_key(m.key, static_cast<std::uint64_t>(entry.offset + call.begin)));
+    s.lo_last[k] = splat_bits(band.lo_last);
+    s.hi_first[k] = splat_bits(band.hi_first);
   }
-  const std::uint64_t index = static_cast<std::uint64_t>(entry.offset);
+  const std::uint32_t index = static_cast<std::uint32_t>(entry.offset);
   // Vectors that stream have to be aligned.
   const auto address = reinterpret_cast<std::uintptr_t>(entry.out) + static_cast<std::uintptr_t>(call.begin) * size_of(dtype);
   const bool stream = streaming && address % (kLanes * sizeof(float)) == 0;
   const std::int64_t whole = call.end - (call.end - call.begin) % kElements;
-  steps(s, call.tensor, entry.base.data, models, entry.out, call.begin, whole, index, stream);
+  steps(s, entry.base.data, models, entry.out, call.begin, whole, index, stream);
   if (whole < call.end) {
     alignas(64) unsigned char padded[n_models + 2][kElements * sizeof(float)] = {};
     const std::size_t n_bytes = static_cast<std::size_t>(call.end - whole) * size_of(dtype);
@@ -171,7 +211,7 @@ static void fused_tile(const TileCall& call, bool streaming) {
     }
     const void* base = entry.base.data;
     if (base != nullptr) base = std::memcpy(padded[n_models], static_cast<const unsigned char*>(base) + skip, n_bytes);
-    steps(s, call.tensor, base, models, padded[n_models + 1], 0, kElements, index + static_cast<std::uint64_t>(whole), false);
+    steps(s, base, models, padded[n_models + 1], 0, kElements, index + static_cast<std::uint32_t>(whole), false);
     std::memcpy(static_cast<unsigned char*>(entry.out) + skip, padded[n_models + 1], n_bytes);
   }
   if (stream) stream_fence();
@@ -179,26 +219,51 @@ static void fused_tile(const TileCall& call, bool streaming) {
 
 using FusedTile = void (*)(const TileCall&, bool streaming);
 
-template <class Choice, DType dtype, Keep keep, bool ties>
+template <class Choice, DType dtype, Ends ends>
 static FusedTile fused_for_count(int n_models) {
   switch (n_models) {
-    case 1: return fused_tile<Choice, dtype, keep, ties, 1>;
-    case 2: return fused_tile<Choice, dtype, keep, ties, 2>;
-    case 3: return fused_tile<Choice, dtype, keep, ties, 3>;
-    case 4: return fused_tile<Choice, dtype, keep, ties, 4>;
-    case 5: return fused_tile<Choice, dtype, keep, ties, 5>;
+    case 1: return fused_tile<Choice, dtype, ends, 1>;
+    case 2: return fused_tile<Choice, dtype, ends, 2>;
+    case 3: return fused_tile<Choice, dtype, ends, 3>;
+    case 4: return fused_tile<Choice, dtype, ends, 4>;
     default: return nullptr;
   }
 }
 
-template <class Choice, Keep keep, bool ties>
+template <class Choice, Ends ends>
 static FusedTile fused_for_dtype(DType dtype, int n_models) {
   switch (dtype) {
-    case DType::F32: return fused_for_count<Choice, DType::F32, keep, ties>(n_models);
-    case DType::BF16: return fused_for_count<Choice, DType::BF16, keep, ties>(n_models);
-    case DType::F16: return fused_for_count<Choice, DType::F16, keep, ties>(n_models);
+    case DType::F32: return fused_for_count<Choice, DType::F32, ends>(n_models);
+    case DType::BF16: return fused_for_count<Choice, DType::BF16, ends>(n_models);
+    case DType::F16: return fused_for_count<Choice, DType::F16, ends>(n_models);
   }
   return nullptr;
+}
+
+template <class Choice>
+static FusedTile fused_for_ends(Ends ends, DType dtype, int n_models) {
+  switch (ends) {
+    case Ends::NONE: return nullptr;
+    case Ends::LOWER: return fused_for_dtype<Choice, Ends::LOWER>(dtype, n_models);
+    case Ends::LOWER_HASHED: return fused_for_dtype<Choice, Ends::LOWER_HASHED>(dtype, n_models);
+    case Ends::BOTH_HASHED: return fused_for_dtype<Choice, Ends::BOTH_HASHED>(dtype, n_models);
+  }
+  return nullptr;
+}
+
+// The ends that a tile has to test; NONE if only the staged kernel can.
+static Ends ends_of(const TileCall& call) {
+  const std::uint64_t first = static_cast<std::uint64_t>(call.entry.offset + call.begin);
+  const std::uint64_t last = static_cast<std::uint64_t>(call.entry.offset + call.end) - 1;
+  if (first >> 32 != last >> 32) return Ends::NONE;
+  bool both = false, hashed = false;
+  for (int k = 0; k < call.n_models(); ++k) {
+    TileBand band{};
+    if (!resolve_band(call, call.models[k], band)) return Ends::NONE;
+    both = both || band.hi != std::numeric_limits<float>::infinity() || band.hi_first != 0;
+    hashed = hashed || band.lo_last != 0xffffffffu;
+  }
+  return both ? Ends::BOTH_HASHED : hashed ? Ends::LOWER_HASHED : Ends::LOWER;
 }
 
 // The fused kernel of a tile, or null if it has none.
@@ -206,29 +271,22 @@ static FusedTile choose_fused(const TileCall& call) {
   const Entry& entry = call.entry;
   const Program& program = call.program;
   const DType dtype = entry.out_dtype;
-  if (program.gain != Gain::MODEL || (entry.base.data != nullptr && entry.base.dtype != dtype)) return nullptr;
-  for (const View& model : entry.models)
-    if (model.dtype != dtype) return nullptr;
+  const bool has_base = entry.base.data != nullptr;
+  if (program.gain != Gain::MODEL || (has_base && entry.base.dtype != dtype)) return nullptr;
+  for (int k = 0; k < call.n_models(); ++k)
+    if (entry.models[k].dtype != dtype || call.models[k].gain != 1.0f) return nullptr;
   const Program p = after_keep(program);
   const int n_models = call.n_models();
   if (program.keep == Keep::ALL) {
-    if (p == kSum) return fused_for_dtype<Fixed<kSum>, Keep::ALL, false>(dtype, n_models);
-    if (p == kFusedSum) return fused_for_dtype<Fixed<kFusedSum>, Keep::ALL, false>(dtype, n_models);
-    if (p == kFusedMean) return fused_for_dtype<Fixed<kFusedMean>, Keep::ALL, false>(dtype, n_models);
+    if (p == kSum) return fused_for_dtype<Fixed<kSum>, Ends::NONE>(dtype, n_models);
+    if (p == kFusedSum) return fused_for_dtype<Fixed<kFusedSum>, Ends::NONE>(dtype, n_models);
+    if (p == kFusedMean) return fused_for_dtype<Fixed<kFusedMean>, Ends::NONE>(dtype, n_models);
     return nullptr;
   }
-  if (program.keep != Keep::BAND) return nullptr;
-  bool ties = false;
-  for (int k = 0; k < n_models; ++k)
-    ties = ties || (program.tie != Tie::GE && (call.models[k].lo_cut != kOpenCut || call.models[k].hi_cut != 0));
-  if (p == kTiesByWeight) {
-    return ties ? fused_for_dtype<Fixed<kTiesByWeight>, Keep::BAND, true>(dtype, n_models)
-                : fused_for_dtype<Fixed<kTiesByWeight>, Keep::BAND, false>(dtype, n_models);
-  }
-  if (p == kTiesByCount) {
-    return ties ? fused_for_dtype<Fixed<kTiesByCount>, Keep::BAND, true>(dtype, n_models)
-                : fused_for_dtype<Fixed<kTiesByCount>, Keep::BAND, false>(dtype, n_models);
-  }
+  if (program.keep != Keep::BAND || !has_base || zero_sign(program, call.tensor)[0] == 0.0f) return nullptr;
+  const Ends ends = ends_of(call);
+  if (p == kTiesByWeight) return fused_for_ends<Fixed<kTiesByWeight>>(ends, dtype, n_models);
+  if (p == kTiesByCount) return fused_for_ends<Fixed<kTiesByCount>>(ends, dtype, n_models);
   return nullptr;
 }
 

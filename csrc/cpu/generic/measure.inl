@@ -18,8 +18,7 @@ TVFAST_INLINE void add_block(BinnedSum& sum, std::int64_t n, Value&& value) {
       const Q magnitude = (Q)x & 0x7fffffffffffffffull;
       most = magnitude > most ? magnitude : most;
     }
-    std::uint64_t largest = 0;
-    for (int lane = 0; lane < kLanes; ++lane) largest = std::max<std::uint64_t>(largest, most[lane]);
+    const std::uint64_t largest = lane_max(most);
     if (largest >= 0x7ff0000000000000ull) {
       for (std::int64_t j = 0; j < n; j += kLanes) {
         const D x = value(j);
@@ -134,9 +133,15 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
   });
 }
 
+// Every NaN is one key, above infinity.
+TVFAST_INLINE U key_of(F x) {
+  const U key = bits(magnitude(x));
+  return key < kNanKey ? key : splat_bits(kNanKey);
+}
+
 static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n, Scratch& scratch,
                        std::uint32_t* out) {
-  const auto put_key = [out](std::int64_t j, F x) __attribute__((always_inline)) { store(out + j, bits(magnitude(x))); };
+  const auto put_key = [out](std::int64_t j, F x) __attribute__((always_inline)) { store(out + j, key_of(x)); };
   if (keep == Keep::SCORE) {
     for_each(entry.scores[model], begin, n, put_key);
     return;
@@ -157,40 +162,59 @@ static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t be
   }
   float* variance = scratch.score.get(stride);
   variance_block(of_model.data(), n_models, n, variance);
-  for (std::int64_t j = 0; j < n; j += kLanes) store(out + j, bits(magnitude(load<F>(variance + j))));
+  for (std::int64_t j = 0; j < n; j += kLanes) store(out + j, key_of(load<F>(variance + j)));
+}
+
+// All models in one loop: a core reads several streams faster than one.
+template <DType dtype, int n_models>
+static void verify_as(const Entry& entry, const int* models, std::int64_t begin, std::int64_t end, Bracket* const* brackets) {
+  using S = Step<dtype>;
+  I above[n_models] = {}, from[n_models] = {}, value[n_models];
+  const void *base = entry.base.data, *data[n_models];
+  for (int k = 0; k < n_models; ++k) {
+    value[k] = (I)splat_bits(brackets[k]->hi);
+    data[k] = entry.models[models[k]].data;
+  }
+  std::int64_t i = begin;
+  for (; i + S::kElements <= end; i += S::kElements) {
+    const Pair b = S::load(base, i);
+    for (int k = 0; k < n_models; ++k) {
+      const Pair x = S::load(data[k], i);
+      const I first = (I)bits(magnitude(x.first - b.first)), second = (I)bits(magnitude(x.second - b.second));
+      above[k] = tally(tally(above[k], first > value[k]), second > value[k]);
+      from[k] = tally(tally(from[k], first >= value[k]), second >= value[k]);
+    }
+  }
+  for (int k = 0; k < n_models; ++k) {
+    std::int64_t n_above = lane_sum(above[k]), n_from = lane_sum(from[k]);
+    for (std::int64_t j = i; j < end; j += kLanes) {
+      const int n = static_cast<int>(std::min<std::int64_t>(kLanes, end - j));
+      const I key = (I)bits(magnitude(load_partial<dtype>(data[k], j, n) - load_partial<dtype>(base, j, n)));
+      n_above -= lane_sum((key > value[k]) & first_lanes(0, n));
+      n_from -= lane_sum((key >= value[k]) & first_lanes(0, n));
+    }
+    brackets[k]->n_above += n_above;
+    brackets[k]->n_hi += n_from - n_above;
+  }
 }
 
 template <DType dtype>
-static void verify_as(const Entry& entry, int model, std::int64_t begin, std::int64_t end, Bracket& bracket) {
-  using S = Step<dtype>;
-  const I value = (I)splat_bits(bracket.hi);
-  I above = {}, from = {};
-  const auto count = [&](F x, M valid) __attribute__((always_inline)) {
-    const I key = (I)bits(magnitude(x));
-    above -= (key > value) & valid;
-    from -= (key >= value) & valid;
-  };
-  const void *base = entry.base.data, *data = entry.models[model].data;
-  std::int64_t i = begin;
-  for (; i + S::kElements <= end; i += S::kElements) {
-    const Pair x = S::load(data, i), b = S::load(base, i);
-    count(x.first - b.first, all_lanes());
-    count(x.second - b.second, all_lanes());
+static void verify_models(const Entry& entry, const int* models, int n, std::int64_t begin, std::int64_t end,
+                          Bracket* const* brackets) {
+  switch (n) {
+    case 1: return verify_as<dtype, 1>(entry, models, begin, end, brackets);
+    case 2: return verify_as<dtype, 2>(entry, models, begin, end, brackets);
+    case 3: return verify_as<dtype, 3>(entry, models, begin, end, brackets);
+    case 4: return verify_as<dtype, 4>(entry, models, begin, end, brackets);
   }
-  for (; i < end; i += kLanes) {
-    const int n = static_cast<int>(std::min<std::int64_t>(kLanes, end - i));
-    count(load_partial<dtype>(data, i, n) - load_partial<dtype>(base, i, n), first_lanes(0, n));
-  }
-  const std::int64_t n_above = lane_sum(above), n_from = lane_sum(from);
-  bracket.n_above += n_above;
-  bracket.n_hi += n_from - n_above;
 }
 
-static void verify_range(const Entry& entry, int model, std::int64_t begin, std::int64_t end, Bracket& bracket) {
+static void verify_tile(const Entry& entry, const int* models, int n, std::int64_t begin, std::int64_t end,
+                        Bracket* const* brackets) {
   switch (entry.base.dtype) {
-    case DType::F32: return verify_as<DType::F32>(entry, model, begin, end, bracket);
-    case DType::BF16: return verify_as<DType::BF16>(entry, model, begin, end, bracket);
-    case DType::F16: return verify_as<DType::F16>(entry, model, begin, end, bracket);
+    case DType::F32: return verify_models<DType::F32>(entry, models, n, begin, end, brackets);
+    case DType::BF16: return verify_models<DType::BF16>(entry, models, n, begin, end, brackets);
+    case DType::F16: return verify_models<DType::F16>(entry, models, n, begin, end, brackets);
   }
 }
 
@@ -199,23 +223,30 @@ template <bool collect>
 static std::int64_t scan_as(const std::uint32_t* keys, std::int64_t n, Bracket& bracket, std::uint32_t* out) {
   const I lo = (I)splat_bits(bracket.lo), hi = (I)splat_bits(bracket.hi);
   I above = {}, from_hi = {}, from_lo = {}, over_lo = {};
-  std::int64_t n_taken = 0;
-  const auto step = [&](I key, M valid) __attribute__((always_inline)) {
-    const M over = (key > lo) & valid;
-    above -= (key > hi) & valid;
-    from_hi -= (key >= hi) & valid;
-    from_lo -= (key >= lo) & valid;
-    over_lo -= over;
-    if constexpr (collect) n_taken += append(out + n_taken, (U)key, over & (key < hi));
-  };
-  std::int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) step((I)load<U>(keys + j), all_lanes());
-  if (j < n) step((I)load<U>(keys + j), first_lanes(j, n));
-  const std::int64_t n_above = lane_sum(above), n_hi = lane_sum(from_hi), n_lo = lane_sum(from_lo), n_over = lane_sum(over_lo);
+  std::int64_t n_taken = 0, j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const I key = (I)load<U>(keys + j);
+    above = tally(above, key > hi);
+    from_hi = tally(from_hi, key >= hi);
+    from_lo = tally(from_lo, key >= lo);
+    over_lo = tally(over_lo, key > lo);
+    if constexpr (collect) n_taken += append(out + n_taken, (U)key, (key > lo) & (key < hi));
+  }
+  std::int64_t n_above = lane_sum(above), n_from_hi = lane_sum(from_hi), n_from_lo = lane_sum(from_lo);
+  std::int64_t n_over_lo = lane_sum(over_lo);
+  if (j < n) {
+    const I key = (I)load<U>(keys + j);
+    const M valid = first_lanes(j, n);
+    n_above -= lane_sum((key > hi) & valid);
+    n_from_hi -= lane_sum((key >= hi) & valid);
+    n_from_lo -= lane_sum((key >= lo) & valid);
+    n_over_lo -= lane_sum((key > lo) & valid);
+    if constexpr (collect) n_taken += append(out + n_taken, (U)key, (key > lo) & (key < hi) & valid);
+  }
   bracket.n_above += n_above;
-  bracket.n_hi += n_hi - n_above;
-  bracket.n_lo += n_lo - n_over;
-  bracket.n_inside += std::max<std::int64_t>(0, n_over - n_hi);
+  bracket.n_hi += n_from_hi - n_above;
+  bracket.n_lo += n_from_lo - n_over_lo;
+  bracket.n_inside += std::max<std::int64_t>(0, n_over_lo - n_from_hi);  // both ends are one where lo == hi
   return n_taken;
 }
 
@@ -233,5 +264,5 @@ static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::
 }
 
 static constexpr Kernels kernels(const char* name) {
-  return {name, kLanes, combine_tile, measure_tile, row_masks_tile, keys_block, verify_range, scan_keys, count_equal};
+  return {name, kLanes, combine_tile, measure_tile, row_masks_tile, keys_block, verify_tile, scan_keys, count_equal};
 }

@@ -67,71 +67,80 @@ static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, s
   return out + (index & 3);
 }
 
+// The key, and the high word of an index that all lanes share, as one operand of the tie hash.
+static std::uint32_t folded_key(std::uint64_t key, std::uint64_t index) {
+  return static_cast<std::uint32_t>(key) ^ static_cast<std::uint32_t>(key >> 32) * 0x85EBCA6Bu ^
+         static_cast<std::uint32_t>(index >> 32) * 0x9E3779B9u;
+}
+
 // Which of the tie ranks of consecutive elements are below a cut.
 struct TieCut {
   Tie tie;
   std::uint64_t index;  // global index of the block's first element
   std::uint64_t cut, key;
 
-  TVFAST_INLINE_MEMBER M under(std::int64_t j) const { return under(static_cast<std::uint64_t>(j), iota()); }
-
-  // For the elements j + elements[lane] of the block.
-  TVFAST_INLINE_MEMBER M under(std::uint64_t j, U elements) const {
+  TVFAST_INLINE_MEMBER M under(std::int64_t j) const {
     if (cut == kOpenCut) return all_lanes();
-    const std::uint64_t at = index + j;
+    const std::uint64_t at = index + static_cast<std::uint64_t>(j);
     if (tie == Tie::INDEX) {
-      const std::uint64_t n_under = cut > at ? std::min<std::uint64_t>(cut - at, 4 * kLanes) : 0;
-      return (M)(elements < static_cast<std::uint32_t>(n_under));
+      const std::uint64_t n_under = cut > at ? std::min<std::uint64_t>(cut - at, kLanes) : 0;
+      return (M)(iota() < static_cast<std::uint32_t>(n_under));
     }
     if (cut >> 32) return all_lanes();
     const std::uint32_t low = static_cast<std::uint32_t>(at), high = static_cast<std::uint32_t>(at >> 32);
-    const U index_low = low + elements;
+    const U index_low = low + iota();
     const U index_high = high + ((index_low < low) ? splat_bits(1u) : splat_bits(0u));
-    const U folded = index_high * 0x9E3779B9u ^ static_cast<std::uint32_t>(key);
-    return (M)(tie_hash(index_low, folded, static_cast<std::uint32_t>(key >> 32)) < static_cast<std::uint32_t>(cut));
+    const U folded = index_high * 0x9E3779B9u ^ folded_key(key, 0);
+    return (M)(tie_hash(index_low, folded) < static_cast<std::uint32_t>(cut));
   }
 };
 
-// Rank of |tau| within a row, ascending, equal magnitudes by index: a stable radix sort of 31-bit keys.
+// Rank of |tau| within a row, ascending, equal magnitudes by index. Magnitudes are binned by their leading bits, down to
+// 32 octaves below the largest, and then sorted within bins: bins are small or, for 16-bit storage, mostly of one value
+// and already in order.
 static void rank_row(const float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
-  constexpr int kDigit = 11;
-  constexpr std::uint32_t kDigits = 1u << kDigit;
-  std::uint32_t* key = scratch.keys.get(n);
-  std::uint32_t* index = scratch.order.get(n);
-  std::uint32_t* other = scratch.sorted.get(2 * n);
-  std::uint32_t* other_index = other + n;
-  std::uint32_t count[3][kDigits] = {};
+  const auto key_of = [row](std::int64_t i) { return std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu; };
+  const int bin_bits = std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))) - 1, 6, 16);
+  const int shift = 28 - bin_bits;
+  const std::uint32_t last_bin = (1u << bin_bits) - 1;
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, key_of(i));
+  const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, last_bin);
+  const auto bin_of = [=](std::uint32_t key) { return std::max(key >> shift, lowest) - lowest; };
+  std::uint32_t* start = scratch.bins.get(std::size_t{last_bin} + 1);
+  std::fill_n(start, last_bin + 1, 0u);
+  for (std::int64_t i = 0; i < n; ++i) ++start[bin_of(key_of(i))];
+  std::uint64_t* sorted = scratch.sorted.get(n);  // (key, index), which orders as one number
+  std::uint32_t total = 0;
+  bool large_bins = false;
+  for (std::uint32_t bin = 0; bin <= last_bin; ++bin) {
+    const std::uint32_t here = start[bin];
+    large_bins = large_bins || here > kInsertionSort;
+    start[bin] = total;
+    total += here;
+  }
   for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t k = std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu;
-    key[i] = k;
-    ++count[0][k & (kDigits - 1)];
-    ++count[1][(k >> kDigit) & (kDigits - 1)];
-    ++count[2][k >> (2 * kDigit)];
+    const std::uint32_t key = key_of(i);
+    sorted[start[bin_of(key)]++] = std::uint64_t{key} << 32 | static_cast<std::uint32_t>(i);
   }
-  bool first = true;
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = pass * kDigit;
-    if (count[pass][(key[0] >> shift) & (kDigits - 1)] == static_cast<std::uint32_t>(n)) continue;  // all equal
-    std::uint32_t start = 0;
-    for (std::uint32_t& c : count[pass]) {
-      const std::uint32_t here = c;
-      c = start;
-      start += here;
+  if (large_bins) {
+    // After the scatter, start[bin] is the end of that bin.
+    for (std::uint32_t bin = 0, from = 0; bin <= last_bin; from = start[bin++])
+      if (start[bin] - from > kInsertionSort && !std::is_sorted(sorted + from, sorted + start[bin]))
+        std::sort(sorted + from, sorted + start[bin]);
+  }
+  std::uint64_t previous = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint64_t moving = sorted[i];
+    if (moving >= previous) {
+      previous = moving;
+      continue;
     }
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::uint32_t to = count[pass][(key[i] >> shift) & (kDigits - 1)]++;
-      other[to] = key[i];
-      other_index[to] = first ? static_cast<std::uint32_t>(i) : index[i];
-    }
-    first = false;
-    std::swap(key, other);
-    std::swap(index, other_index);
+    std::int64_t to = i;
+    for (; to > 0 && sorted[to - 1] > moving; --to) sorted[to] = sorted[to - 1];
+    sorted[to] = moving;
   }
-  if (first) {
-    for (std::int64_t i = 0; i < n; ++i) rank[i] = static_cast<std::uint32_t>(i);
-  } else {
-    for (std::int64_t i = 0; i < n; ++i) rank[index[i]] = static_cast<std::uint32_t>(i);
-  }
+  for (std::int64_t i = 0; i < n; ++i) rank[static_cast<std::uint32_t>(sorted[i])] = static_cast<std::uint32_t>(i);
 }
 
 constexpr bool ranks_rows(Keep keep) { return keep == Keep::RANDOM_BY_RANK || keep == Keep::BAND_BY_RANK; }
@@ -144,7 +153,7 @@ struct KeepBlock {
   const std::uint32_t* draws;
   const std::uint32_t* ranks;
   const std::uint64_t* mask;
-  std::int64_t begin;           // within the entry
+  std::int64_t begin, n_elements;  // of the block within the entry, of the entry
   TieCut lo_cut, hi_cut;
 
   TVFAST_INLINE_MEMBER M band(F a, std::int64_t j) const {
@@ -166,12 +175,10 @@ struct KeepBlock {
         return (M)(load<U>(draws + j) < static_cast<std::uint32_t>(scalars.limit)) | is_nan(tau);
       }
       case Keep::RANDOM_BY_RANK: {
-        M kept;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const std::uint64_t limit = scalars.limit + ((ranks[j + lane] * scalars.limit_step) >> 32);
-          kept[lane] = draws[j + lane] < limit ? -1 : 0;
-        }
-        return kept | is_nan(tau);
+        const Q rank = __builtin_convertvector(load<U>(ranks + j), Q);
+        const Q limit = scalars.limit + ((rank * scalars.limit_step) >> 32);
+        const Q draw = __builtin_convertvector(load<U>(draws + j), Q);
+        return __builtin_convertvector((L)draw < (L)limit, M) | is_nan(tau);
       }
       case Keep::BAND_BY_RANK: {
         const U rank = load<U>(ranks + j);
@@ -180,12 +187,12 @@ struct KeepBlock {
         return ((M)(rank >= lo) & (M)(rank < hi)) | is_nan(tau);
       }
       case Keep::MASK: {
-        M kept;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const std::int64_t i = begin + j + lane;
-          kept[lane] = -static_cast<std::int32_t>((mask[i >> 6] >> (i & 63)) & 1u);
-        }
-        return kept | is_nan(tau);
+        const std::int64_t i = begin + j;
+        const int at = static_cast<int>(i & 63);
+        // Blocks of ranked rows may begin anywhere; what lies past the plane's last word is not read.
+        std::uint64_t word = mask[i >> 6] >> at;
+        if (at + kLanes > 64 && i + 64 - at < n_elements) word |= mask[(i >> 6) + 1] << (64 - at);
+        return from_mask_bits(static_cast<std::uint32_t>(word)) | is_nan(tau);
       }
     }
     return all_lanes();
@@ -256,7 +263,7 @@ static KeepBlock keep_block(const BlockCall& block, int k, const float* variance
   const ModelScalars& scalars = call.models[k];
   const std::uint64_t index = static_cast<std::uint64_t>(call.entry.offset + block.begin);
   const Keep keep = call.program.keep;
-  KeepBlock result{call.program, scalars, variance, nullptr, nullptr, nullptr, block.begin,
+  KeepBlock result{call.program, scalars, variance, nullptr, nullptr, nullptr, block.begin, call.entry.n,
                    TieCut{call.program.tie, index, scalars.lo_cut, scalars.key},
                    TieCut{call.program.tie, index, scalars.hi_cut, scalars.key}};
   if (keep == Keep::SCORE) {

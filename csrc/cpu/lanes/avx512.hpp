@@ -38,3 +38,9 @@ TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, (__m512i)v));
   return __builtin_popcount(mask);
 }
+
+// count + 1 in the lanes of `m`.
+TVFAST_INLINE I tally(I count, M m) { return m ? count + 1 : count; }
+
+// The low kLanes bits as lanes.
+TVFAST_INLINE M from_mask_bits(std::uint32_t bits) { return (M)_mm512_movm_epi32(static_cast<__mmask16>(bits)); }

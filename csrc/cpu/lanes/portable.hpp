@@ -33,3 +33,9 @@ TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
   for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1) out[n++] = v[std::countr_zero(rest)];
   return n;
 }
+
+// count + 1 in the lanes of `m`.
+TVFAST_INLINE I tally(I count, M m) { return count - m; }
+
+// The low kLanes bits as lanes.
+TVFAST_INLINE M from_mask_bits(std::uint32_t bits) { return (M)(((bits >> iota()) & 1u) != 0u); }

@@ -23,7 +23,7 @@ TVFAST_INLINE U bits(F x) { return (U)x; }
 TVFAST_INLINE F from_bits(U x) { return (F)x; }
 TVFAST_INLINE I from_unsigned(U x) { return (I)x; }
 TVFAST_INLINE F select(M m, F a, F b) { return m ? a : b; }
-TVFAST_INLINE F masked(M m, F x) { return (F)((U)m & (U)x); }
+TVFAST_INLINE F masked(M m, F x) { return m ? x : F{}; }
 TVFAST_INLINE M invert(M m) { return ~m; }
 TVFAST_INLINE M all_lanes() { return ~M{}; }
 TVFAST_INLINE F magnitude(F x) { return from_bits(bits(x) & 0x7fffffffu); }
@@ -40,16 +40,20 @@ TVFAST_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Through memory: indexing a vector would keep it there for the whole loop before.
 template <class V>
 TVFAST_INLINE auto lane_sum(V v) {
-  auto sum = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) sum += v[lane];
+  std::remove_reference_t<decltype(v[0])> lanes[kLanes];
+  store(lanes, v);
+  auto sum = lanes[0];
+  for (int lane = 1; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
 }
-TVFAST_INLINE std::uint32_t lane_max(U v) {
-  std::uint32_t most = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) most = v[lane] > most ? v[lane] : most;
-  return most;
+template <class V>
+TVFAST_INLINE auto lane_max(V v) {
+  std::remove_reference_t<decltype(v[0])> lanes[kLanes];
+  store(lanes, v);
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 // { 0, 1, 2, ... }
