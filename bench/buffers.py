@@ -36,7 +36,8 @@ class HugePages:
 
     def __post_init__(self) -> None:
         whole = -(-self.n_bytes // _HUGE_PAGE) * _HUGE_PAGE
-        self.mapping = mmap.mmap(-1, whole + _HUGE_PAGE)
+        # Private: the default of Python is shared memory, which gets no huge pages on most systems.
+        self.mapping = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.mapping.madvise(_MADV_HUGEPAGE)
         start = torch.frombuffer(self.mapping, dtype=torch.uint8, count=1).data_ptr()
         self.offset = -start % _HUGE_PAGE

@@ -49,6 +49,8 @@ def _comparison(
     return found | {"ratio": ratio, "met": None if target is None else ratio >= target}
 
 
+_ENOUGH_HUGE_PAGES = 0.95
+
 _HEAD = (
     "row",
     "threads",
@@ -92,6 +94,9 @@ def table(result: dict[str, Any]) -> str:
     if result["memory"]:
         parts.append(_memory(result["memory"]))
     parts += [f"! {note}" for note in notes]
+    share = (result["inputs"] or {}).get("huge_page_share")
+    if share is not None and share < _ENOUGH_HUGE_PAGES:
+        parts.append(f"! Only {100 * share:.0f} % of the inputs lie on huge pages: bandwidths are too low.")
     if not result["full_size"]:
         parts.append("Targets are stated for 67108864 elements: at this size `met` is no verdict.")
     before, after = (

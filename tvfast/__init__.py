@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tvfast import errors as errors
     from tvfast import methods as methods
     from tvfast import ops as ops
+    from tvfast import program as program
     from tvfast.comparing import Comparison as Comparison
     from tvfast.comparing import compare as compare
     from tvfast.merging import merge as merge
@@ -25,9 +26,9 @@ _HOMES = {
     "compare": "tvfast.comparing",
     "Comparison": "tvfast.comparing",
 }
-_MODULES = ("errors", "methods", "ops")
+_MODULES = ("errors", "methods", "ops", "program")
 
-__all__ = ["Comparison", "__version__", "compare", "errors", "merge", "merge_", "methods", "ops"]
+__all__ = ["Comparison", "__version__", "compare", "errors", "merge", "merge_", "methods", "ops", "program"]
 
 
 def __getattr__(name: str) -> Any:

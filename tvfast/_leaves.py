@@ -108,7 +108,8 @@ def strip_wrappers(names: Iterable[Any]) -> dict[Any, str]:
 def match(base: Weights, models: Sequence[Weights]) -> list[Leaf]:
     """The floating-point leaves of the base with their counterparts; aliases are one leaf.
 
-    Integer and boolean leaves are left out. A bare tensor must be floating-point.
+    Integer and boolean leaves are left out, but must have the base's shape. A bare tensor must be
+    floating-point.
 
     Raises:
         StateDictError: different sets of names, or tensors that the base ties and a model has different.
@@ -123,13 +124,13 @@ def match(base: Weights, models: Sequence[Weights]) -> list[Leaf]:
     by_memory: dict[tuple[Any, ...], Leaf] = {}
     for name, tensor in base_tensors.items():
         counterparts = tuple(tensors[name] for tensors in model_tensors)
-        if not _is_merged(name, tensor, counterparts, bare=isinstance(base, Tensor)):
-            continue
-        base_view = view(tensor, name, "base", float64=True)
-        model_views = []
+        merged = _is_merged(name, tensor, counterparts, bare=isinstance(base, Tensor))
         for k, counterpart in enumerate(counterparts):
             check_same(name, f"models[{k}]", counterpart, "base", tensor)
-            model_views.append(view(counterpart, name, f"models[{k}]", float64=True))
+        if not merged:
+            continue
+        base_view = view(tensor, name, "base", float64=True)
+        model_views = [view(m, name, f"models[{k}]", float64=True) for k, m in enumerate(counterparts)]
         leaf = Leaf(name, tensor, counterparts, base_view, tuple(model_views))
         key = _memory(tensor)
         if key in by_memory:

@@ -11,7 +11,8 @@ import torch
 
 from tvfast._leaves import Leaf, Weights, match, model_list
 from tvfast.errors import ArgumentError
-from tvfast.merging import check_threads, float64_backend
+from tvfast.merging import float64_backend
+from tvfast.ops._check import threads
 from tvfast.ops.raw import Wants, backend_for
 from tvfast.program import Entry, ModelScalars, Moments, Program, TensorScalars, WorkTable
 
@@ -123,7 +124,7 @@ def compare(base: Weights, models: Iterable[Weights], *, n_threads: int = 0) -> 
         τ_k is float32; dot products are exact products summed in the order-independent accumulator. One pass
         over base and models, no extra memory. NaN makes the sums of its tensor NaN.
     """
-    check_threads(n_threads)
+    threads(n_threads)
     found = model_list(models)
     if not found:
         raise ArgumentError("models is empty; expected at least one model.")

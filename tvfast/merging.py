@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors, strip_wrappers
-from tvfast.errors import ArgumentError, BackendError, DeviceError
+from tvfast.errors import BackendError, DeviceError
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
 from tvfast.methods.base import PerModel
 from tvfast.methods.statistics import PLANE_BYTES
+from tvfast.ops._check import threads
 from tvfast.ops._views import check_overlap, span, view
 from tvfast.ops.raw import Backend, backend_for
 from tvfast.program import DType, Entry, View, WorkTable
@@ -26,8 +27,8 @@ W = TypeVar("W", bound=Weights)
 def merge_(
     base: W,
     models: Iterable[Weights],
-    *,
     method: str,
+    *,
     weights: PerModel | None = None,
     scale: float = 1.0,
     seed: int = 0,
@@ -71,7 +72,8 @@ def merge_(
     Notes:
         float32 arithmetic, rounded once per output; float64 tensors are merged in float64 by the reference
         backend. NaN propagates. The same bytes for any number of threads. Tied tensors are merged once. Extra
-        memory: at most 64 MiB. Not safe while another thread writes the tensors.
+        memory: at most 64 MiB; where a method ranks rows, at least 12 + 4 K bytes per entry of a row for each
+        thread. Not safe while another thread writes the tensors.
     """
     chosen = make_method(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
@@ -95,8 +97,8 @@ def merge_(
 def merge(
     base: W,
     models: Iterable[Weights],
-    *,
     method: str,
+    *,
     weights: PerModel | None = None,
     scale: float = 1.0,
     seed: int = 0,
@@ -114,7 +116,7 @@ def merge(
         base.
 
     Notes:
-        Extra memory: the result and at most 64 MiB.
+        Extra memory: the result and what `merge_` takes.
     """
     chosen = make_method(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
@@ -153,20 +155,10 @@ def _leaf_like(value: Any, merged: Tensor | None) -> Any:
 
 def _checked(base: Weights, models: Iterable[Weights], method: ProgramMethod, n_threads: int) -> list[Leaf]:
     """The leaves of a call whose arguments fit the method."""
-    check_threads(n_threads)
+    threads(n_threads)
     found = model_list(models)
     method.check_models(len(found))
     return match(base, found)
-
-
-def check_threads(n_threads: int) -> None:
-    """Raise unless a thread count is 0 or more.
-
-    Raises:
-        ArgumentError: anything else.
-    """
-    if isinstance(n_threads, bool) or not isinstance(n_threads, int) or n_threads < 0:
-        raise ArgumentError(f"n_threads is {n_threads!r}; expected 0 (all cores) or a positive integer.")
 
 
 def _run(method: ProgramMethod, leaves: Sequence[Leaf], outs: Sequence[Tensor], n_threads: int) -> None:

@@ -1,4 +1,5 @@
-// tvfast._C_cpu: addresses and numbers in, numbers out. Arguments were checked by tvfast.ops; nothing is computed here.
+// tvfast._C_cpu: addresses and numbers in, numbers out. Arguments were checked by tvfast.ops;
+// nothing is computed here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,9 +34,10 @@ std::vector<View> to_views(const std::vector<ViewArgument>& arguments) {
   return views;
 }
 
-void add_entry(Table& table, const ViewArgument& base, const std::vector<ViewArgument>& models, const ViewArgument& out,
-               const std::vector<ViewArgument>& scores, const std::vector<Address>& masks, std::int64_t n,
-               std::int64_t row, std::int64_t offset, int group, std::int64_t group_offset) {
+void add_entry(Table& table, const ViewArgument& base, const std::vector<ViewArgument>& models,
+               const ViewArgument& out, const std::vector<ViewArgument>& scores,
+               const std::vector<Address>& masks, std::int64_t n, std::int64_t row,
+               std::int64_t offset, int group, std::int64_t group_offset) {
   Entry entry;
   entry.base = to_view(base);
   entry.models = to_views(models);
@@ -52,28 +54,36 @@ void add_entry(Table& table, const ViewArgument& base, const std::vector<ViewArg
 }
 
 Program to_program(const std::array<int, 9>& choices) {
-  return {static_cast<Keep>(choices[0]),     static_cast<Tie>(choices[1]),    static_cast<Gain>(choices[2]),
-          static_cast<Vote>(choices[3]),     static_cast<Ballot>(choices[4]), static_cast<ZeroSign>(choices[5]),
-          static_cast<Members>(choices[6]),  static_cast<Reduce>(choices[7]), static_cast<Divisor>(choices[8])};
+  return {static_cast<Keep>(choices[0]),    static_cast<Tie>(choices[1]),
+          static_cast<Gain>(choices[2]),    static_cast<Vote>(choices[3]),
+          static_cast<Ballot>(choices[4]),  static_cast<ZeroSign>(choices[5]),
+          static_cast<Members>(choices[6]), static_cast<Reduce>(choices[7]),
+          static_cast<Divisor>(choices[8])};
 }
 
 using TensorTuple = std::tuple<float, float, float, float>;
-using ModelTuple = std::tuple<float, float, float, float, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, float,
-                              float, std::int64_t, std::int64_t, std::uint64_t>;
+using ModelTuple =
+    std::tuple<float, float, float, float, std::uint64_t, std::uint64_t, std::uint64_t,
+               std::uint64_t, float, float, std::int64_t, std::int64_t, std::uint64_t>;
 
 Scalars to_scalars(const std::vector<TensorTuple>& tensors, const std::vector<ModelTuple>& models) {
   Scalars scalars;
   for (const auto& [scale, majority, divisor_floor, divisor_fill] : tensors)
     scalars.tensors.push_back({scale, majority, divisor_floor, divisor_fill});
-  for (const auto& [weight, gain, lo, hi, lo_cut, hi_cut, limit, limit_step, prob, prob_step, rank_lo, rank_hi, key] : models)
-    scalars.models.push_back(
-        {weight, gain, lo, hi, lo_cut, hi_cut, limit, limit_step, prob, prob_step, rank_lo, rank_hi, key});
+  for (const auto& [weight, gain, lo, hi, lo_cut, hi_cut, limit, limit_step, prob, prob_step,
+                    rank_lo, rank_hi, key] : models)
+    scalars.models.push_back({weight, gain, lo, hi, lo_cut, hi_cut, limit, limit_step, prob,
+                              prob_step, rank_lo, rank_hi, key});
   return scalars;
 }
 
-Options to_options(const std::string& isa, int n_threads, std::int64_t tile) { return {isa, n_threads, tile}; }
+Options to_options(const std::string& isa, int n_threads, std::int64_t tile) {
+  return {isa, n_threads, tile};
+}
 
-std::uint32_t key_of(float value) { return std::min(std::bit_cast<std::uint32_t>(value) & 0x7fffffffu, kNanKey); }
+std::uint32_t key_of(float value) {
+  return std::min(std::bit_cast<std::uint32_t>(value) & 0x7fffffffu, kNanKey);
+}
 
 std::vector<double> values(const std::vector<BinnedSum>& sums) {
   std::vector<double> result;
@@ -84,8 +94,9 @@ std::vector<double> values(const std::vector<BinnedSum>& sums) {
 py::list to_python(const std::vector<Moments>& all) {
   py::list result;
   for (const Moments& m : all)
-    result.append(py::make_tuple(values(m.l1_before), values(m.l1), values(m.gram), m.n_kept, m.n_nonzero, m.n_nonfinite,
-                                 m.n_base_nonfinite, m.elected, m.n_conflict));
+    result.append(py::make_tuple(values(m.l1_before), values(m.l1), values(m.gram), m.n_kept,
+                                 m.n_nonzero, m.n_nonfinite, m.n_base_nonfinite, m.elected,
+                                 m.n_conflict));
   return result;
 }
 
@@ -105,27 +116,30 @@ PYBIND11_MODULE(_C_cpu, m) {
       .def("add", &add_entry);
   py::class_<Scalars>(m, "Scalars").def(py::init(&to_scalars));
 
-  m.def("combine", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars, const std::string& isa,
-                      int n_threads, std::int64_t tile) {
+  m.def("combine", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
+                      const std::string& isa, int n_threads, std::int64_t tile) {
     const py::gil_scoped_release unlocked;
     combine(table, to_program(program), scalars, to_options(isa, n_threads, tile));
   });
-  m.def("row_masks", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars, const std::string& isa,
-                        int n_threads, std::int64_t tile) {
-    const py::gil_scoped_release unlocked;
-    row_masks(table, to_program(program), scalars, to_options(isa, n_threads, tile));
-  });
-  m.def("measure", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars, unsigned wants,
-                      const std::string& isa, int n_threads, std::int64_t tile) {
+  m.def("row_masks",
+        [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
+           const std::string& isa, int n_threads, std::int64_t tile) {
+          const py::gil_scoped_release unlocked;
+          row_masks(table, to_program(program), scalars, to_options(isa, n_threads, tile));
+        });
+  m.def("measure", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
+                      unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<Moments> moments;
     {
       const py::gil_scoped_release unlocked;
-      moments = measure(table, to_program(program), scalars, wants, to_options(isa, n_threads, tile));
+      moments =
+          measure(table, to_program(program), scalars, wants, to_options(isa, n_threads, tile));
     }
     return to_python(moments);
   });
   // Queries are (group, model, k), answers (value, n_greater, n_equal).
-  m.def("thresholds", [](const Table& table, int keep, const std::vector<std::tuple<int, int, std::int64_t>>& asked,
+  m.def("thresholds", [](const Table& table, int keep,
+                         const std::vector<std::tuple<int, int, std::int64_t>>& asked,
                          const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<RankQuery> queries;
     for (const auto& [group, model, k] : asked) queries.push_back({group, model, k});
@@ -135,24 +149,29 @@ PYBIND11_MODULE(_C_cpu, m) {
       found = thresholds(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
     }
     py::list result;
-    for (const Threshold& t : found) result.append(py::make_tuple(std::bit_cast<float>(t.key), t.n_greater, t.n_equal));
+    for (const Threshold& t : found)
+      result.append(py::make_tuple(std::bit_cast<float>(t.key), t.n_greater, t.n_equal));
     return result;
   });
   // Queries are (group, model, value), answers (n_greater, n_equal).
-  m.def("verify", [](const Table& table, const std::vector<std::tuple<int, int, float>>& asked, const std::string& isa,
-                     int n_threads, std::int64_t tile) {
+  m.def("verify", [](const Table& table, const std::vector<std::tuple<int, int, float>>& asked,
+                     const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<CountQuery> queries;
-    for (const auto& [group, model, value] : asked) queries.push_back({group, model, key_of(value)});
+    for (const auto& [group, model, value] : asked)
+      queries.push_back({group, model, key_of(value)});
     const py::gil_scoped_release unlocked;
     std::vector<std::pair<std::int64_t, std::int64_t>> counts;
-    for (const Threshold& t : verify(table, queries, to_options(isa, n_threads, tile))) counts.push_back({t.n_greater, t.n_equal});
+    for (const Threshold& t : verify(table, queries, to_options(isa, n_threads, tile)))
+      counts.push_back({t.n_greater, t.n_equal});
     return counts;
   });
   // Queries are (group, model, value, r).
-  m.def("nth_equal", [](const Table& table, int keep, const std::vector<std::tuple<int, int, float, std::int64_t>>& asked,
+  m.def("nth_equal", [](const Table& table, int keep,
+                        const std::vector<std::tuple<int, int, float, std::int64_t>>& asked,
                         const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<EqualQuery> queries;
-    for (const auto& [group, model, value, r] : asked) queries.push_back({group, model, key_of(value), r});
+    for (const auto& [group, model, value, r] : asked)
+      queries.push_back({group, model, key_of(value), r});
     const py::gil_scoped_release unlocked;
     return nth_equal(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
   });

@@ -11,22 +11,25 @@ __extension__ typedef __int128 Int128;
 inline constexpr int kWindowBits = 40;
 inline constexpr int kNoWindow = -1000;
 
-// Window of a positive finite double: below half a unit of the next window's grid, so that it rounds to zero there.
+// Window of a positive finite double: below half a unit of the next window's grid, so that it
+// rounds to zero there.
 inline int window_of(double magnitude) {
   int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude = f * 2^exponent, 0.5 <= f < 1: 2^(exponent-1) <= magnitude
+  std::frexp(magnitude,
+             &exponent);  // magnitude = f * 2^exponent, 0.5 <= f < 1: 2^(exponent-1) <= magnitude
   return exponent >= 0 ? exponent / kWindowBits : -((-exponent + kWindowBits - 1) / kWindowBits);
 }
 
-// Addends rounded at multiples of 2^(40(window-1)), split into multiples of 2^(40 window) and the rest.
+// Addends rounded at multiples of 2^(40(window-1)), split into multiples of 2^(40 window) and the
+// rest.
 struct BinnedSum {
   int window = kNoWindow;
   Int128 high = 0;
   Int128 low = 0;
   double nonfinite = 0.0;  // sum of the non-finite addends
 
-  // Makes `to` the window if it is above the present one. Addends of window - 1 round to their high part there,
-  // those further below round to zero.
+  // Makes `to` the window if it is above the present one. Addends of window - 1 round to their high
+  // part there, those further below round to zero.
   void raise(int to) {
     if (to <= window) return;
     low = to == window + 1 ? high : Int128{0};

@@ -1,7 +1,6 @@
-// Storage types and their exact conversions to and from float, one element at a time.
+// Storage types.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -10,9 +9,5 @@ namespace tvfast {
 enum class DType : std::uint8_t { F32 = 0, BF16 = 1, F16 = 2 };
 
 constexpr std::size_t size_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
-
-constexpr const char* name_of(DType dtype) {
-  return dtype == DType::F32 ? "float32" : dtype == DType::BF16 ? "bfloat16" : "float16";
-}
 
 }  // namespace tvfast

@@ -1,4 +1,5 @@
-// The merge algebra as plain data. Twin of tvfast/program.py: same names, same values, a test compares them.
+// The merge algebra as plain data. Twin of tvfast/program.py: same names, same values, a test
+// compares them.
 #pragma once
 
 #include <cstdint>

@@ -1,25 +1,30 @@
-// The arithmetic of every stage, on the lane types of the namespace that includes it: F, M, U and the functions select,
-// masked, invert, magnitude, bits, from_bits, is_nan, splat. SIMD and CUDA compile these lines; docs/numerics.md is their text in words.
-// No include guard on purpose. TVFAST_STAGE carries the inlining and device attributes.
+// The arithmetic of every stage, on the lane types of the namespace that includes it: F, M, U and
+// the functions select, masked, invert, magnitude, bits, from_bits, is_nan, splat. SIMD and CUDA
+// compile these lines; docs/numerics.md is their text in words. No include guard on purpose.
+// TVFAST_STAGE carries the inlining and device attributes.
 
-// keep ---------------------------------------------------------------------------------------------------------------
+// keep
+// ---------------------------------------------------------------------------------------------------------------
 
 // Each inversion becomes an unordered comparison.
 TVFAST_STAGE M from_end(F a, F lo) { return invert(a < lo); }
 TVFAST_STAGE M in_band(F a, F lo, F hi) { return from_end(a, lo) & invert(a > hi); }
 
 TVFAST_STAGE M in_band_ties(F a, F lo, F hi, M under_lo_cut, M under_hi_cut) {
-  return in_band(a, lo, hi) & invert((a == lo) & invert(under_lo_cut)) & invert((a == hi) & under_hi_cut);
+  return in_band(a, lo, hi) & invert((a == lo) & invert(under_lo_cut)) &
+         invert((a == hi) & under_hi_cut);
 }
 
-// `folded` is made of the key and of the high word of the index. Half a mixer: only the order of hashes is used.
+// `folded` is made of the key and of the high word of the index. Half a mixer: only the order of
+// hashes is used.
 TVFAST_STAGE U tie_hash(U index_low, U folded) {
   U h = (index_low ^ folded) * 0x7FEB352Du;
   h ^= h >> 15;
   return h * 0x846CA68Bu;
 }
 
-// vote ---------------------------------------------------------------------------------------------------------------
+// vote
+// ---------------------------------------------------------------------------------------------------------------
 
 TVFAST_STAGE F sign_of(F x) {
   return select(x > splat(0.0f), splat(1.0f), select(x < splat(0.0f), splat(-1.0f), splat(0.0f)));
@@ -29,9 +34,11 @@ TVFAST_STAGE F elected(F votes, F zero) {
   return select(votes > splat(0.0f), splat(1.0f), select(votes < splat(0.0f), splat(-1.0f), zero));
 }
 
-// members ------------------------------------------------------------------------------------------------------------
+// members
+// ------------------------------------------------------------------------------------------------------------
 
-// Non-zero and of the elected sign. `sign_is_never_zero` is known before the loop, from the zero rule.
+// Non-zero and of the elected sign. `sign_is_never_zero` is known before the loop, from the zero
+// rule.
 TVFAST_STAGE M agrees(F ballot, F sign, bool sign_is_never_zero) {
   const F turned = from_bits(bits(ballot) ^ (bits(sign) & splat_bits(0x80000000u)));
   const M same = invert(turned <= splat(0.0f));
@@ -39,11 +46,14 @@ TVFAST_STAGE M agrees(F ballot, F sign, bool sign_is_never_zero) {
   return (same & invert(sign == splat(0.0f))) | is_nan(ballot);
 }
 
-TVFAST_STAGE M agrees_or_zero(F ballot, F sign) { return (sign_of(ballot) == sign) | is_nan(ballot); }
+TVFAST_STAGE M agrees_or_zero(F ballot, F sign) {
+  return (sign_of(ballot) == sign) | is_nan(ballot);
+}
 
 TVFAST_STAGE M not_zero(F v) { return invert(v == splat(0.0f)); }
 
-// reduce -------------------------------------------------------------------------------------------------------------
+// reduce
+// -------------------------------------------------------------------------------------------------------------
 
 // The magnitudes compare as integers, so that NaN is above all.
 TVFAST_STAGE F larger(F best, F v, M member) {
@@ -51,4 +61,6 @@ TVFAST_STAGE F larger(F best, F v, M member) {
   return select(member & wins, v, best);
 }
 
-TVFAST_STAGE F safe_divisor(F divisor, F floor, F fill) { return select(magnitude(divisor) < floor, fill, divisor); }
+TVFAST_STAGE F safe_divisor(F divisor, F floor, F fill) {
+  return select(magnitude(divisor) < floor, fill, divisor);
+}

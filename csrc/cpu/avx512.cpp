@@ -1,7 +1,8 @@
 #include "headers.hpp"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt,prefer-vector-width=512")
 
 #define TVFAST_LANES 16
 namespace tvfast::avx512 {

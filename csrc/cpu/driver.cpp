@@ -1,6 +1,10 @@
-// The loops over tiles. Every result of a tile is an integer or an order-independent sum, so tiles may run anywhere.
+// The loops over tiles. Every result of a tile is an integer or an order-independent sum, so tiles
+// may run anywhere.
 #include <algorithm>
+#include <limits>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 
 #include "api.hpp"
 #include "isa.hpp"
@@ -10,15 +14,8 @@ namespace tvfast {
 
 namespace {
 
-// A tile of K + 1 two-byte streams stays in a second-level cache of 512 KiB up to K = 15.
-constexpr std::int64_t kTile = 16384;
-
 // Below this much output, lines are still cached when the next pass wants them.
 constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
-
-bool by_rows(const Program& program) {
-  return program.keep == Keep::RANDOM_BY_RANK || program.keep == Keep::BAND_BY_RANK;
-}
 
 struct Plan {
   const Kernels& kernels;
@@ -28,24 +25,32 @@ struct Plan {
 
   Plan(const Table& table, bool rows, const Options& options)
       : kernels(kernels_for(options.isa)),
-        tiles(table.tiles(options.tile > 0 ? options.tile : kTile, rows)),
+        tiles(table.tiles(tile_length(options.tile), rows)),
         n_threads(parallel_threads(static_cast<std::int64_t>(tiles.size()), options.n_threads)),
-        scratch(n_threads) {}
+        scratch(n_threads) {
+    for (const Entry& entry : table.entries)
+      if (rows && entry.row_length() > std::numeric_limits<std::uint32_t>::max())
+        throw std::invalid_argument("a row of " + std::to_string(entry.row_length()) +
+                                    " elements cannot be ranked; at most 2^32 - 1");
+  }
 
   template <class Fn>
   void run(const Table& table, const Program& program, const Scalars& scalars, Fn&& fn) {
-    parallel_for(static_cast<std::int64_t>(tiles.size()), n_threads, [&](std::int64_t task, int thread) {
-      const Tile& tile = tiles[task];
-      fn(TileCall{table.entries[tile.entry], program, scalars.tensors[tile.entry],
-                  scalars.models.data() + tile.entry * table.n_models, tile.begin, tile.end, scratch[thread]},
-         tile, thread);
-    });
+    parallel_for(static_cast<std::int64_t>(tiles.size()), n_threads,
+                 [&](std::int64_t task, int thread) {
+                   const Tile& tile = tiles[task];
+                   fn(TileCall{table.entries[tile.entry], program, scalars.tensors[tile.entry],
+                               scalars.models.data() + tile.entry * table.n_models, tile.begin,
+                               tile.end, scratch[thread]},
+                      tile, thread);
+                 });
   }
 };
 
 bool reads(const Entry& entry, const void* address) {
   if (entry.base.data == address) return true;
-  return std::any_of(entry.models.begin(), entry.models.end(), [&](const View& v) { return v.data == address; });
+  return std::any_of(entry.models.begin(), entry.models.end(),
+                     [&](const View& v) { return v.data == address; });
 }
 
 void add(Moments& to, const Moments& from) {
@@ -80,18 +85,20 @@ Moments empty_moments(int n_models) {
 
 }  // namespace
 
-void combine(const Table& table, const Program& program, const Scalars& scalars, const Options& options) {
-  Plan plan(table, by_rows(program), options);
+void combine(const Table& table, const Program& program, const Scalars& scalars,
+             const Options& options) {
+  Plan plan(table, ranks_rows(program.keep), options);
   plan.run(table, program, scalars, [&](const TileCall& call, const Tile&, int) {
     const Entry& entry = call.entry;
-    const bool large = entry.n * static_cast<std::int64_t>(size_of(entry.out_dtype)) >= kStreamBytes;
+    const bool large =
+        entry.n * static_cast<std::int64_t>(size_of(entry.out_dtype)) >= kStreamBytes;
     plan.kernels.combine(call, large && !reads(entry, entry.out));
   });
 }
 
-std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars, unsigned wants,
-                             const Options& options) {
-  Plan plan(table, by_rows(program), options);
+std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars,
+                             unsigned wants, const Options& options) {
+  Plan plan(table, ranks_rows(program.keep), options);
   // A thread adds up the tiles of one entry by itself for as long as it gets tiles of that entry.
   struct Running {
     std::int64_t entry = -1;
@@ -117,11 +124,14 @@ std::vector<Moments> measure(const Table& table, const Program& program, const S
   return result;
 }
 
-void row_masks(const Table& table, const Program& program, const Scalars& scalars, const Options& options) {
+void row_masks(const Table& table, const Program& program, const Scalars& scalars,
+               const Options& options) {
   for (const Entry& entry : table.entries)
-    for (std::uint64_t* words : entry.masks) std::fill_n(words, (entry.n + 63) / 64, std::uint64_t{0});
-  Plan plan(table, by_rows(program), options);
-  plan.run(table, program, scalars, [&](const TileCall& call, const Tile&, int) { plan.kernels.row_masks(call); });
+    for (std::uint64_t* words : entry.masks)
+      std::fill_n(words, (entry.n + 63) / 64, std::uint64_t{0});
+  Plan plan(table, ranks_rows(program.keep), options);
+  plan.run(table, program, scalars,
+           [&](const TileCall& call, const Tile&, int) { plan.kernels.row_masks(call); });
 }
 
 }  // namespace tvfast

@@ -1,5 +1,6 @@
-// The 512-bit lanes without a target region: the compiler lowers each vector to what the baseline has. Tests compare
-// it with the other tables on processors that lack AVX-512; releases do not hold it.
+// The 512-bit lanes without a target region: the compiler lowers each vector to what the baseline
+// has. Tests compare it with the other tables on processors that lack AVX-512; releases do not hold
+// it.
 #if defined(TVFAST_EMULATED_ISA)
 
 #include "headers.hpp"

@@ -1,5 +1,6 @@
-// Everything that an instruction set's file needs, included before its target region opens: a standard header inside
-// the region would be compiled for that ISA, and the linker could choose its inline functions for everyone.
+// Everything that an instruction set's file needs, included before its target region opens: a
+// standard header inside the region would be compiled for that ISA, and the linker could choose its
+// inline functions for everyone.
 #pragma once
 
 #if defined(__x86_64__)
@@ -23,5 +24,4 @@
 
 #define TVFAST_INLINE static inline __attribute__((always_inline))
 #define TVFAST_INLINE_MEMBER inline __attribute__((always_inline))
-#define TVFAST_INLINE_STATIC static inline __attribute__((always_inline))
 #define TVFAST_STAGE static inline __attribute__((always_inline))

@@ -1,6 +1,5 @@
 #include "isa.hpp"
 
-
 #include <cstdlib>
 #include <stdexcept>
 
@@ -33,10 +32,13 @@ const std::vector<const Kernels*>& runnable_kernels() {
   static const std::vector<const Kernels*> tables = [] {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       found.push_back(&avx512::table);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(&avx2::table);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+        __builtin_cpu_supports("popcnt"))
+      found.push_back(&avx2::table);
 #elif defined(__aarch64__)
     found.push_back(&neon::table);
 #endif
@@ -58,7 +60,8 @@ const Kernels& kernels_for(const std::string& name) {
     if (wanted == kernels->name) return *kernels;
     known += (known.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::invalid_argument("instruction set '" + wanted + "' cannot run here; this build and processor have " + known);
+  throw std::invalid_argument("instruction set '" + wanted +
+                              "' cannot run here; this build and processor have " + known);
 }
 
 std::vector<std::string> isas() {

@@ -1,4 +1,5 @@
-// What one instruction set provides: functions over a block or a tile. isa.hpp chooses a table once.
+// What one instruction set provides: functions over a block or a tile. isa.hpp chooses a table
+// once.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,8 @@
 
 namespace tvfast {
 
-// Elements that a stage processes at a time: the floats of base, K task vectors and the result stay in the first-level cache.
+// Elements that a stage processes at a time: the floats of base, K task vectors and the result stay
+// in the first-level cache.
 inline constexpr std::int64_t kMaxBlock = 1024, kMinBlock = 128;
 inline std::int64_t block_length(int n_models) {
   return std::clamp<std::int64_t>(8192 / (n_models + 2) / 64 * 64, kMinBlock, kMaxBlock);
@@ -44,7 +46,7 @@ class Buffer {
 
 // One thread's memory.
 struct Scratch {
-  Buffer<float> base, taus, probs, score, result;
+  Buffer<float> base, taus, score, result;
   Buffer<std::uint32_t> draws, keys, ranks, bins;
   Buffer<std::uint64_t> sorted;
   std::vector<float> row;
@@ -71,13 +73,22 @@ enum Wants : unsigned { L1_BEFORE = 1, L1 = 2, GRAM = 4, COUNTS = 8, VOTES = 16,
 // Bits of a magnitude, in which every NaN is this one.
 inline constexpr std::uint32_t kNanKey = 0x7f800001u;
 
-// Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between are collected.
+// Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between
+// are collected.
 struct Bracket {
   std::uint32_t lo = 0, hi = 0;
   std::int64_t n_above = 0, n_hi = 0, n_lo = 0, n_inside = 0;
 };
 
-inline constexpr int kVerifyModels = 4;
+inline constexpr int kScanModels = 4;
+
+struct TauScan {
+  int model;
+  Bracket* bracket;
+  std::uint32_t* out;  // keys strictly inside go here, room for the tile and two vectors more; null
+                       // only counts
+  std::size_t* n_taken;  // how many were written is added here
+};
 
 struct Kernels {
   const char* name;
@@ -85,14 +96,18 @@ struct Kernels {
   void (*combine)(const TileCall& call, bool streaming);
   void (*measure)(const TileCall& call, unsigned wants, Moments& moments);
   void (*row_masks)(const TileCall& call);
-  // Magnitude bits of `n` keys of `model` from `begin`, where `keep` says which key: tau, score or variance.
-  void (*keys)(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n, Scratch& scratch,
-               std::uint32_t* out);
-  // Counts task vectors of up to kVerifyModels models against brackets with lo == hi, straight from storage: base and
-  // models of one type.
-  void (*verify)(const Entry& entry, const int* models, int n, std::int64_t begin, std::int64_t end, Bracket* const* brackets);
-  // Counts; keys strictly inside are written to `out`, which has room for n + lanes, unless it is null. Returns how many.
-  std::int64_t (*scan)(const std::uint32_t* keys, std::int64_t n, Bracket& bracket, std::uint32_t* out);
+  // Magnitude bits of `n` keys of `model` from `begin`, where `keep` says which key: tau, score or
+  // variance.
+  void (*keys)(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n,
+               Scratch& scratch, std::uint32_t* out);
+  // Counts the task vectors of n <= kScanModels models straight from storage: base and models of
+  // one type.
+  void (*scan_taus)(const Entry& entry, std::int64_t begin, std::int64_t end, const TauScan* scans,
+                    int n);
+  // Counts; keys strictly inside are written to `out`, which has room for n + lanes, unless it is
+  // null. Returns how many.
+  std::int64_t (*scan)(const std::uint32_t* keys, std::int64_t n, Bracket& bracket,
+                       std::uint32_t* out);
   std::int64_t (*count_equal)(const std::uint32_t* keys, std::int64_t n, std::uint32_t value);
 };
 

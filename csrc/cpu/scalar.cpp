@@ -1,6 +1,5 @@
 #include "headers.hpp"
 
-
 #define TVFAST_LANES 1
 namespace tvfast::scalar {
 namespace {

@@ -1,13 +1,17 @@
-// Exact order statistics without sorting: sample, bracket, count and collect, and a histogram where the sample misled.
+// Exact order statistics without sorting: sample, bracket, count and collect, and a histogram where
+// the sample misled.
 //
-// Keys are the bits of magnitudes, so they order as unsigned integers with NaN above infinity. Each query carries a
-// closed interval that must hold its answer; a pass counts what is above the interval and at its ends and collects
-// what lies inside. The sample decides only how many passes it takes, never the answer.
+// Keys are the bits of magnitudes, so they order as unsigned integers with NaN above infinity. Each
+// query carries a closed interval that must hold its answer; a pass counts what is above the
+// interval and at its ends and collects what lies inside. The sample decides only how many passes
+// it takes, never the answer.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <functional>
 #include <map>
+#include <stdexcept>
+#include <string>
 
 #include "api.hpp"
 #include "isa.hpp"
@@ -18,12 +22,14 @@ namespace tvfast {
 namespace {
 
 constexpr std::uint32_t kTopKey = kNanKey;
-constexpr std::int64_t kTile = 16384;
-constexpr std::int64_t kSmallGroup = 16384;      // selected from a copy of its keys
-constexpr std::int64_t kSampleLine = 16;         // consecutive elements of one sample
+constexpr std::int64_t kSmallGroup = 16384;  // selected from a copy of its keys
+constexpr std::int64_t kSampleLine = 16;     // consecutive elements of one sample
 constexpr std::int64_t kSampleLines = 8192;
-constexpr double kSampleWidth = 5.0;             // half-width of the bracket in standard deviations; lines are correlated
-constexpr std::int64_t kCandidateBytes = std::int64_t{32} << 20;  // of all queries of a batch together
+// Half-width of a bracket in standard deviations of an independent sample; elements of a line are
+// correlated.
+constexpr double kSampleWidth = 4.0;
+constexpr std::int64_t kCandidates = std::int64_t{8}
+                                     << 20;  // of all queries of a batch together; 4 bytes each
 constexpr int kBins = 4096;
 
 struct Query {
@@ -60,6 +66,22 @@ struct OpenStream {
   std::size_t first;
 };
 
+struct OpenQuery {
+  Query* query;
+  double n_expected;  // candidates
+};
+
+std::int64_t n_sample_lines(std::int64_t n) {
+  return std::min(kSampleLines, n / (4 * kSampleLine));
+}
+
+// Keys that a bracket of `n` holds at the median, where it is widest.
+double expected_candidates(std::int64_t n) {
+  if (n <= kSmallGroup) return 0.0;
+  return static_cast<double>(n) * kSampleWidth /
+         std::sqrt(static_cast<double>(n_sample_lines(n) * kSampleLine));
+}
+
 std::uint32_t bin_width(const Query& query) { return (query.hi - query.lo) / kBins + 1; }
 
 struct Selection {
@@ -75,14 +97,15 @@ struct Selection {
         keep(keep),
         kernels(kernels_for(options.isa)),
         n_threads(parallel_threads(std::int64_t{1} << 30, options.n_threads)),
-        tile(options.tile > 0 ? std::max<std::int64_t>(64, options.tile / 64 * 64) : kTile),
+        tile(tile_length(options.tile)),
         group_entries(table.n_groups()) {
     for (const Entry& entry : table.entries) group_entries[entry.group].push_back(&entry);
   }
 
   // fn(keys, n) over the keys of a range, a block at a time.
   template <class Fn>
-  void for_each_keys(const Entry& entry, int model, std::int64_t begin, std::int64_t end, Scratch& scratch, Fn&& fn) {
+  void for_each_keys(const Entry& entry, int model, std::int64_t begin, std::int64_t end,
+                     Scratch& scratch, Fn&& fn) {
     std::uint32_t* keys = scratch.keys.get(kMaxBlock + 64);
     const std::int64_t length = block_length(table.n_models);
     for (std::int64_t i = begin; i < end; i += length) {
@@ -97,17 +120,21 @@ struct Selection {
     all.reserve(stream.n);
     for (const Entry* entry : group_entries[stream.group])
       for_each_keys(*entry, stream.model, 0, entry->n, scratch,
-                    [&](const std::uint32_t* keys, std::int64_t n) { all.insert(all.end(), keys, keys + n); });
+                    [&](const std::uint32_t* keys, std::int64_t n) {
+                      all.insert(all.end(), keys, keys + n);
+                    });
     for (Query& query : stream.queries) resolve(query, all, 0, query.k);
   }
 
   // The k-th largest of `keys`, with `n_above` more above them all.
-  static void resolve(Query& query, std::vector<std::uint32_t>& keys, std::int64_t n_above, std::int64_t k) {
+  static void resolve(Query& query, std::vector<std::uint32_t>& keys, std::int64_t n_above,
+                      std::int64_t k) {
     std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
     const std::uint32_t value = keys[k - 1];
     // After nth_element everything before position k - 1 is at least as large.
     const auto n_equal = std::count(keys.begin(), keys.end(), value);
-    const auto n_greater = std::count_if(keys.begin(), keys.begin() + (k - 1), [=](std::uint32_t x) { return x > value; });
+    const auto n_greater = std::count_if(keys.begin(), keys.begin() + (k - 1),
+                                         [=](std::uint32_t x) { return x > value; });
     query.answer = {value, n_above + n_greater, static_cast<std::int64_t>(n_equal)};
     query.done = true;
   }
@@ -117,17 +144,22 @@ struct Selection {
     std::vector<std::uint32_t> sample;
     sample.reserve(kSampleLines * kSampleLine);
     std::uint32_t* keys = scratch.keys.get(kMaxBlock + 64);
-    // One line at a random place of each of equal strata: no period of the tensor's layout can hide.
-    const std::int64_t n_lines = std::min(kSampleLines, stream.n / (4 * kSampleLine));
+    // One line at a random place of each of equal strata: no period of the tensor's layout can
+    // hide.
+    const std::int64_t n_lines = n_sample_lines(stream.n);
     std::size_t e = 0;
     std::int64_t before = 0;
     std::uint64_t state = 0x9E3779B97F4A7C15ull;
     for (std::int64_t line = 0; line < n_lines; ++line) {
       state = state * 6364136223846793005ull + 1442695040888963407ull;
-      const double place = (static_cast<double>(line) + static_cast<double>(state >> 11) * 0x1p-53) / static_cast<double>(n_lines);
-      const std::int64_t at = std::min(static_cast<std::int64_t>(place * static_cast<double>(stream.n)), stream.n - 1);
+      const double place =
+          (static_cast<double>(line) + static_cast<double>(state >> 11) * 0x1p-53) /
+          static_cast<double>(n_lines);
+      const std::int64_t at =
+          std::min(static_cast<std::int64_t>(place * static_cast<double>(stream.n)), stream.n - 1);
       while (at >= before + entries[e]->n) before += entries[e++]->n;
-      const std::int64_t begin = std::max<std::int64_t>(0, std::min(at - before, entries[e]->n - kSampleLine));
+      const std::int64_t begin =
+          std::max<std::int64_t>(0, std::min(at - before, entries[e]->n - kSampleLine));
       const std::int64_t n = std::min(kSampleLine, entries[e]->n - begin);
       kernels.keys(*entries[e], keep, stream.model, begin, n, scratch, keys);
       sample.insert(sample.end(), keys, keys + n);
@@ -135,68 +167,93 @@ struct Selection {
     const double size = static_cast<double>(sample.size());
     for (Query& query : stream.queries) {
       const double share = static_cast<double>(query.k) / static_cast<double>(stream.n);
-      const double width = kSampleWidth * std::sqrt(share * (1.0 - share) / size) + 2.0 / size;
-      const auto first = static_cast<std::int64_t>((share - width) * size), last = static_cast<std::int64_t>((share + width) * size);
-      auto from = sample.begin();
-      if (first >= 0) {
-        from += first;
-        std::nth_element(sample.begin(), from, sample.end(), std::greater<>());
-        query.hi = *from;
-      }
-      if (last < static_cast<std::int64_t>(sample.size())) {
-        const auto to = sample.begin() + last;
-        std::nth_element(from, to, sample.end(), std::greater<>());
-        query.lo = *to;
-      }
+      const double deviation = std::sqrt(share * (1.0 - share) * size) + 1.0;
+      bracket(query, sample, share * size, kSampleWidth * deviation);
     }
   }
 
-  // Whether a query can be counted straight from storage.
-  bool verifies(const Entry& entry, const Stream& stream, const Query& query) const {
-    return keep == Keep::BAND && !query.by_histogram && query.lo == query.hi && query.hi < kNanKey && entry.base.data != nullptr &&
-           entry.base.dtype == entry.models[stream.model].dtype;
+  // An interval of values around the one expected at `rank` of the sample, `margin` places to
+  // either side.
+  static void bracket(Query& query, std::vector<std::uint32_t>& sample, double rank,
+                      double margin) {
+    const auto first = static_cast<std::int64_t>(std::floor(rank - margin)),
+               last = static_cast<std::int64_t>(std::ceil(rank + margin));
+    query.lo = 0;
+    query.hi = kTopKey;
+    auto from = sample.begin();
+    if (first >= 0) {
+      from += first;
+      std::nth_element(sample.begin(), from, sample.end(), std::greater<>());
+      query.hi = *from;
+    }
+    if (last < std::ssize(sample)) {
+      const auto to = sample.begin() + last;
+      std::nth_element(from, to, sample.end(), std::greater<>());
+      query.lo = *to;
+    }
   }
 
-  // Counts of one tile for the queries of some streams; `first` is where a stream's queries stand in `found`.
-  void pass_over(const Entry& entry, std::int64_t begin, std::int64_t end, const std::vector<OpenStream>& open,
-                 Scratch& scratch, std::vector<Found>& found, std::vector<std::atomic<std::int64_t>>& room) {
-    int models[kVerifyModels], n_verified = 0;
-    Bracket* brackets[kVerifyModels];
-    const auto verify = [&] {
-      if (n_verified > 0) kernels.verify(entry, models, n_verified, begin, end, brackets);
-      n_verified = 0;
+  // Whether a query's keys can be read straight from storage.
+  bool scans_taus(const Entry& entry, const Stream& stream, const Query& query) const {
+    return keep == Keep::BAND && !query.by_histogram && query.hi < kNanKey &&
+           entry.base.data != nullptr && entry.base.dtype == entry.models[stream.model].dtype;
+  }
+
+  // Counts of one tile for the queries of some streams; `first` is where a stream's queries stand
+  // in `found`.
+  void pass_over(const Entry& entry, std::int64_t begin, std::int64_t end,
+                 const std::vector<OpenStream>& open, Scratch& scratch, std::vector<Found>& found,
+                 std::vector<std::atomic<std::int64_t>>& room) {
+    TauScan scans[kScanModels];
+    std::size_t at[kScanModels], before[kScanModels];
+    int n_scans = 0;
+    const auto scan = [&] {
+      if (n_scans > 0) kernels.scan_taus(entry, begin, end, scans, n_scans);
+      for (int s = 0; s < n_scans; ++s)
+        room[at[s]].fetch_sub(found[at[s]].n_keys - before[s], std::memory_order_relaxed);
+      n_scans = 0;
+    };
+    const auto has_room = [&](std::size_t q) {
+      return room[q].load(std::memory_order_relaxed) > 0;
     };
     for (const auto& [stream, first] : open) {
       bool needs_keys = false;
       for (std::size_t q = 0; q < stream->queries.size(); ++q) {
         const Query& query = stream->queries[q];
         if (query.done) continue;
-        if (!verifies(entry, *stream, query)) {
+        if (!scans_taus(entry, *stream, query)) {
           needs_keys = true;
           continue;
         }
-        models[n_verified] = stream->model;
-        brackets[n_verified++] = &found[first + q].bracket;
-        if (n_verified == kVerifyModels) verify();
+        Found& f = found[first + q];
+        const bool collects = query.lo != query.hi && has_room(first + q);
+        at[n_scans] = first + q;
+        before[n_scans] = f.n_keys;
+        scans[n_scans++] = {stream->model, &f.bracket,
+                            collects ? f.room_for(end - begin + 2 * kernels.lanes) : nullptr,
+                            &f.n_keys};
+        if (n_scans == kScanModels) scan();
       }
       if (!needs_keys) continue;
-      for_each_keys(entry, stream->model, begin, end, scratch, [&, stream = stream, first = first](const std::uint32_t* keys, std::int64_t n) {
-        for (std::size_t q = 0; q < stream->queries.size(); ++q) {
-          const Query& query = stream->queries[q];
-          Found& f = found[first + q];
-          if (query.done || verifies(entry, *stream, query)) continue;
-          if (query.by_histogram) {
-            add_to_bins(query, keys, n, f);
-            continue;
-          }
-          const bool collects = room[first + q].load(std::memory_order_relaxed) > 0;
-          const std::int64_t taken = kernels.scan(keys, n, f.bracket, collects ? f.room_for(n + kernels.lanes) : nullptr);
-          f.n_keys += taken;
-          if (taken > 0) room[first + q].fetch_sub(taken, std::memory_order_relaxed);
-        }
-      });
+      for_each_keys(entry, stream->model, begin, end, scratch,
+                    [&, stream = stream, first = first](const std::uint32_t* keys, std::int64_t n) {
+                      for (std::size_t q = 0; q < stream->queries.size(); ++q) {
+                        const Query& query = stream->queries[q];
+                        Found& f = found[first + q];
+                        if (query.done || scans_taus(entry, *stream, query)) continue;
+                        if (query.by_histogram) {
+                          add_to_bins(query, keys, n, f);
+                          continue;
+                        }
+                        const std::int64_t taken = kernels.scan(
+                            keys, n, f.bracket,
+                            has_room(first + q) ? f.room_for(n + kernels.lanes) : nullptr);
+                        f.n_keys += taken;
+                        if (taken > 0) room[first + q].fetch_sub(taken, std::memory_order_relaxed);
+                      }
+                    });
     }
-    verify();
+    scan();
   }
 
   static void add_to_bins(const Query& query, const std::uint32_t* keys, std::int64_t n, Found& f) {
@@ -254,23 +311,28 @@ struct Selection {
 
   void run_batch(std::vector<Stream>& streams, std::size_t begin, std::size_t end) {
     std::vector<Scratch> scratch(n_threads);
-    parallel_for(static_cast<std::int64_t>(end - begin), n_threads, [&](std::int64_t task, int thread) {
-      Stream& stream = streams[begin + task];
-      if (stream.n <= kSmallGroup) {
-        select_from_copy(stream, scratch[thread]);
-      } else {
-        bracket_from_sample(stream, scratch[thread]);
-      }
-    });
+    parallel_for(static_cast<std::int64_t>(end - begin), n_threads,
+                 [&](std::int64_t task, int thread) {
+                   Stream& stream = streams[begin + task];
+                   if (stream.n <= kSmallGroup) {
+                     select_from_copy(stream, scratch[thread]);
+                   } else {
+                     bracket_from_sample(stream, scratch[thread]);
+                   }
+                 });
     for (;;) {
-      // All open streams of a group take a tile together: the base's part of it is still cached for the next model.
+      // All open streams of a group take a tile together: the base's part of it is still cached for
+      // the next model.
       std::map<int, std::vector<OpenStream>> open_of_group;
-      std::vector<std::pair<Query*, std::size_t>> open;
+      std::vector<OpenQuery> open;
+      double n_expected = 0.0;
       for (std::size_t s = begin; s < end; ++s) {
         auto& queries = streams[s].queries;
-        if (std::all_of(queries.begin(), queries.end(), [](const Query& q) { return q.done; })) continue;
+        if (std::all_of(queries.begin(), queries.end(), [](const Query& q) { return q.done; }))
+          continue;
         open_of_group[streams[s].group].push_back({&streams[s], open.size()});
-        for (Query& query : queries) open.push_back({&query, open.size()});
+        for (Query& query : queries) open.push_back({&query, expected_candidates(streams[s].n)});
+        n_expected += expected_candidates(streams[s].n) * static_cast<double>(queries.size());
       }
       if (open.empty()) return;
       struct Task {
@@ -284,17 +346,22 @@ struct Selection {
           for (std::int64_t i = 0; i < entry->n; i += tile)
             tasks.push_back({entry, i, std::min(i + tile, entry->n), &of_group});
       std::vector<std::atomic<std::int64_t>> room(open.size());
-      for (auto& r : room) r = kCandidateBytes / static_cast<std::int64_t>(sizeof(std::uint32_t) * open.size());
-      std::vector<std::vector<Found>> found(n_threads, std::vector<Found>(open.size()));
+      for (std::size_t at = 0; at < open.size(); ++at)
+        room[at] = static_cast<std::int64_t>(static_cast<double>(kCandidates) *
+                                             open[at].n_expected / n_expected);
+      const int n_busy = parallel_threads(static_cast<std::int64_t>(tasks.size()), n_threads);
+      std::vector<std::vector<Found>> found(n_busy, std::vector<Found>(open.size()));
       for (auto& of_thread : found)
-        for (const auto& [query, at] : open) of_thread[at].bracket = {query->lo, query->hi, 0, 0, 0, 0};
-      parallel_for(static_cast<std::int64_t>(tasks.size()), n_threads, [&](std::int64_t task, int thread) {
-        const Task& t = tasks[task];
-        pass_over(*t.entry, t.begin, t.end, *t.open, scratch[thread], found[thread], room);
-      });
+        for (std::size_t at = 0; at < open.size(); ++at)
+          of_thread[at].bracket = {open[at].query->lo, open[at].query->hi, 0, 0, 0, 0};
+      parallel_for(
+          static_cast<std::int64_t>(tasks.size()), n_threads, [&](std::int64_t task, int thread) {
+            const Task& t = tasks[task];
+            pass_over(*t.entry, t.begin, t.end, *t.open, scratch[thread], found[thread], room);
+          });
       parallel_for(static_cast<std::int64_t>(open.size()), n_threads, [&](std::int64_t task, int) {
-        const auto& [query, at] = open[task];
-        if (!query->done) advance(*query, merge(found, at));
+        Query& query = *open[task].query;
+        if (!query.done) advance(query, merge(found, static_cast<std::size_t>(task)));
       });
     }
   }
@@ -318,8 +385,8 @@ struct Selection {
 
 }  // namespace
 
-std::vector<Threshold> thresholds(const Table& table, Keep keep, const std::vector<RankQuery>& queries,
-                                  const Options& options) {
+std::vector<Threshold> thresholds(const Table& table, Keep keep,
+                                  const std::vector<RankQuery>& queries, const Options& options) {
   Selection selection(table, keep, options);
   std::vector<Stream> streams;
   std::map<std::pair<int, int>, std::size_t> stream_of;
@@ -331,20 +398,23 @@ std::vector<Threshold> thresholds(const Table& table, Keep keep, const std::vect
       for (const Entry* entry : selection.group_entries[query.group]) stream.n += entry->n;
       streams.push_back(stream);
     }
+    if (query.k < 1 || query.k > streams[found->second].n)
+      throw std::invalid_argument("rank " + std::to_string(query.k) + " of " +
+                                  std::to_string(streams[found->second].n) + " keys");
     Query q;
     q.at = at;
     q.k = query.k;
     streams[found->second].queries.push_back(q);
   }
-  // As many streams at a time as their candidates, about 3 % of the keys, have room for.
-  constexpr std::int64_t kBatchKeys = kCandidateBytes / static_cast<std::int64_t>(sizeof(std::uint32_t)) * 32;
+  // As many streams at a time as their candidates have room for, with as much to spare.
   for (std::size_t begin = 0; begin < streams.size();) {
     std::size_t end = begin;
-    std::int64_t n_keys = 0;
+    double n_expected = 0.0;
     do {
-      n_keys += streams[end].n * static_cast<std::int64_t>(streams[end].queries.size());
+      n_expected +=
+          expected_candidates(streams[end].n) * static_cast<double>(streams[end].queries.size());
       ++end;
-    } while (end < streams.size() && n_keys < kBatchKeys);
+    } while (end < streams.size() && n_expected < static_cast<double>(kCandidates / 2));
     selection.run_batch(streams, begin, end);
     begin = end;
   }
@@ -354,7 +424,8 @@ std::vector<Threshold> thresholds(const Table& table, Keep keep, const std::vect
   return result;
 }
 
-std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>& queries, const Options& options) {
+std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>& queries,
+                              const Options& options) {
   Selection selection(table, Keep::BAND, options);
   std::vector<Stream> streams(queries.size());
   std::vector<std::vector<OpenStream>> of_group(table.n_groups());
@@ -369,12 +440,15 @@ std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>&
   std::vector<std::atomic<std::int64_t>> room(queries.size());
   std::vector<std::vector<Found>> found(selection.n_threads, std::vector<Found>(queries.size()));
   for (auto& of_thread : found)
-    for (std::size_t at = 0; at < queries.size(); ++at) of_thread[at].bracket.lo = of_thread[at].bracket.hi = queries[at].key;
-  parallel_for(static_cast<std::int64_t>(tiles.size()), selection.n_threads, [&](std::int64_t task, int thread) {
-    const Tile& tile = tiles[task];
-    const Entry& entry = table.entries[tile.entry];
-    selection.pass_over(entry, tile.begin, tile.end, of_group[entry.group], scratch[thread], found[thread], room);
-  });
+    for (std::size_t at = 0; at < queries.size(); ++at)
+      of_thread[at].bracket.lo = of_thread[at].bracket.hi = queries[at].key;
+  parallel_for(static_cast<std::int64_t>(tiles.size()), selection.n_threads,
+               [&](std::int64_t task, int thread) {
+                 const Tile& tile = tiles[task];
+                 const Entry& entry = table.entries[tile.entry];
+                 selection.pass_over(entry, tile.begin, tile.end, of_group[entry.group],
+                                     scratch[thread], found[thread], room);
+               });
   std::vector<Threshold> result;
   for (std::size_t at = 0; at < queries.size(); ++at) {
     const Bracket& bracket = Selection::merge(found, at).bracket;
@@ -383,7 +457,8 @@ std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>&
   return result;
 }
 
-std::vector<std::int64_t> nth_equal(const Table& table, Keep keep, const std::vector<EqualQuery>& queries,
+std::vector<std::int64_t> nth_equal(const Table& table, Keep keep,
+                                    const std::vector<EqualQuery>& queries,
                                     const Options& options) {
   Selection selection(table, keep, options);
   std::vector<std::int64_t> result(queries.size(), -1);
@@ -396,28 +471,35 @@ std::vector<std::int64_t> nth_equal(const Table& table, Keep keep, const std::ve
     std::vector<Piece> pieces;
     for (const Entry* entry : selection.group_entries[query.group])
       for (std::int64_t i = 0; i < entry->n; i += selection.tile)
-        pieces.push_back({entry, i, std::min(i + selection.tile, entry->n), entry->group_offset + entry->offset + i, 0});
-    std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.position < b.position; });
+        pieces.push_back({entry, i, std::min(i + selection.tile, entry->n),
+                          entry->group_offset + entry->offset + i, 0});
+    std::sort(pieces.begin(), pieces.end(),
+              [](const Piece& a, const Piece& b) { return a.position < b.position; });
     std::vector<Scratch> scratch(selection.n_threads);
-    parallel_for(static_cast<std::int64_t>(pieces.size()), selection.n_threads, [&](std::int64_t task, int thread) {
-      Piece& piece = pieces[task];
-      selection.for_each_keys(*piece.entry, query.model, piece.begin, piece.end, scratch[thread],
-                              [&](const std::uint32_t* keys, std::int64_t n) {
-                                piece.n_equal += selection.kernels.count_equal(keys, n, query.key);
-                              });
-    });
+    parallel_for(static_cast<std::int64_t>(pieces.size()), selection.n_threads,
+                 [&](std::int64_t task, int thread) {
+                   Piece& piece = pieces[task];
+                   selection.for_each_keys(
+                       *piece.entry, query.model, piece.begin, piece.end, scratch[thread],
+                       [&](const std::uint32_t* keys, std::int64_t n) {
+                         piece.n_equal += selection.kernels.count_equal(keys, n, query.key);
+                       });
+                 });
     std::int64_t left = query.r;
     for (const Piece& piece : pieces) {
       if (left >= piece.n_equal) {
         left -= piece.n_equal;
         continue;
       }
-      std::int64_t position = piece.position;
-      selection.for_each_keys(*piece.entry, query.model, piece.begin, piece.end, scratch[0],
-                              [&](const std::uint32_t* keys, std::int64_t n) {
-                                for (std::int64_t i = 0; i < n; ++i, ++position)
-                                  if (keys[i] == query.key && left-- == 0) result[q] = position;
-                              });
+      // On one of parallel_for's threads, whose rounding of subnormals is set.
+      parallel_for(1, 1, [&](std::int64_t, int) {
+        std::int64_t position = piece.position;
+        selection.for_each_keys(*piece.entry, query.model, piece.begin, piece.end, scratch[0],
+                                [&](const std::uint32_t* keys, std::int64_t n) {
+                                  for (std::int64_t i = 0; i < n; ++i, ++position)
+                                    if (keys[i] == query.key && left-- == 0) result[q] = position;
+                                });
+      });
       break;
     }
   }

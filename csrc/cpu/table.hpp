@@ -10,10 +10,10 @@
 namespace tvfast {
 
 struct Entry {
-  std::vector<View> models;  // K counterparts
-  std::vector<View> scores;  // K or none
+  std::vector<View> models;           // K counterparts
+  std::vector<View> scores;           // K or none
   std::vector<std::uint64_t*> masks;  // K bit planes or none
-  View base;                 // data == nullptr: none
+  View base;                          // data == nullptr: none
   void* out = nullptr;
   DType out_dtype = DType::F32;
   std::int64_t n = 0;             // elements
@@ -29,6 +29,18 @@ struct Tile {
   std::int64_t entry, begin, end;
 };
 
+// Elements a thread takes at a time unless the caller says otherwise: K + 1 two-byte streams stay
+// in a second-level cache of 512 KiB up to K = 15. At most 2^24, so that 32-bit counters of a tile
+// cannot overflow.
+inline std::int64_t tile_length(std::int64_t asked) {
+  return asked > 0 ? std::clamp<std::int64_t>(asked / 64 * 64, 64, std::int64_t{1} << 24) : 16384;
+}
+
+// Stages that need the rank of an element within its row.
+constexpr bool ranks_rows(Keep keep) {
+  return keep == Keep::RANDOM_BY_RANK || keep == Keep::BAND_BY_RANK;
+}
+
 struct Table {
   int n_models = 0;
   std::vector<Entry> entries;
@@ -39,14 +51,16 @@ struct Table {
     return most + 1;
   }
 
-  // Tiles of about `length` elements; of whole rows if `by_rows`. Lengths are multiples of 64 elements, so that a
-  // tile starts at a whole word of a bit plane, except that rows may begin anywhere.
+  // Tiles of `length` elements, or about so many in whole rows. A length is a multiple of 64
+  // elements, so that a tile starts at a whole word of a bit plane, except that rows may begin
+  // anywhere.
   std::vector<Tile> tiles(std::int64_t length, bool by_rows) const {
     std::vector<Tile> result;
     for (std::size_t e = 0; e < entries.size(); ++e) {
       const Entry& entry = entries[e];
-      std::int64_t step = std::max<std::int64_t>(64, length / 64 * 64);
-      if (by_rows && entry.n > 0) step = std::max<std::int64_t>(1, step / entry.row_length()) * entry.row_length();
+      std::int64_t step = length;
+      if (by_rows && entry.n > 0)
+        step = std::max<std::int64_t>(1, step / entry.row_length()) * entry.row_length();
       for (std::int64_t begin = 0; begin < entry.n; begin += step)
         result.push_back({static_cast<std::int64_t>(e), begin, std::min(begin + step, entry.n)});
     }

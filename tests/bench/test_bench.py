@@ -64,6 +64,10 @@ def test_tensors_lie_on_huge_page_boundaries(buffers: Buffers) -> None:
     assert [tensor.data_ptr() % 2**21 for tensor in tensors] == [0] * len(tensors)
     share = huge_page_share(tensors)
     assert share is None or 0 <= share <= 1
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(place, 16) for place in line.split(maxsplit=1)[0].split("-"))
+        if any(begin <= tensor.data_ptr() < end for tensor in tensors):
+            assert line.split()[1] == "rw-p", "shared memory gets no huge pages"
 
 
 def test_restore_undoes_an_in_place_merge(buffers: Buffers) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -341,9 +342,30 @@ def test_methods_are_frozen_and_numbers_may_be_arrays() -> None:
         method.scale = 2.0
 
 
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    base, models = torch.zeros(64), [torch.ones(64), -torch.ones(64)]
+    keywords: dict[str, Any] = {"density": 0.5, "weights": [1.0, 0.5]}
+    plain = tvfast.merge(base, models, "ties", seed=3, **keywords)
+    keywords = {"density": np.float32(0.5), "weights": np.array([1.0, 0.5])}
+    assert tvfast.merge(base, models, method="ties", seed=np.int64(3), **keywords).equal(plain)
+
+
+def test_the_only_model_may_bring_its_number_in_a_list() -> None:
+    base, model = torch.zeros(3), torch.ones(3)
+    assert tvfast.merge(base, [model], method="passthrough", scale=[2.0]).tolist() == [2.0] * 3  # type: ignore[arg-type]
+    assert tvfast.merge(base, [model], method="slerp", t=[1.0]).equal(model)
+
+
+@pytest.mark.parametrize("n_models", [1, 17, 40])
+def test_any_number_of_copies_averages_to_the_model(n_models: int) -> None:
+    base, model = torch.zeros(257), torch.arange(257.0) - 128
+    for method in ("ties", "linear", "della"):
+        assert tvfast.merge(base, [model] * n_models, method=method).equal(model), method
+
+
 def test_public_names() -> None:
     assert tvfast.merge_ is merging.merge_
     assert tvfast.errors is errors
-    assert {"merge_", "merge", "compare", "ops", "methods"} <= set(dir(tvfast))
+    assert {"merge_", "merge", "compare", "ops", "methods", "program"} <= set(dir(tvfast))
     with pytest.raises(AttributeError, match="has no attribute 'mrege'"):
         _ = tvfast.mrege

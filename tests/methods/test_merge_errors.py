@@ -57,6 +57,16 @@ WRONG_ARGUMENTS: list[tuple[dict[str, Any], type[ArgumentError], str]] = [
     ({"method": "ties", "normalize": 1}, ArgumentError, "normalize is 1; expected True or False"),
     ({"method": "ties", "n_threads": -1}, ArgumentError, "n_threads is -1"),
     ({"method": "ties", "n_threads": 2.0}, ArgumentError, "n_threads is 2.0"),
+    ({"method": "ties", "n_threads": 2**40}, ArgumentError, r"expected an integer in \[0, 65536\]"),
+    ({"method": "ties", "weights": 1e39}, ArgumentError, "weights is 1e.39; expected a finite number that"),
+    (
+        {"method": "ties", "scale": -1e39},
+        ArgumentError,
+        "scale is -1e.39; expected a finite number that float32",
+    ),
+    ({"method": "ties", "lambda": 0.5}, UnknownNameError, "'lambda' does not exist; did you mean 'scale'?"),
+    ({"method": "ties", "weight": 1}, UnknownNameError, "'weight' does not exist; did you mean 'weights'?"),
+    ({"method": "ties", "seed": True}, ArgumentError, "seed is True; expected an integer"),
     ({"method": "slerp"}, ArgumentError, "got 2 models; expected 1 besides the base"),
     ({"method": "passthrough"}, ArgumentError, "got 2 models; expected 1"),
 ]
@@ -200,6 +210,21 @@ def test_everything_is_checked_before_anything_is_written() -> None:
     with pytest.raises(ShapeError, match="'c'"):
         tvfast.merge_(base, [model], method="task_arithmetic")
     assert all(v.count_nonzero() == 0 for v in base.values())
+
+
+def test_integers_must_have_the_shape_of_the_base() -> None:
+    base = {"w": torch.zeros(2), "ids": torch.arange(3)}
+    with pytest.raises(ShapeError, match=r"'ids': models\[0\] has shape \[4\], base has \[3\]"):
+        tvfast.merge_(base, [{"w": torch.ones(2), "ids": torch.arange(4)}], method="linear")
+
+
+def test_negated_views_are_refused() -> None:
+    """Their memory holds the other sign."""
+    negated = torch._neg_view(torch.ones(3))
+    with pytest.raises(LayoutError, match=r"models\[0\] is a view with a pending negation"):
+        tvfast.merge(torch.zeros(3), [negated], method="linear")
+    merged = tvfast.merge(torch.zeros(3), [negated.resolve_neg()], method="linear")
+    assert merged.equal(torch.full((3,), -1.0))
 
 
 class Wrapper(Tensor):

@@ -142,6 +142,11 @@ def test_elect(make: Any, weights: list[float] | None, zero_sign: str, zero: int
     assert torch.equal(found, plain_elect(deltas, weights or [1.0] * 3, vote, zero))
 
 
+def test_one_weight_is_that_of_every_task_vector() -> None:
+    deltas = [drawn(k) for k in range(3)]
+    assert ops.elect(deltas, weights=-2.0).equal(ops.elect(deltas, weights=[-2.0] * 3))
+
+
 def test_elect_agrees_with_the_vote_inside_measure() -> None:
     deltas = [drawn(k) for k in range(4)]
     for vote, name in ((Vote.MASS, "mass"), (Vote.COUNT, "count")):
@@ -374,6 +379,33 @@ BAD: dict[str, tuple[Callable[[], Any], type[TvfastError], str]] = {
     "integers": (lambda: ops.combine(None, [X.int()]), DTypeError, "int32"),
     "strides": (lambda: ops.measure(None, [X.T]), LayoutError, r"models\[0\] is not contiguous"),
     "weights": (lambda: ops.elect([X, X], weights=[1.0]), ArgumentError, "weights has 1 values for 2 models"),
+    "weight text": (lambda: ops.elect([X], weights="a"), ArgumentError, r"weights\[0\] is 'a'"),  # type: ignore[arg-type]
+    "no sequence": (
+        lambda: ops.threshold(None, 0.5),
+        ArgumentError,
+        "tensor is a NoneType; expected tensors",
+    ),  # type: ignore[arg-type]
+    "threads": (lambda: ops.threshold(X, 0.5, n_threads=-1), ArgumentError, "n_threads is -1"),
+    "threads of combine": (lambda: ops.combine(X, [X], n_threads=2**31), ArgumentError, "n_threads is 2147"),
+    "program": (lambda: ops.combine(X, [X], "ties"), ArgumentError, "program is a str; expected Program"),  # type: ignore[arg-type]
+    "scalars list": (lambda: ops.combine(X, [X], scalars=[1.0]), ArgumentError, "scalars is a list"),  # type: ignore[arg-type]
+    "limit": (
+        lambda: ops.combine(X, [X], scalars=TensorScalars(models=[ModelScalars(limit=-1)])),
+        ArgumentError,
+        r"models\[0\]\.limit is -1; expected an integer in",
+    ),
+    "key": (
+        lambda: ops.combine(X, [X], scalars=TensorScalars(models=[ModelScalars(key=2**64)])),
+        ArgumentError,
+        r"models\[0\]\.key is 18446744073709551616",
+    ),
+    "wants": (lambda: ops.measure(X, [X], "gram"), ArgumentError, "wants is a str; expected int"),  # type: ignore[arg-type]
+    "measure out": (lambda: ops.measure(X, [X], out=X), ArgumentError, "out is a Tensor; expected Moments"),  # type: ignore[arg-type]
+    "offset size": (
+        lambda: ops.combine(X, [X], offset=2**63),
+        ArgumentError,
+        "offset is 9223372036854775808",
+    ),
     "infinite weight": (lambda: ops.elect([X], weights=[math.inf]), ArgumentError, r"weights\[0\] is inf"),
     "scalars": (
         lambda: ops.combine(None, [X, X], scalars=TensorScalars(models=[ModelScalars()])),
@@ -384,6 +416,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[TvfastError], str]] = {
         lambda: ops.combine(None, [X], scalars=TensorScalars(models=[ModelScalars()], scale=math.nan)),
         ArgumentError,
         "scalars.scale is nan",
+    ),
+    "large weight": (
+        lambda: ops.combine(None, [X], scalars=TensorScalars(models=[ModelScalars(weight=1e39)])),
+        ArgumentError,
+        "weight is 1e.39; expected a finite number that float32 holds",
     ),
     "NaN band": (
         lambda: ops.combine(None, [X], scalars=TensorScalars(models=[ModelScalars(lo=math.nan)])),

@@ -90,27 +90,20 @@ def assert_within_an_ulp(found: Mapping[str, Array], expected: Mapping[str, Arra
 def assert_within_rounding(
     found: Mapping[str, Array],
     expected: Mapping[str, Array],
-    case: Mapping[str, Any],
+    what: str,
     operands: Sequence[Mapping[str, Array]],
 ) -> None:
-    """float32 sums of c_k x_k against their float64 values.
+    """slerp's float32 sums of c_k x_k against their float64 values; the probes show c_k.
 
-    Each term is rounded with its coefficient, its product and K - 1 additions. Linear divides by W = sum of
-    w_k, whose roundings, K of weights and K of additions, weigh sum |w_k| / |W|, and rounds the quotient.
+    Each term is rounded with its coefficient, its product and K - 1 additions.
     """
-    n_models = len(operands)
+    n_roundings = len(operands) + 1.0
     for name, wanted in expected.items():
-        coefficients, n_roundings = wanted.flat[:2], n_models + 1.0  # slerp: the probes
-        if case["method"] == "linear":
-            weights = np.array(case["parameters"]["weight"])
-            coefficients = weights / weights.sum()
-            n_roundings += 1 + 2 * n_models * np.abs(weights).sum() / abs(weights.sum())
+        coefficients = wanted.flat[:2]
         values = [operand[name].astype(np.float64) for operand in operands]
         terms = sum(np.abs(c * x) for c, x in zip(coefficients, values, strict=True))
         over = np.abs(found[name] - wanted) > n_roundings * UNIT * terms
-        assert not over.any(), (
-            f"{case['name']}, tensor {name!r}: {int(over.sum())} entries beyond their bound"
-        )
+        assert not over.any(), f"{what}, tensor {name!r}: {int(over.sum())} entries beyond their bound"
 
 
 def check_case(golden: Golden, case: Mapping[str, Any]) -> None:
@@ -124,8 +117,7 @@ def check_case(golden: Golden, case: Mapping[str, Any]) -> None:
     )
     found = merged(case["method"], base, models, case["parameters"])
     if case["float64"]:
-        operands = [base, *models] if case["method"] == "slerp" else models
-        assert_within_rounding(found, expected, case, operands)
+        assert_within_rounding(found, expected, case["name"], [base, *models])
     else:
         assert_within_an_ulp(found, expected, case["name"])
 

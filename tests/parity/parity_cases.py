@@ -131,7 +131,10 @@ def cases() -> Iterator[Case]:
     yield Case("linear-mean", "linear", "finetune", {"weight": [1.0, 1.0, 1.0]})
     yield Case("linear-sum", "linear", "short", {"weight": [0.5, 0.25, 0.75], "normalize": False})
     yield Case("linear-negative", "linear", "short", {"weight": [1.5, -0.375, 0.40625]})
-    yield Case("linear-float64", "linear", "wide", {"weight": [0.3, -0.7, 1.9]}, float64=True)
+    yield Case("linear-finetune", "linear", "finetune", {"weight": [0.3, 0.7, 0.25]})
+    yield Case("linear-wide", "linear", "wide", {"weight": [0.3, -0.7, 1.9]})
+    yield Case("linear-wide-sum", "linear", "wide", {"weight": [1 / 3, 0.1, -0.6], "normalize": False})
+    yield Case("linear-dominant", "linear", "dominant", {"weight": [0.61, 0.17, 0.22]})
     yield Case("linear-one", "linear", "short", {"weight": [3.0]}, models=1)
 
     yield Case("slerp-near", "slerp", "finetune", {"t": 0.3}, models=1)

@@ -62,6 +62,7 @@ def make_method(name: str, **parameters: Any) -> ProgramMethod:
     """
     info = method_info(name)
     own = [p.name for p in info.parameters]
+    renamed = {"lambda": "scale", "lambda_": "scale", "lam": "scale", "weight": "weights"}
     for found, value in parameters.items():
         if found in own or (value is None and found in SHARED):
             continue
@@ -71,8 +72,8 @@ def make_method(name: str, **parameters: Any) -> ProgramMethod:
                 f"method {name!r} does not take {found!r}; it takes {', '.join(own)}. "
                 f"Methods that take {found!r}: {', '.join(sorted(takers))}."
             )
+        hint = f" did you mean {renamed[found]!r}?" if renamed.get(found) in own else nearest(found, own)
         raise UnknownNameError(
-            f"method {name!r}: parameter {found!r} does not exist;{nearest(found, own)} "
-            f"it takes {', '.join(own)}."
+            f"method {name!r}: parameter {found!r} does not exist;{hint} it takes {', '.join(own)}."
         )
     return info.cls(**{key: value for key, value in parameters.items() if value is not None})

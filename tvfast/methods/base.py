@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -113,8 +114,7 @@ class ProgramMethod(ABC):
         if self.weights is not None:
             self._normalise("weights", finite=True)
         self._normalise("scale", finite=True, per_model=False)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ArgumentError(f"seed is {self.seed!r}; expected an integer.")
+        object.__setattr__(self, "seed", integer("seed", self.seed))
         check_name("dialect", self.dialect, self.info.dialects, f"method {self.info.name!r}")
         if self.tie is not None:
             check_name("tie", self.tie, TIES, f"method {self.info.name!r}")
@@ -209,11 +209,16 @@ class ProgramMethod(ABC):
     def _normalise(self, name: str, *, finite: bool = False, per_model: bool = True) -> None:
         """Replace a numeric parameter by a float or a tuple of floats."""
         value = numbers(name, getattr(self, name))
+        if isinstance(value, tuple) and len(value) == 1 and self.info.n_models == (1, 1):
+            value = value[0]  # the one model's
         if isinstance(value, tuple) and not per_model:
             raise ArgumentError(f"method {self.info.name!r}: {name} is a sequence; expected one number.")
         for item in value if isinstance(value, tuple) else (value,):
-            if finite and not math.isfinite(item):
-                raise ArgumentError(f"method {self.info.name!r}: {name} is {item}; expected a finite number.")
+            if finite and not math.isfinite(float32(item)):
+                raise ArgumentError(
+                    f"method {self.info.name!r}: {name} is {item}; expected a finite number that "
+                    "float32 holds."
+                )
         object.__setattr__(self, name, value)
 
     def _check_fractions(self, *names: str) -> None:
@@ -250,6 +255,20 @@ def numbers(name: str, value: Any) -> float | tuple[float, ...]:
         except (TypeError, ValueError, RuntimeError):
             pass
     raise ArgumentError(f"{name} is {value!r}; expected a number or one number per model.")
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer of any library as int.
+
+    Raises:
+        ArgumentError: anything else, booleans too.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ArgumentError(f"{name} is {value!r}; expected an integer.")
 
 
 def check_name(what: str, found: object, known: Iterable[str], place: str) -> None:

@@ -34,6 +34,4 @@ class Linear(ProgramMethod):
 
     def program(self) -> Program:
         # mergekit 0.1.5 accumulates with a fused multiply-add; an unfused sum is not within 1 ulp of it.
-        return Program(
-            reduce=Reduce.FUSED_SUM, divisor=Divisor.WEIGHT if self.normalize else Divisor.NONE
-        )
+        return Program(reduce=Reduce.FUSED_SUM, divisor=Divisor.WEIGHT if self.normalize else Divisor.NONE)

@@ -185,9 +185,11 @@ class _Ends:
         if self.empty or (self.low is not None and math.isnan(self.low.value)):
             return NONE
         lo_cut = self.low_cut if isinstance(self.low_cut, int) else resolved[self.low_cut]
+        low = 0.0 if self.low is None else self.low.value
+        if self.high is None or math.isnan(self.high.value):
+            return Band(low, math.inf, lo_cut, 0)  # NaN is never dropped, so neither is what ties with it
         hi_cut = self.high_cut if isinstance(self.high_cut, int) else resolved[self.high_cut]
-        hi = math.inf if self.high is None or math.isnan(self.high.value) else self.high.value
-        return Band(0.0 if self.low is None else self.low.value, hi, lo_cut, hi_cut)
+        return Band(low, self.high.value, lo_cut, hi_cut)
 
 
 _CutKey = tuple[int, int, float, int]  # group, model, value, position among the equal entries

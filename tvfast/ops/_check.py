@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -18,6 +19,19 @@ from tvfast.program import ModelScalars, TensorScalars
 Choice = TypeVar("Choice")
 
 _MAY_BE_INFINITE = ("lo", "hi")
+_INTEGERS = {
+    "lo_cut": 2**64,
+    "hi_cut": 2**64,
+    "limit": 2**64,
+    "limit_step": 2**64,
+    "rank_lo": 2**63,
+    "rank_hi": 2**63,
+    "key": 2**64,
+}
+"""Fields of `ModelScalars` that are integers, and the first value that does not fit."""
+
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_THREADS = 2**16
 
 
 def fraction(name: str, value: float) -> float:
@@ -46,6 +60,31 @@ def number(name: str, value: float) -> float:
     raise ArgumentError(f"{name} is {value!r}; expected a number.")
 
 
+def index(name: str, value: int, end: int = 2**63) -> int:
+    """`value` as an int.
+
+    Raises:
+        ArgumentError: not an integer in [0, end); booleans are not.
+    """
+    if not isinstance(value, bool):
+        try:
+            found = operator.index(value)
+        except TypeError:
+            found = -1
+        if 0 <= found < end:
+            return found
+    raise ArgumentError(f"{name} is {value!r}; expected an integer in [0, {end - 1}].")
+
+
+def threads(n_threads: int) -> int:
+    """A thread count; 0 stands for all cores.
+
+    Raises:
+        ArgumentError: not an integer in [0, 65536].
+    """
+    return index("n_threads", n_threads, _MOST_THREADS + 1)
+
+
 def choice(name: str, found: object, known: Mapping[str, Choice]) -> Choice:
     """The entry of `known` that `found` names.
 
@@ -63,20 +102,34 @@ def models_of(name: str, models: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """K tensors from a sequence of them, or from one tensor [K, ...] as K views.
 
     Raises:
-        ArgumentError: no model, or something that is not a tensor.
+        ArgumentError: no sequence, no model, or something that is not a tensor.
     """
     if isinstance(models, Tensor):
         if models.dim() == 0:
             raise ShapeError(f"{name} is one tensor of shape []; expected [K, ...] or a list of K tensors.")
         # a row of a non-contiguous stack can be contiguous, so each row is checked by itself
         found = list(models.detach().unbind(0))
-    else:
+    elif isinstance(models, Iterable) and not isinstance(models, str | bytes | Mapping):
         found = list(models)
+    else:
+        raise ArgumentError(
+            f"{name} is a {type(models).__name__}; expected tensors: a list, or one [K, ...]."
+        )
     if not found:
         raise ArgumentError(f"{name} is empty; expected at least one tensor.")
     for k, model in enumerate(found):
         tensor(f"{name}[{k}]", model)
     return found
+
+
+def instance(role: str, found: object, kind: type) -> None:
+    """Raise unless `found` is of a type.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if not isinstance(found, kind):
+        raise ArgumentError(f"{role} is a {type(found).__name__}; expected {kind.__name__}.")
 
 
 def tensor(role: str, found: object) -> Tensor:
@@ -90,20 +143,24 @@ def tensor(role: str, found: object) -> Tensor:
     return found
 
 
-def weights_of(weights: Sequence[float] | None, n_models: int) -> list[float]:
-    """One finite weight per model; 1 by default.
+def weights_of(weights: float | Sequence[float] | None, n_models: int) -> list[float]:
+    """One finite weight per model, from one for all or one per model; 1 by default.
 
     Raises:
         ArgumentError: wrong count, or a weight that is not finite.
     """
     if weights is None:
         return [1.0] * n_models
-    found = [number(f"weights[{k}]", weight) for k, weight in enumerate(weights)]
+    try:
+        found = [number(f"weights[{k}]", weight) for k, weight in enumerate(weights)]  # type: ignore[arg-type]
+    except TypeError:
+        found = [number("weights", weights)] * n_models  # type: ignore[arg-type]
     if len(found) != n_models:
-        raise ArgumentError(f"weights has {len(found)} values for {n_models} models; expected one per model.")
+        raise ArgumentError(
+            f"weights has {len(found)} values for {n_models} models; expected one value or one per model."
+        )
     for k, weight in enumerate(found):
-        if not math.isfinite(weight):
-            raise ArgumentError(f"weights[{k}] is {weight}; expected a finite number.")
+        _finite(f"weights[{k}]", weight)
     return found
 
 
@@ -111,11 +168,12 @@ def scalars_of(scalars: TensorScalars | None, n_models: int) -> TensorScalars:
     """`scalars`, or all defaults.
 
     Raises:
-        ArgumentError: not one `ModelScalars` per model, or a number that is NaN, or infinite where only
-            a band's end may be.
+        ArgumentError: not one `ModelScalars` per model, a number that is NaN, or infinite where only a
+            band's end may be, or an integer that is none or does not fit.
     """
     if scalars is None:
         return TensorScalars(models=[ModelScalars() for _ in range(n_models)])
+    instance("scalars", scalars, TensorScalars)
     if len(scalars.models) != n_models:
         raise ArgumentError(
             f"scalars.models has {len(scalars.models)} entries for {n_models} models; expected one per model."
@@ -123,8 +181,13 @@ def scalars_of(scalars: TensorScalars | None, n_models: int) -> TensorScalars:
     for name in ("scale", "majority", "divisor_floor", "divisor_fill"):
         _finite(f"scalars.{name}", getattr(scalars, name))
     for k, own in enumerate(scalars.models):
+        instance(f"scalars.models[{k}]", own, ModelScalars)
         for one in fields(own):
-            _finite(f"scalars.models[{k}].{one.name}", getattr(own, one.name), one.name in _MAY_BE_INFINITE)
+            place, value = f"scalars.models[{k}].{one.name}", getattr(own, one.name)
+            if one.name in _INTEGERS:
+                index(place, value, _INTEGERS[one.name])
+            else:
+                _finite(place, value, one.name in _MAY_BE_INFINITE)
     return scalars
 
 
@@ -162,7 +225,7 @@ def output(
 
 
 def _finite(place: str, value: float, may_be_infinite: bool = False) -> None:
-    if math.isnan(value) or (math.isinf(value) and not may_be_infinite):
-        raise ArgumentError(
-            f"{place} is {value}; expected {'no NaN' if may_be_infinite else 'a finite number'}."
-        )
+    found = number(place, value)
+    if not abs(found) <= _LARGEST and not (may_be_infinite and math.isinf(found)):
+        expected = "a number that float32 holds" if may_be_infinite else "a finite number that float32 holds"
+        raise ArgumentError(f"{place} is {found}; expected {expected}.")

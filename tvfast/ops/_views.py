@@ -25,7 +25,7 @@ def check_plain(tensor: Tensor, name: str, role: str) -> None:
     """Raise unless `tensor` owns ordinary, dense, contiguous memory.
 
     Raises:
-        LayoutError: meta, sparse, DTensor or another wrapper subclass, or not contiguous.
+        LayoutError: meta, sparse, DTensor or another wrapper subclass, a negated view, or not contiguous.
     """
     place = where(name, role)
     kind = type(tensor).__name__
@@ -44,6 +44,11 @@ def check_plain(tensor: Tensor, name: str, role: str) -> None:
         raise LayoutError(
             f"{place} is a {kind}, a tensor subclass that wraps other tensors; expected a plain tensor. "
             "Unwrap or dequantise it first."
+        )
+    if tensor.is_neg():
+        raise LayoutError(
+            f"{place} is a view with a pending negation; expected its values in memory. Pass "
+            "tensor.resolve_neg()."
         )
     if not tensor.is_contiguous():
         raise LayoutError(

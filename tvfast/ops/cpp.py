@@ -129,7 +129,9 @@ class CppBackend:
         n_threads: int = 0,
     ) -> list[int]:
         asked = list(queries)
-        return list(_C_cpu.nth_equal(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile))
+        return list(
+            _C_cpu.nth_equal(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile)
+        )
 
     def measure(
         self,

@@ -78,6 +78,7 @@ def threshold(
     Source: docs/numerics.md, Thresholds.
     """
     share = check.fraction("density", density)
+    check.threads(n_threads)
     single = isinstance(tensor, Tensor)
     tensors = [tensor] if isinstance(tensor, Tensor) else check.models_of("tensor", tensor)
     bases: list[Tensor | None] = [None] * len(tensors)
@@ -152,6 +153,7 @@ def topk_mask(
     """
     share = check.fraction("density", density)
     rule = check.choice("tie", tie, _TIES)
+    check.threads(n_threads)
     entry = _entry(base, [check.tensor("tensor", tensor)], name="", roles=("tensor",))
     if out is None:
         result = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
@@ -186,7 +188,7 @@ def topk_mask(
 def elect(
     deltas: Tensor | Sequence[Tensor],
     *,
-    weights: Sequence[float] | None = None,
+    weights: float | Sequence[float] | None = None,
     vote: str = "mass",
     zero_sign: str = "plus",
     out: Tensor | None = None,
@@ -199,7 +201,7 @@ def elect(
     Args:
         deltas: K tensors of one shape, or one tensor [K, ...]; contiguous, float32, bfloat16 or float16, also
             mixed; not modified.
-        weights: one finite number per task vector, to weigh its ballot; 1 by default.
+        weights: finite; one, or one per task vector, to weigh its ballot; 1 by default.
         vote: "mass" or "count".
         zero_sign: the sign where the vote is zero, or NaN: "plus", "minus" or "none", which is 0.
         out: int8 of the shape of one task vector; overwritten.
@@ -222,6 +224,7 @@ def elect(
     """
     models = check.models_of("deltas", deltas)
     own = check.weights_of(weights, len(models))
+    check.threads(n_threads)
     counting = check.choice("vote", vote, _VOTES)
     sign_of_zero = check.choice("zero_sign", zero_sign, _ZERO_SIGNS)
     roles = tuple(f"deltas[{k}]" for k in range(len(models)))
@@ -284,7 +287,7 @@ def combine(
 
     Raises:
         ArgumentError: counts that do not match, scores or masks that the keep stage wants and did not get,
-            a scalar that is not finite.
+            a scalar that is not finite or does not fit.
         ShapeError, DTypeError, DeviceError, LayoutError: tensors that do not fit together, are not
             contiguous, or overlap `out` in part.
         BackendError: no backend can run the call.
@@ -295,7 +298,8 @@ def combine(
 
     Source: docs/numerics.md.
     """
-    program = program or Program()
+    program = Program() if program is None else program
+    check.threads(n_threads)
     entry, everything = _operands(base, models, program, scores, masks, offset, row, name)
     numbers = check.scalars_of(scalars, len(entry.models))
     like, like_role = everything[0][1], everything[0][0]
@@ -355,7 +359,11 @@ def measure(
 
     Source: docs/numerics.md, Sums.
     """
-    program = program or Program()
+    program = Program() if program is None else program
+    check.threads(n_threads)
+    check.instance("wants", wants, int)
+    if out is not None:
+        check.instance("out", out, Moments)
     entry, _ = _operands(base, models, program, scores, masks, offset, row, name)
     numbers = check.scalars_of(scalars, len(entry.models))
     table = WorkTable([entry], n_models=len(entry.models))
@@ -396,6 +404,7 @@ def _operands(
     name: str,
 ) -> tuple[Entry, list[tuple[str, Tensor]]]:
     """The checked row of `combine` and `measure`, and its tensors by role, base and models first."""
+    check.instance("program", program, Program)
     found = check.models_of("models", models)
     roles = [f"models[{k}]" for k in range(len(found))]
     entry = _entry(base, found, name=name, roles=roles)
@@ -417,15 +426,9 @@ def _operands(
             raise DTypeError(f"masks[{k}] has dtype {str(one.dtype).removeprefix('torch.')}; expected bool.")
         check_plain(one, name, f"masks[{k}]")
     entry.masks = tuple(_plane_view(_pack(one), entry.n_elements) for one in masks or ())
-    entry.offset = _index("offset", offset)
-    entry.row = (like.shape[-1] if like.dim() > 1 else 0) if row is None else _index("row", row)
+    entry.offset = check.index("offset", offset)
+    entry.row = (like.shape[-1] if like.dim() > 1 else 0) if row is None else check.index("row", row)
     return entry, everything
-
-
-def _index(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ArgumentError(f"{name} is {value!r}; expected a non-negative integer.")
-    return value
 
 
 def _key(seed: int, name: str, model: int) -> int:

@@ -103,7 +103,9 @@ def backend_for(table: WorkTable) -> Backend:
     """
     forced = os.environ.get("TVFAST_BACKEND")
     if forced and forced not in _MODULES:
-        raise ArgumentError(f"TVFAST_BACKEND={forced!r} is not a backend; expected one of {', '.join(_MODULES)}.")
+        raise ArgumentError(
+            f"TVFAST_BACKEND={forced!r} is not a backend; expected one of {', '.join(_MODULES)}."
+        )
     reasons = []
     for name in [forced] if forced else _MODULES:
         try:

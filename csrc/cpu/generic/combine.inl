@@ -1,7 +1,7 @@
 // combine: one pass from storage to storage. No include guard on purpose.
 
-// How a block is reduced. Fixed programs become constants in the loop; every other one runs the same text on a
-// program read at run time.
+// How a block is reduced. Fixed programs become constants in the loop; every other one runs the
+// same text on a program read at run time.
 template <Program fixed>
 struct Fixed {
   static constexpr Program get(const Program&) { return fixed; }
@@ -31,7 +31,8 @@ static void stage_kept(const BlockCall& block, const float* base) {
       const F gain = splat(call.models[k].gain);
       if (program.keep == Keep::ALL) {
         for_each_tau(call.entry.models[k], base, block.begin, block.n,
-                     [=](std::int64_t j, F x) __attribute__((always_inline)) { store(tau + j, x * gain); });
+                     [=](std::int64_t j, F x)
+                         __attribute__((always_inline)) { store(tau + j, x * gain); });
       } else {
         const KeepBlock keep = keep_block(block, k, nullptr);
         for_each_tau(call.entry.models[k], base, block.begin, block.n,
@@ -65,7 +66,8 @@ TVFAST_INLINE F zero_sign(const Program& program, const TensorScalars& tensor) {
   return splat(0.0f);
 }
 
-TVFAST_INLINE F vote(const Program& program, const float* const* taus, const float* weights, int n_models, std::int64_t j) {
+TVFAST_INLINE F vote(const Program& program, const float* const* taus, const float* weights,
+                     int n_models, std::int64_t j) {
   F votes = splat(0.0f);
   for (int k = 0; k < n_models; ++k) {
     const F t = load<F>(taus[k] + j);
@@ -77,8 +79,9 @@ TVFAST_INLINE F vote(const Program& program, const float* const* taus, const flo
 
 // `zero` is the elected sign of a vote of zero.
 template <class Choice, int fixed_models>
-static void reduce_block(const Program& at_run_time, const TensorScalars& tensor, F zero, const float* weights,
-                         const float* const* taus, int n, const float* base, std::int64_t n_elements, float* out) {
+static void reduce_block(const Program& at_run_time, const TensorScalars& tensor, F zero,
+                         const float* weights, const float* const* taus, int n, const float* base,
+                         std::int64_t n_elements, float* out) {
   const Program program = Choice::get(at_run_time);
   const int n_models = fixed_models > 0 ? fixed_models : n;
   const F scale = splat(tensor.scale);
@@ -97,23 +100,26 @@ static void reduce_block(const Program& at_run_time, const TensorScalars& tensor
         if (program.members == Members::STRICT) member = not_zero(v);
       } else {
         const F ballot = program.ballot == Ballot::WEIGHTED ? v : t;
-        member = program.members == Members::STRICT ? agrees(ballot, sign, never_zero) : agrees_or_zero(ballot, sign);
+        member = program.members == Members::STRICT ? agrees(ballot, sign, never_zero)
+                                                    : agrees_or_zero(ballot, sign);
       }
       if (program.reduce == Reduce::SUM) reduced += masked(member, v);
-      if (program.reduce == Reduce::FUSED_SUM) reduced = fused_add(masked(member, t), splat(weights[k]), reduced);
+      if (program.reduce == Reduce::FUSED_SUM)
+        reduced = fused_add(masked(member, t), splat(weights[k]), reduced);
       if (program.reduce == Reduce::MAX_ABS) reduced = larger(reduced, v, member);
       if (program.divisor == Divisor::COUNT) divisor += masked(member, splat(1.0f));
       if (program.divisor == Divisor::WEIGHT) divisor += masked(member, splat(weights[k]));
     }
-    if (program.divisor != Divisor::NONE) reduced = reduced / safe_divisor(divisor, divisor_floor, divisor_fill);
+    if (program.divisor != Divisor::NONE)
+      reduced = reduced / safe_divisor(divisor, divisor_floor, divisor_fill);
     F result = reduced * scale;
     if (base != nullptr) result = load<F>(base + j) + result;
     store(out + j, result);
   }
 }
 
-using ReduceBlock = void (*)(const Program&, const TensorScalars&, F zero, const float*, const float* const*, int, const float*,
-                             std::int64_t, float*);
+using ReduceBlock = void (*)(const Program&, const TensorScalars&, F zero, const float*,
+                             const float* const*, int, const float*, std::int64_t, float*);
 
 template <class Choice>
 static ReduceBlock for_model_count(int n_models) {
@@ -134,10 +140,11 @@ inline constexpr Program kTiesByWeight{.vote = Vote::MASS,
                                        .ballot = Ballot::WEIGHTED,
                                        .members = Members::STRICT,
                                        .divisor = Divisor::WEIGHT};
-inline constexpr Program kTiesByCount{.vote = Vote::MASS, .members = Members::STRICT, .divisor = Divisor::COUNT};
+inline constexpr Program kTiesByCount{
+    .vote = Vote::MASS, .members = Members::STRICT, .divisor = Divisor::COUNT};
 
-// The part of a program that acts after keep and rescale, with what it does not read set to the first choice. The
-// zero sign is a scalar by then.
+// The part of a program that acts after keep and rescale, with what it does not read set to the
+// first choice. The zero sign is a scalar by then.
 static Program after_keep(const Program& program) {
   Program p = program;
   p.keep = Keep::ALL;
@@ -159,13 +166,16 @@ static ReduceBlock choose_reduce(const Program& program, int n_models) {
 template <DType dtype, bool streaming>
 static void narrow_as(const float* result, void* out, std::int64_t begin, std::int64_t n) {
   std::int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) store_rounded<dtype, streaming>(out, begin + j, load<F>(result + j));
+  for (; j + kLanes <= n; j += kLanes)
+    store_rounded<dtype, streaming>(out, begin + j, load<F>(result + j));
   if (j < n) store_partial<dtype>(out, begin + j, load<F>(result + j), static_cast<int>(n - j));
 }
 
 template <DType dtype>
-static void narrow(const float* result, void* out, std::int64_t begin, std::int64_t n, bool streaming) {
-  const auto address = reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(begin) * size_of(dtype);
+static void narrow(const float* result, void* out, std::int64_t begin, std::int64_t n,
+                   bool streaming) {
+  const auto address =
+      reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(begin) * size_of(dtype);
   if (streaming && address % (kLanes * size_of(dtype)) == 0) {
     narrow_as<dtype, true>(result, out, begin, n);
   } else {
@@ -186,14 +196,35 @@ static void combine_staged(const TileCall& call, bool streaming) {
     stage_kept(block, base);
     for (int k = 0; k < n_models; ++k) taus[k] = block.tau(k);
     float* result = call.scratch.result.get(kMaxBlock + 64);
-    reduce(call.program, call.tensor, zero, weights.data(), taus.data(), n_models, base, block.n, result);
+    reduce(call.program, call.tensor, zero, weights.data(), taus.data(), n_models, base, block.n,
+           result);
     switch (entry.out_dtype) {
-      case DType::F32: narrow<DType::F32>(result, entry.out, block.begin, block.n, streaming); break;
-      case DType::BF16: narrow<DType::BF16>(result, entry.out, block.begin, block.n, streaming); break;
-      case DType::F16: narrow<DType::F16>(result, entry.out, block.begin, block.n, streaming); break;
+      case DType::F32:
+        narrow<DType::F32>(result, entry.out, block.begin, block.n, streaming);
+        break;
+      case DType::BF16:
+        narrow<DType::BF16>(result, entry.out, block.begin, block.n, streaming);
+        break;
+      case DType::F16:
+        narrow<DType::F16>(result, entry.out, block.begin, block.n, streaming);
+        break;
     }
   });
   if (streaming) stream_fence();
+}
+
+// Sets `n` <= 64 bits of a plane from bit i on. Rows may begin anywhere in a word, and two threads
+// may share one.
+static void set_bits(std::uint64_t* words, std::int64_t i, std::uint64_t bits, std::int64_t n) {
+  const int at = static_cast<int>(i & 63);
+  if (at == 0 && n == 64) {
+    words[i >> 6] = bits;
+    return;
+  }
+  std::atomic_ref<std::uint64_t>(words[i >> 6]).fetch_or(bits << at, std::memory_order_relaxed);
+  if (at + n > 64)
+    std::atomic_ref<std::uint64_t>(words[(i >> 6) + 1])
+        .fetch_or(bits >> (64 - at), std::memory_order_relaxed);
 }
 
 static void row_masks_tile(const TileCall& call) {
@@ -204,16 +235,13 @@ static void row_masks_tile(const TileCall& call) {
     for (int k = 0; k < call.n_models(); ++k) {
       const KeepBlock keep = keep_block(block, k, variance);
       const float* tau = block.tau(k);
-      std::uint64_t* words = call.entry.masks[k];
-      for (std::int64_t j = 0; j < block.n; j += kLanes) {
-        const std::int64_t n_here = std::min<std::int64_t>(kLanes, block.n - j);
-        const std::uint64_t kept = mask_bits(keep(j, load<F>(tau + j))) & ((std::uint64_t{1} << n_here) - 1);
-        // Rows may begin anywhere in a word, and two threads may share one.
-        const std::int64_t i = block.begin + j;
-        const int shift = static_cast<int>(i & 63);
-        std::atomic_ref<std::uint64_t>(words[i >> 6]).fetch_or(kept << shift, std::memory_order_relaxed);
-        if (shift + n_here > 64)
-          std::atomic_ref<std::uint64_t>(words[(i >> 6) + 1]).fetch_or(kept >> (64 - shift), std::memory_order_relaxed);
+      for (std::int64_t j = 0; j < block.n; j += 64) {
+        const std::int64_t n = std::min<std::int64_t>(64, block.n - j);
+        std::uint64_t bits = 0;
+        for (std::int64_t lane = 0; lane < n; lane += kLanes)
+          bits |= std::uint64_t{mask_bits(keep(j + lane, load<F>(tau + j + lane)))} << lane;
+        if (n < 64) bits &= (std::uint64_t{1} << n) - 1;
+        set_bits(call.entry.masks[k], block.begin + j, bits, n);
       }
     }
   });

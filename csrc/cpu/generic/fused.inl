@@ -1,17 +1,19 @@
-// combine without scratch memory, for the common programs on tensors of one storage type: everything stays in registers from load to store.
-// A step takes two vectors at a time, because 16-bit storage unpacks fastest into even and odd elements. Same
-// stages in the same order as combine.inl, so the same bits. No include guard on purpose.
+// combine without scratch memory, for the common programs on tensors of one storage type:
+// everything stays in registers from load to store. A step takes two vectors at a time, because
+// 16-bit storage unpacks fastest into even and odd elements. Same stages in the same order as
+// combine.inl, so the same bits. No include guard on purpose.
 
 struct Pair {
   F first, second;
 };
 
-// Elements 2 kLanes i ... of one storage type as two vectors, and which elements the lanes of each hold.
+// Elements 2 kLanes i ... of one storage type as two vectors, and which elements the lanes of each
+// hold.
 template <DType dtype>
 struct Step {
   static constexpr std::int64_t kElements = 2 * kLanes;
 
-  TVFAST_INLINE_STATIC Pair load(const void* p, std::int64_t i) {
+  TVFAST_INLINE Pair load(const void* p, std::int64_t i) {
     if constexpr (dtype == DType::BF16) {
       const U x = load_bits(static_cast<const std::uint16_t*>(p) + i);
       return {from_bits(x << 16), from_bits(x & 0xffff0000u)};
@@ -20,7 +22,7 @@ struct Step {
     }
   }
 
-  TVFAST_INLINE_STATIC void store(void* p, std::int64_t i, Pair x, bool streaming) {
+  TVFAST_INLINE void store(void* p, std::int64_t i, Pair x, bool streaming) {
     if constexpr (dtype == DType::BF16) {
       std::uint16_t* q = static_cast<std::uint16_t*>(p) + i;
       U even = round(bits(x.first)), odd = round(bits(x.second));
@@ -44,29 +46,33 @@ struct Step {
     }
   }
 
-  TVFAST_INLINE_STATIC U first_elements() { return dtype == DType::BF16 ? iota() * 2u : iota(); }
-  TVFAST_INLINE_STATIC U second_elements() { return dtype == DType::BF16 ? iota() * 2u + 1u : iota() + std::uint32_t{kLanes}; }
+  TVFAST_INLINE U first_elements() { return dtype == DType::BF16 ? iota() * 2u : iota(); }
+  TVFAST_INLINE U second_elements() {
+    return dtype == DType::BF16 ? iota() * 2u + 1u : iota() + std::uint32_t{kLanes};
+  }
 
  private:
-  TVFAST_INLINE_STATIC U load_bits(const std::uint16_t* p) {
+  TVFAST_INLINE U load_bits(const std::uint16_t* p) {
     U x;
     __builtin_memcpy(&x, p, sizeof x);
     return x;
   }
-  TVFAST_INLINE_STATIC U round(U u) { return u + (0x7fffu + ((u >> 16) & 1u)); }
+  TVFAST_INLINE U round(U u) { return u + (0x7fffu + ((u >> 16) & 1u)); }
 };
 
-// What of a band a fused kernel tests. A band's upper end is at infinity unless outliers are dropped.
+// What of a band a fused kernel tests. A band's upper end is at infinity unless outliers are
+// dropped.
 enum class Ends { NONE, LOWER, LOWER_HASHED, BOTH_HASHED };
 
-// A model's band with its ties resolved for one tile: an entry equal to `lo` survives iff its hash is at most
-// `lo_last`, one equal to `hi` iff its hash is at least `hi_first`.
+// A model's band with its ties resolved for one tile: an entry equal to `lo` survives iff its hash
+// is at most `lo_last`, one equal to `hi` iff its hash is at least `hi_first`.
 struct TileBand {
   float lo, hi;
   std::uint32_t lo_last = 0xffffffffu, hi_first = 0;
 };
 
-// Scalars of the models, splat once per tile. Gains are one and the zero rule gives a sign, or the tile is not fused.
+// Scalars of the models, splat once per tile. Gains are one and the zero rule gives a sign, or the
+// tile is not fused.
 template <int n_models>
 struct FusedScalars {
   F weight[n_models], lo[n_models], hi[n_models];
@@ -80,16 +86,19 @@ TVFAST_INLINE M fused_keep(const FusedScalars<n_models>& s, int k, F a, U index)
   const U hash = tie_hash(index, s.folded[k]);
   const M dropped = (a == s.lo[k]) & (M)(hash > s.lo_last[k]);
   if constexpr (ends == Ends::LOWER_HASHED) return from_end(a, s.lo[k]) & invert(dropped);
-  return in_band(a, s.lo[k], s.hi[k]) & invert(dropped | ((a == s.hi[k]) & (M)(hash < s.hi_first[k])));
+  return in_band(a, s.lo[k], s.hi[k]) &
+         invert(dropped | ((a == s.hi[k]) & (M)(hash < s.hi_first[k])));
 }
 
 template <class Choice, Ends ends, int n_models>
-TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, const F* base, U index) {
+TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, const F* base,
+                             U index) {
   constexpr Program program = Choice::get(Program{});
   F t[n_models], v[n_models];
   for (int k = 0; k < n_models; ++k) {
     t[k] = tau[k];
-    if constexpr (ends != Ends::NONE) t[k] = masked(fused_keep<ends>(s, k, magnitude(tau[k]), index), tau[k]);
+    if constexpr (ends != Ends::NONE)
+      t[k] = masked(fused_keep<ends>(s, k, magnitude(tau[k]), index), tau[k]);
     v[k] = t[k] * s.weight[k];
   }
   F sign = s.zero;
@@ -101,7 +110,8 @@ TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, cons
   F reduced = splat(-0.0f), divisor = splat(0.0f);
   for (int k = 0; k < n_models; ++k) {
     M member = all_lanes();
-    if constexpr (program.vote != Vote::NONE) member = agrees(program.ballot == Ballot::WEIGHTED ? v[k] : t[k], sign, true);
+    if constexpr (program.vote != Vote::NONE)
+      member = agrees(program.ballot == Ballot::WEIGHTED ? v[k] : t[k], sign, true);
     if constexpr (program.reduce == Reduce::FUSED_SUM) {
       reduced = fused_add(t[k], s.weight[k], reduced);
     } else {
@@ -110,13 +120,14 @@ TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, cons
     if constexpr (program.divisor == Divisor::COUNT) divisor += masked(member, splat(1.0f));
     if constexpr (program.divisor == Divisor::WEIGHT) divisor += masked(member, s.weight[k]);
   }
-  if constexpr (program.divisor != Divisor::NONE) reduced = reduced / safe_divisor(divisor, s.divisor_floor, s.divisor_fill);
+  if constexpr (program.divisor != Divisor::NONE)
+    reduced = reduced / safe_divisor(divisor, s.divisor_floor, s.divisor_fill);
   const F result = reduced * s.scale;
   return base == nullptr ? result : *base + result;
 }
 
-// The tie cuts of a model as a band for this tile. False if they need the staged kernel: the cut of Tie::INDEX lies
-// within the tile, or every entry at infinity is to be dropped.
+// The tie cuts of a model as a band for this tile. False if they need the staged kernel: the cut of
+// Tie::INDEX lies within the tile, or every entry at infinity is to be dropped.
 static bool resolve_band(const TileCall& call, const ModelScalars& m, TileBand& band) {
   const float infinity = std::numeric_limits<float>::infinity();
   band.lo = m.lo;
@@ -140,17 +151,19 @@ static bool resolve_band(const TileCall& call, const ModelScalars& m, TileBand& 
     band.lo_last = static_cast<std::uint32_t>(m.lo_cut) - 1;
   }
   if (hi == EVERY) {
-    band.hi = m.hi > 0.0f ? std::nextafter(m.hi, 0.0f) : -1.0f;
+    band.hi = m.hi <= 0.0f ? -1.0f : std::nextafter(m.hi, 0.0f);
   } else if (hi == SOME) {
     band.hi_first = static_cast<std::uint32_t>(m.hi_cut);
   }
   return true;
 }
 
-// Elements [begin, end), a multiple of a step, of streams whose element 0 has a global index of low word `index`.
+// Elements [begin, end), a multiple of a step, of streams whose element 0 has a global index of low
+// word `index`.
 template <class Choice, DType dtype, Ends ends, int n_models>
-static void fused_steps(const FusedScalars<n_models>& scalars, const void* base, const void* const* models, void* out,
-                        std::int64_t begin, std::int64_t end, std::uint32_t index, bool streaming) {
+static void fused_steps(const FusedScalars<n_models>& scalars, const void* base,
+                        const void* const* models, void* out, std::int64_t begin, std::int64_t end,
+                        std::uint32_t index, bool streaming) {
   using S = Step<dtype>;
   const FusedScalars<n_models> s = scalars;  // a copy that no store can alias
   const bool has_base = ends != Ends::NONE || base != nullptr;
@@ -165,8 +178,10 @@ static void fused_steps(const FusedScalars<n_models>& scalars, const void* base,
     }
     const std::uint32_t at = index + static_cast<std::uint32_t>(i);
     Pair result;
-    result.first = fused_vector<Choice, ends>(s, first, has_base ? &b.first : nullptr, at + S::first_elements());
-    result.second = fused_vector<Choice, ends>(s, second, has_base ? &b.second : nullptr, at + S::second_elements());
+    result.first = fused_vector<Choice, ends>(s, first, has_base ? &b.first : nullptr,
+                                              at + S::first_elements());
+    result.second = fused_vector<Choice, ends>(s, second, has_base ? &b.second : nullptr,
+                                               at + S::second_elements());
     S::store(out, i, result, streaming);
   }
 }
@@ -191,13 +206,15 @@ static void fused_tile(const TileCall& call, bool streaming) {
     if constexpr (ends != Ends::NONE) resolve_band(call, m, band);
     s.lo[k] = splat(band.lo);
     s.hi[k] = splat(band.hi);
-    s.folded[k] = splat_bits(folded_key(m.key, static_cast<std::uint64_t>(entry.offset + call.begin)));
+    s.folded[k] =
+        splat_bits(folded_key(m.key, static_cast<std::uint64_t>(entry.offset + call.begin)));
     s.lo_last[k] = splat_bits(band.lo_last);
     s.hi_first[k] = splat_bits(band.hi_first);
   }
   const std::uint32_t index = static_cast<std::uint32_t>(entry.offset);
   // Vectors that stream have to be aligned.
-  const auto address = reinterpret_cast<std::uintptr_t>(entry.out) + static_cast<std::uintptr_t>(call.begin) * size_of(dtype);
+  const auto address = reinterpret_cast<std::uintptr_t>(entry.out) +
+                       static_cast<std::uintptr_t>(call.begin) * size_of(dtype);
   const bool stream = streaming && address % (kLanes * sizeof(float)) == 0;
   const std::int64_t whole = call.end - (call.end - call.begin) % kElements;
   steps(s, entry.base.data, models, entry.out, call.begin, whole, index, stream);
@@ -210,8 +227,10 @@ static void fused_tile(const TileCall& call, bool streaming) {
       models[k] = padded[k];
     }
     const void* base = entry.base.data;
-    if (base != nullptr) base = std::memcpy(padded[n_models], static_cast<const unsigned char*>(base) + skip, n_bytes);
-    steps(s, base, models, padded[n_models + 1], 0, kElements, index + static_cast<std::uint32_t>(whole), false);
+    if (base != nullptr)
+      base = std::memcpy(padded[n_models], static_cast<const unsigned char*>(base) + skip, n_bytes);
+    steps(s, base, models, padded[n_models + 1], 0, kElements,
+          index + static_cast<std::uint32_t>(whole), false);
     std::memcpy(static_cast<unsigned char*>(entry.out) + skip, padded[n_models + 1], n_bytes);
   }
   if (stream) stream_fence();
@@ -283,7 +302,8 @@ static FusedTile choose_fused(const TileCall& call) {
     if (p == kFusedMean) return fused_for_dtype<Fixed<kFusedMean>, Ends::NONE>(dtype, n_models);
     return nullptr;
   }
-  if (program.keep != Keep::BAND || !has_base || zero_sign(program, call.tensor)[0] == 0.0f) return nullptr;
+  if (program.keep != Keep::BAND || !has_base || zero_sign(program, call.tensor)[0] == 0.0f)
+    return nullptr;
   const Ends ends = ends_of(call);
   if (p == kTiesByWeight) return fused_for_ends<Fixed<kTiesByWeight>>(ends, dtype, n_models);
   if (p == kTiesByCount) return fused_for_ends<Fixed<kTiesByCount>>(ends, dtype, n_models);

@@ -3,8 +3,9 @@
 // Adds `n` doubles given by value(j) to an order-independent sum: docs/numerics.md, "Sums".
 template <class Value>
 TVFAST_INLINE void add_block(BinnedSum& sum, std::int64_t n, Value&& value) {
-  // At the window of the largest addend so far, two rounding constants split an addend into exact high and low parts.
-  // If the block holds a larger addend, the window is raised and the block is taken again.
+  // At the window of the largest addend so far, two rounding constants split an addend into exact
+  // high and low parts. If the block holds a larger addend, the window is raised and the block is
+  // taken again.
   for (int window = sum.window == kNoWindow ? -9 : sum.window;;) {
     const double split_high = std::ldexp(1.5, 52 + kWindowBits * window);
     const double split_low = std::ldexp(1.5, 52 + kWindowBits * (window - 1));
@@ -43,20 +44,21 @@ TVFAST_INLINE void add_block(BinnedSum& sum, std::int64_t n, Value&& value) {
 
 TVFAST_INLINE D widened(F x) { return __builtin_convertvector(x, D); }
 
-// Counts lanes of `m`, of the first `n` elements only.
+// The lanes from j on that lie before n.
 TVFAST_INLINE M first_lanes(std::int64_t j, std::int64_t n) {
   return (M)(iota() < static_cast<std::uint32_t>(std::min<std::int64_t>(n - j, kLanes)));
 }
 
-static void count_nonfinite(const View& view, std::int64_t begin, std::int64_t n, std::int64_t& total) {
+static void count_nonfinite(const View& view, std::int64_t begin, std::int64_t n,
+                            std::int64_t& total) {
   I count = {};
-  for_each(view, begin, n, [&](std::int64_t, F x) {
-    count -= (I)((bits(x) & 0x7f800000u) == 0x7f800000u);
-  });
+  for_each(view, begin, n,
+           [&](std::int64_t, F x) { count -= (I)((bits(x) & 0x7f800000u) == 0x7f800000u); });
   total += lane_sum(count);
 }
 
-// Conflicts among the kept t_k, and the sum of elected signs before the zero rule. Rescales the block's taus.
+// Conflicts among the kept t_k, and the sum of elected signs before the zero rule. Rescales the
+// block's taus.
 static void count_votes(const BlockCall& block, const float* variance, Moments& moments) {
   const TileCall& call = block.tile;
   const Program& program = call.program;
@@ -81,7 +83,8 @@ static void count_votes(const BlockCall& block, const float* variance, Moments& 
   for (int k = 0; k < n_models; ++k) rescale_block(block, k, keep_block(block, k, variance));
   I signs = {};
   for (std::int64_t j = 0; j < block.n; j += kLanes)
-    signs += __builtin_convertvector(sign_of(vote(program, taus.data(), weights.data(), n_models, j)), I);
+    signs += __builtin_convertvector(
+        sign_of(vote(program, taus.data(), weights.data(), n_models, j)), I);
   moments.elected += lane_sum(signs);
 }
 
@@ -93,13 +96,15 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
     const float* base = stage_base(entry, block.begin, n, call.scratch);
     if (wants & COUNTS) {
       if (base != nullptr) count_nonfinite(entry.base, block.begin, n, moments.n_base_nonfinite);
-      for (int k = 0; k < n_models; ++k) count_nonfinite(entry.models[k], block.begin, n, moments.n_nonfinite[k]);
+      for (int k = 0; k < n_models; ++k)
+        count_nonfinite(entry.models[k], block.begin, n, moments.n_nonfinite[k]);
     }
     stage_taus(block, base, [&](int k, float* tau) {
       // What lies past the end must not count.
       for (std::int64_t j = n; j < n + kLanes; ++j) tau[j] = 0.0f;
       if (wants & L1_BEFORE)
-        add_block(moments.l1_before[k], n, [tau](std::int64_t j) { return widened(magnitude(load<F>(tau + j))); });
+        add_block(moments.l1_before[k], n,
+                  [tau](std::int64_t j) { return widened(magnitude(load<F>(tau + j))); });
     });
     const float* variance = stage_variance(block);
     for (int k = 0; k < n_models; ++k) {
@@ -118,14 +123,17 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
         moments.n_kept[k] += lane_sum(kept_count);
         moments.n_nonzero[k] += lane_sum(nonzero_count);
       }
-      if (wants & L1) add_block(moments.l1[k], n, [tau](std::int64_t j) { return widened(magnitude(load<F>(tau + j))); });
+      if (wants & L1)
+        add_block(moments.l1[k], n,
+                  [tau](std::int64_t j) { return widened(magnitude(load<F>(tau + j))); });
     }
     if (wants & (GRAM | SQUARES)) {
       for (int a = 0; a < n_models; ++a) {
         for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
           const float *x = block.tau(a), *y = block.tau(b);
-          add_block(moments.gram[a * n_models + b], n,
-                    [x, y](std::int64_t j) { return widened(load<F>(x + j)) * widened(load<F>(y + j)); });
+          add_block(moments.gram[a * n_models + b], n, [x, y](std::int64_t j) {
+            return widened(load<F>(x + j)) * widened(load<F>(y + j));
+          });
         }
       }
     }
@@ -139,9 +147,10 @@ TVFAST_INLINE U key_of(F x) {
   return key < kNanKey ? key : splat_bits(kNanKey);
 }
 
-static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n, Scratch& scratch,
-                       std::uint32_t* out) {
-  const auto put_key = [out](std::int64_t j, F x) __attribute__((always_inline)) { store(out + j, key_of(x)); };
+static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n,
+                       Scratch& scratch, std::uint32_t* out) {
+  const auto put_key = [out](std::int64_t j, F x)
+                           __attribute__((always_inline)) { store(out + j, key_of(x)); };
   if (keep == Keep::SCORE) {
     for_each(entry.scores[model], begin, n, put_key);
     return;
@@ -157,7 +166,8 @@ static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t be
   std::vector<const float*> of_model;
   for (int k = 0; k < n_models; ++k) {
     float* tau = taus + k * stride;
-    for_each_tau(entry.models[k], base, begin, n, [tau](std::int64_t j, F x) { store(tau + j, x); });
+    for_each_tau(entry.models[k], base, begin, n,
+                 [tau](std::int64_t j, F x) { store(tau + j, x); });
     of_model.push_back(tau);
   }
   float* variance = scratch.score.get(stride);
@@ -165,62 +175,108 @@ static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t be
   for (std::int64_t j = 0; j < n; j += kLanes) store(out + j, key_of(load<F>(variance + j)));
 }
 
-// All models in one loop: a core reads several streams faster than one.
-template <DType dtype, int n_models>
-static void verify_as(const Entry& entry, const int* models, std::int64_t begin, std::int64_t end, Bracket* const* brackets) {
+// All models in one loop: a core reads several streams faster than one. `two_ends` counts both ends
+// of the brackets and collects what is inside; otherwise a bracket is but one value.
+template <DType dtype, int n_models, bool two_ends>
+static void scan_taus_as(const Entry& entry, std::int64_t begin, std::int64_t end,
+                         const TauScan* scans) {
   using S = Step<dtype>;
-  I above[n_models] = {}, from[n_models] = {}, value[n_models];
+  I above[n_models] = {}, from_hi[n_models] = {}, above_lo[n_models] = {}, from_lo[n_models] = {};
+  I hi[n_models], lo[n_models];
+  std::uint32_t* out[n_models];
   const void *base = entry.base.data, *data[n_models];
   for (int k = 0; k < n_models; ++k) {
-    value[k] = (I)splat_bits(brackets[k]->hi);
-    data[k] = entry.models[models[k]].data;
+    hi[k] = (I)splat_bits(scans[k].bracket->hi);
+    lo[k] = (I)splat_bits(scans[k].bracket->lo);
+    data[k] = entry.models[scans[k].model].data;
+    out[k] = scans[k].out;
   }
   std::int64_t i = begin;
   for (; i + S::kElements <= end; i += S::kElements) {
     const Pair b = S::load(base, i);
     for (int k = 0; k < n_models; ++k) {
       const Pair x = S::load(data[k], i);
-      const I first = (I)bits(magnitude(x.first - b.first)), second = (I)bits(magnitude(x.second - b.second));
-      above[k] = tally(tally(above[k], first > value[k]), second > value[k]);
-      from[k] = tally(tally(from[k], first >= value[k]), second >= value[k]);
+      const I first = (I)bits(magnitude(x.first - b.first)),
+              second = (I)bits(magnitude(x.second - b.second));
+      above[k] = tally(tally(above[k], first > hi[k]), second > hi[k]);
+      from_hi[k] = tally(tally(from_hi[k], first >= hi[k]), second >= hi[k]);
+      if constexpr (two_ends) {
+        above_lo[k] = tally(tally(above_lo[k], first > lo[k]), second > lo[k]);
+        from_lo[k] = tally(tally(from_lo[k], first >= lo[k]), second >= lo[k]);
+        const M first_inside = (first > lo[k]) & (first < hi[k]),
+                second_inside = (second > lo[k]) & (second < hi[k]);
+        if (out[k] != nullptr && mask_bits(first_inside | second_inside) != 0) {
+          out[k] += append(out[k], (U)first, first_inside);
+          out[k] += append(out[k], (U)second, second_inside);
+        }
+      }
     }
   }
   for (int k = 0; k < n_models; ++k) {
-    std::int64_t n_above = lane_sum(above[k]), n_from = lane_sum(from[k]);
     for (std::int64_t j = i; j < end; j += kLanes) {
       const int n = static_cast<int>(std::min<std::int64_t>(kLanes, end - j));
-      const I key = (I)bits(magnitude(load_partial<dtype>(data[k], j, n) - load_partial<dtype>(base, j, n)));
-      n_above -= lane_sum((key > value[k]) & first_lanes(0, n));
-      n_from -= lane_sum((key >= value[k]) & first_lanes(0, n));
+      const I key =
+          (I)bits(magnitude(load_partial<dtype>(data[k], j, n) - load_partial<dtype>(base, j, n)));
+      const M valid = first_lanes(0, n);
+      above[k] = tally(above[k], (key > hi[k]) & valid);
+      from_hi[k] = tally(from_hi[k], (key >= hi[k]) & valid);
+      above_lo[k] = tally(above_lo[k], (key > lo[k]) & valid);
+      from_lo[k] = tally(from_lo[k], (key >= lo[k]) & valid);
+      if (two_ends && out[k] != nullptr)
+        out[k] += append(out[k], (U)key, (key > lo[k]) & (key < hi[k]) & valid);
     }
-    brackets[k]->n_above += n_above;
-    brackets[k]->n_hi += n_from - n_above;
+    Bracket& bracket = *scans[k].bracket;
+    const std::int64_t n_above = lane_sum(above[k]), n_from_hi = lane_sum(from_hi[k]);
+    bracket.n_above += n_above;
+    bracket.n_hi += n_from_hi - n_above;
+    if constexpr (two_ends) {
+      const std::int64_t n_above_lo = lane_sum(above_lo[k]);
+      bracket.n_lo += lane_sum(from_lo[k]) - n_above_lo;
+      bracket.n_inside +=
+          std::max<std::int64_t>(0, n_above_lo - n_from_hi);  // both ends are one where lo == hi
+      if (out[k] != nullptr) *scans[k].n_taken += out[k] - scans[k].out;
+    }
+  }
+}
+
+template <DType dtype, int n_models>
+static void scan_taus_of(const Entry& entry, std::int64_t begin, std::int64_t end,
+                         const TauScan* scans) {
+  bool two_ends = false;
+  for (int k = 0; k < n_models; ++k)
+    two_ends = two_ends || scans[k].bracket->lo != scans[k].bracket->hi;
+  if (two_ends) {
+    scan_taus_as<dtype, n_models, true>(entry, begin, end, scans);
+  } else {
+    scan_taus_as<dtype, n_models, false>(entry, begin, end, scans);
   }
 }
 
 template <DType dtype>
-static void verify_models(const Entry& entry, const int* models, int n, std::int64_t begin, std::int64_t end,
-                          Bracket* const* brackets) {
+static void scan_taus_typed(const Entry& entry, std::int64_t begin, std::int64_t end,
+                            const TauScan* scans, int n) {
   switch (n) {
-    case 1: return verify_as<dtype, 1>(entry, models, begin, end, brackets);
-    case 2: return verify_as<dtype, 2>(entry, models, begin, end, brackets);
-    case 3: return verify_as<dtype, 3>(entry, models, begin, end, brackets);
-    case 4: return verify_as<dtype, 4>(entry, models, begin, end, brackets);
+    case 1: return scan_taus_of<dtype, 1>(entry, begin, end, scans);
+    case 2: return scan_taus_of<dtype, 2>(entry, begin, end, scans);
+    case 3: return scan_taus_of<dtype, 3>(entry, begin, end, scans);
+    case 4: return scan_taus_of<dtype, 4>(entry, begin, end, scans);
   }
 }
 
-static void verify_tile(const Entry& entry, const int* models, int n, std::int64_t begin, std::int64_t end,
-                        Bracket* const* brackets) {
+static void scan_taus(const Entry& entry, std::int64_t begin, std::int64_t end,
+                      const TauScan* scans, int n) {
   switch (entry.base.dtype) {
-    case DType::F32: return verify_models<DType::F32>(entry, models, n, begin, end, brackets);
-    case DType::BF16: return verify_models<DType::BF16>(entry, models, n, begin, end, brackets);
-    case DType::F16: return verify_models<DType::F16>(entry, models, n, begin, end, brackets);
+    case DType::F32: return scan_taus_typed<DType::F32>(entry, begin, end, scans, n);
+    case DType::BF16: return scan_taus_typed<DType::BF16>(entry, begin, end, scans, n);
+    case DType::F16: return scan_taus_typed<DType::F16>(entry, begin, end, scans, n);
   }
 }
 
-// The keys strictly inside the bracket go to `out`, which has room for n + kLanes; null only counts.
+// The keys strictly inside the bracket go to `out`, which has room for n + kLanes; null only
+// counts.
 template <bool collect>
-static std::int64_t scan_as(const std::uint32_t* keys, std::int64_t n, Bracket& bracket, std::uint32_t* out) {
+static std::int64_t scan_as(const std::uint32_t* keys, std::int64_t n, Bracket& bracket,
+                            std::uint32_t* out) {
   const I lo = (I)splat_bits(bracket.lo), hi = (I)splat_bits(bracket.hi);
   I above = {}, from_hi = {}, from_lo = {}, over_lo = {};
   std::int64_t n_taken = 0, j = 0;
@@ -232,7 +288,8 @@ static std::int64_t scan_as(const std::uint32_t* keys, std::int64_t n, Bracket& 
     over_lo = tally(over_lo, key > lo);
     if constexpr (collect) n_taken += append(out + n_taken, (U)key, (key > lo) & (key < hi));
   }
-  std::int64_t n_above = lane_sum(above), n_from_hi = lane_sum(from_hi), n_from_lo = lane_sum(from_lo);
+  std::int64_t n_above = lane_sum(above), n_from_hi = lane_sum(from_hi),
+               n_from_lo = lane_sum(from_lo);
   std::int64_t n_over_lo = lane_sum(over_lo);
   if (j < n) {
     const I key = (I)load<U>(keys + j);
@@ -241,17 +298,21 @@ static std::int64_t scan_as(const std::uint32_t* keys, std::int64_t n, Bracket& 
     n_from_hi -= lane_sum((key >= hi) & valid);
     n_from_lo -= lane_sum((key >= lo) & valid);
     n_over_lo -= lane_sum((key > lo) & valid);
-    if constexpr (collect) n_taken += append(out + n_taken, (U)key, (key > lo) & (key < hi) & valid);
+    if constexpr (collect)
+      n_taken += append(out + n_taken, (U)key, (key > lo) & (key < hi) & valid);
   }
   bracket.n_above += n_above;
   bracket.n_hi += n_from_hi - n_above;
   bracket.n_lo += n_from_lo - n_over_lo;
-  bracket.n_inside += std::max<std::int64_t>(0, n_over_lo - n_from_hi);  // both ends are one where lo == hi
+  bracket.n_inside +=
+      std::max<std::int64_t>(0, n_over_lo - n_from_hi);  // both ends are one where lo == hi
   return n_taken;
 }
 
-static std::int64_t scan_keys(const std::uint32_t* keys, std::int64_t n, Bracket& bracket, std::uint32_t* out) {
-  return out != nullptr ? scan_as<true>(keys, n, bracket, out) : scan_as<false>(keys, n, bracket, nullptr);
+static std::int64_t scan_keys(const std::uint32_t* keys, std::int64_t n, Bracket& bracket,
+                              std::uint32_t* out) {
+  return out != nullptr ? scan_as<true>(keys, n, bracket, out)
+                        : scan_as<false>(keys, n, bracket, nullptr);
 }
 
 static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::uint32_t value) {
@@ -264,5 +325,6 @@ static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::
 }
 
 static constexpr Kernels kernels(const char* name) {
-  return {name, kLanes, combine_tile, measure_tile, row_masks_tile, keys_block, verify_tile, scan_keys, count_equal};
+  return {name,       kLanes,    combine_tile, measure_tile, row_masks_tile,
+          keys_block, scan_taus, scan_keys,    count_equal};
 }

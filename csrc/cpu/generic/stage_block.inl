@@ -1,4 +1,5 @@
-// From storage to kept task vectors t_k, a block at a time in scratch memory. No include guard on purpose.
+// From storage to kept task vectors t_k, a block at a time in scratch memory. No include guard on
+// purpose.
 
 // Calls fn(j, lanes) for the elements begin + j of one view; the last call may hold zeros past `n`.
 template <DType dtype, class Fn>
@@ -22,7 +23,8 @@ static void widen(const View& view, std::int64_t begin, std::int64_t n, float* o
 }
 
 // Widened base of a block, or null.
-TVFAST_INLINE const float* stage_base(const Entry& entry, std::int64_t begin, std::int64_t n, Scratch& scratch) {
+TVFAST_INLINE const float* stage_base(const Entry& entry, std::int64_t begin, std::int64_t n,
+                                      Scratch& scratch) {
   if (entry.base.data == nullptr) return nullptr;
   float* base = scratch.base.get(kMaxBlock + 64);
   widen(entry.base, begin, n, base);
@@ -31,18 +33,24 @@ TVFAST_INLINE const float* stage_base(const Entry& entry, std::int64_t begin, st
 
 // fn(j, tau) over one model's task vector.
 template <class Fn>
-TVFAST_INLINE void for_each_tau(const View& model, const float* base, std::int64_t begin, std::int64_t n, Fn&& fn) {
+TVFAST_INLINE void for_each_tau(const View& model, const float* base, std::int64_t begin,
+                                std::int64_t n, Fn&& fn) {
   if (base == nullptr) {
     for_each(model, begin, n, fn);
   } else {
-    for_each(model, begin, n, [&](std::int64_t j, F x) __attribute__((always_inline)) { fn(j, x - load<F>(base + j)); });
+    for_each(model, begin, n, [&](std::int64_t j, F x) __attribute__((always_inline)) {
+      fn(j, x - load<F>(base + j));
+    });
   }
 }
 
-// Draws of elements [index, index + n); the pointer returned may be up to three words into the buffer.
-static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, std::int64_t n, Scratch& scratch) {
+// Draws of elements [index, index + n); the pointer returned may be up to three words into the
+// buffer.
+static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, std::int64_t n,
+                                       Scratch& scratch) {
   const std::uint64_t first = index >> 2;
-  const std::int64_t n_blocks = static_cast<std::int64_t>(((index + static_cast<std::uint64_t>(n) + 3) >> 2) - first);
+  const std::int64_t n_blocks =
+      static_cast<std::int64_t>(((index + static_cast<std::uint64_t>(n) + 3) >> 2) - first);
   std::uint32_t* out = scratch.draws.get(kMaxBlock + 16 * kLanes + 64);
   for (std::int64_t done = 0; done < n_blocks; done += kLanes) {
     const std::uint64_t start = first + static_cast<std::uint64_t>(done);
@@ -87,7 +95,8 @@ struct TieCut {
       return (M)(iota() < static_cast<std::uint32_t>(n_under));
     }
     if (cut >> 32) return all_lanes();
-    const std::uint32_t low = static_cast<std::uint32_t>(at), high = static_cast<std::uint32_t>(at >> 32);
+    const std::uint32_t low = static_cast<std::uint32_t>(at),
+                        high = static_cast<std::uint32_t>(at >> 32);
     const U index_low = low + iota();
     const U index_high = high + ((index_low < low) ? splat_bits(1u) : splat_bits(0u));
     const U folded = index_high * 0x9E3779B9u ^ folded_key(key, 0);
@@ -95,12 +104,15 @@ struct TieCut {
   }
 };
 
-// Rank of |tau| within a row, ascending, equal magnitudes by index. Magnitudes are binned by their leading bits, down to
-// 32 octaves below the largest, and then sorted within bins: bins are small or, for 16-bit storage, mostly of one value
-// and already in order.
+// Rank of |tau| within a row, ascending, equal magnitudes by index. Magnitudes are binned by their
+// leading bits, down to 32 octaves below the largest, and then sorted within bins: bins are small
+// or, for 16-bit storage, mostly of one value and already in order.
 static void rank_row(const float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
-  const auto key_of = [row](std::int64_t i) { return std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu; };
-  const int bin_bits = std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))) - 1, 6, 16);
+  const auto key_of = [row](std::int64_t i) {
+    return std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu;
+  };
+  const int bin_bits =
+      std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))) - 1, 6, 16);
   const int shift = 28 - bin_bits;
   const std::uint32_t last_bin = (1u << bin_bits) - 1;
   std::uint32_t largest = 0;
@@ -140,16 +152,15 @@ static void rank_row(const float* row, std::int64_t n, Scratch& scratch, std::ui
     for (; to > 0 && sorted[to - 1] > moving; --to) sorted[to] = sorted[to - 1];
     sorted[to] = moving;
   }
-  for (std::int64_t i = 0; i < n; ++i) rank[static_cast<std::uint32_t>(sorted[i])] = static_cast<std::uint32_t>(i);
+  for (std::int64_t i = 0; i < n; ++i)
+    rank[static_cast<std::uint32_t>(sorted[i])] = static_cast<std::uint32_t>(i);
 }
-
-constexpr bool ranks_rows(Keep keep) { return keep == Keep::RANDOM_BY_RANK || keep == Keep::BAND_BY_RANK; }
 
 // The keep test of one model on a block of task vector: lanes of `tau` at j to lanes of survivors.
 struct KeepBlock {
   const Program& program;
   const ModelScalars& scalars;
-  const float* score;           // |score| or variance
+  const float* score;  // |score| or variance
   const std::uint32_t* draws;
   const std::uint32_t* ranks;
   const std::uint64_t* mask;
@@ -182,14 +193,17 @@ struct KeepBlock {
       }
       case Keep::BAND_BY_RANK: {
         const U rank = load<U>(ranks + j);
-        const std::uint32_t lo = static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_lo, 0, 0xffffffff));
-        const std::uint32_t hi = static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_hi, 0, 0xffffffff));
+        const std::uint32_t lo =
+            static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_lo, 0, 0xffffffff));
+        const std::uint32_t hi =
+            static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_hi, 0, 0xffffffff));
         return ((M)(rank >= lo) & (M)(rank < hi)) | is_nan(tau);
       }
       case Keep::MASK: {
         const std::int64_t i = begin + j;
         const int at = static_cast<int>(i & 63);
-        // Blocks of ranked rows may begin anywhere; what lies past the plane's last word is not read.
+        // Blocks of ranked rows may begin anywhere; what lies past the plane's last word is not
+        // read.
         std::uint64_t word = mask[i >> 6] >> at;
         if (at + kLanes > 64 && i + 64 - at < n_elements) word |= mask[(i >> 6) + 1] << (64 - at);
         return from_mask_bits(static_cast<std::uint32_t>(word)) | is_nan(tau);
@@ -224,7 +238,8 @@ static void rank_tile_row(const TileCall& call, std::int64_t row_begin, std::int
       const std::int64_t n = std::min(kMaxBlock, row_length - i);
       const float* base = stage_base(call.entry, row_begin + i, n, scratch);
       float* row = scratch.row.data() + i;
-      for_each_tau(call.entry.models[k], base, row_begin + i, n, [row](std::int64_t j, F tau) { store(row + j, tau); });
+      for_each_tau(call.entry.models[k], base, row_begin + i, n,
+                   [row](std::int64_t j, F tau) { store(row + j, tau); });
     }
     rank_row(scratch.row.data(), row_length, scratch, ranks + k * (row_length + 64));
   }
@@ -237,15 +252,17 @@ struct BlockCall {
   std::int64_t row_begin = 0, row_length = 0;  // set when the keep stage ranks rows
 
   std::int64_t stride() const { return kMaxBlock + 64; }
-  float* tau(int k) const { return tile.scratch.taus.get(stride() * tile.n_models()) + k * stride(); }
-  float* prob(int k) const { return tile.scratch.probs.get(stride() * tile.n_models()) + k * stride(); }
+  float* tau(int k) const {
+    return tile.scratch.taus.get(stride() * tile.n_models()) + k * stride();
+  }
 };
 
 template <class Fn>
 static void for_each_block(const TileCall& call, Fn&& fn) {
   const std::int64_t length = block_length(call.n_models());
   if (!ranks_rows(call.program.keep)) {
-    for (std::int64_t i = call.begin; i < call.end; i += length) fn(BlockCall{call, i, std::min(length, call.end - i)});
+    for (std::int64_t i = call.begin; i < call.end; i += length)
+      fn(BlockCall{call, i, std::min(length, call.end - i)});
     return;
   }
   std::int64_t row = call.entry.row_length();
@@ -257,24 +274,34 @@ static void for_each_block(const TileCall& call, Fn&& fn) {
   }
 }
 
-// Keep test of model k; `score` holds the variance if the program asks for it, draws and scores are staged here.
+// Keep test of model k; `score` holds the variance if the program asks for it, draws and scores are
+// staged here.
 static KeepBlock keep_block(const BlockCall& block, int k, const float* variance) {
   const TileCall& call = block.tile;
   const ModelScalars& scalars = call.models[k];
   const std::uint64_t index = static_cast<std::uint64_t>(call.entry.offset + block.begin);
   const Keep keep = call.program.keep;
-  KeepBlock result{call.program, scalars, variance, nullptr, nullptr, nullptr, block.begin, call.entry.n,
+  KeepBlock result{call.program,
+                   scalars,
+                   variance,
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   block.begin,
+                   call.entry.n,
                    TieCut{call.program.tie, index, scalars.lo_cut, scalars.key},
                    TieCut{call.program.tie, index, scalars.hi_cut, scalars.key}};
   if (keep == Keep::SCORE) {
     float* score = call.scratch.score.get(block.stride());
-    for_each(call.entry.scores[k], block.begin, block.n, [score](std::int64_t j, F x) { store(score + j, magnitude(x)); });
+    for_each(call.entry.scores[k], block.begin, block.n,
+             [score](std::int64_t j, F x) { store(score + j, magnitude(x)); });
     result.score = score;
   }
   if (keep == Keep::RANDOM_BY_RANK || (keep == Keep::RANDOM && scalars.limit < kAlways))
     result.draws = draw_block(scalars.key, index, block.n, call.scratch);
   if (ranks_rows(keep))
-    result.ranks = call.scratch.ranks.get(0) + k * (block.row_length + 64) + (block.begin - block.row_begin);
+    result.ranks =
+        call.scratch.ranks.get(0) + k * (block.row_length + 64) + (block.begin - block.row_begin);
   if (keep == Keep::MASK) result.mask = call.entry.masks[k];
   return result;
 }
@@ -286,14 +313,16 @@ TVFAST_INLINE F probability(const KeepBlock& keep, std::int64_t j) {
   return prob + __builtin_convertvector(load<U>(keep.ranks + j), F) * splat(keep.scalars.prob_step);
 }
 
-// Writes t_k of every model, before gain, and calls seen(k, tau) on the untouched task vectors of each block.
+// Writes t_k of every model, before gain, and calls seen(k, tau) on the untouched task vectors of
+// each block.
 template <class Seen>
 static void stage_taus(const BlockCall& block, const float* base, Seen&& seen) {
   const TileCall& call = block.tile;
   const int n_models = call.n_models();
   for (int k = 0; k < n_models; ++k) {
     float* tau = block.tau(k);
-    for_each_tau(call.entry.models[k], base, block.begin, block.n, [tau](std::int64_t j, F x) { store(tau + j, x); });
+    for_each_tau(call.entry.models[k], base, block.begin, block.n,
+                 [tau](std::int64_t j, F x) { store(tau + j, x); });
     seen(k, tau);
   }
 }

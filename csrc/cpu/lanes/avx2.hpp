@@ -14,9 +14,13 @@ TVFAST_INLINE void put(T* p, V v) {
 }
 TVFAST_INLINE void stream_fence() { _mm_sfence(); }
 
-TVFAST_INLINE std::uint32_t mask_bits(M m) { return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)m)); }
+TVFAST_INLINE std::uint32_t mask_bits(M m) {
+  return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)m));
+}
 
-TVFAST_INLINE F fused_add(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+TVFAST_INLINE F fused_add(F a, F b, F c) {
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 
 TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   const __m256i x = (__m256i)a, y = _mm256_set1_epi32(static_cast<int>(b));
@@ -32,10 +36,12 @@ TVFAST_INLINE H narrow_f16(F x) {
   return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-// Writes the lanes of `m` to `out` one after the other, and possibly anything after them; returns how many.
+// Writes the lanes of `m` to `out` one after the other, and possibly anything after them; returns
+// how many.
 TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
   int n = 0;
-  for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1) out[n++] = v[std::countr_zero(rest)];
+  for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1)
+    out[n++] = v[std::countr_zero(rest)];
   return n;
 }
 

@@ -16,7 +16,9 @@ TVFAST_INLINE void stream_fence() { _mm_sfence(); }
 
 TVFAST_INLINE std::uint32_t mask_bits(M m) { return _mm512_movepi32_mask((__m512i)m); }
 
-TVFAST_INLINE F fused_add(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+TVFAST_INLINE F fused_add(F a, F b, F c) {
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 
 TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   const __m512i x = (__m512i)a, y = _mm512_set1_epi32(static_cast<int>(b));
@@ -43,4 +45,6 @@ TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
 TVFAST_INLINE I tally(I count, M m) { return m ? count + 1 : count; }
 
 // The low kLanes bits as lanes.
-TVFAST_INLINE M from_mask_bits(std::uint32_t bits) { return (M)_mm512_movm_epi32(static_cast<__mmask16>(bits)); }
+TVFAST_INLINE M from_mask_bits(std::uint32_t bits) {
+  return (M)_mm512_movm_epi32(static_cast<__mmask16>(bits));
+}

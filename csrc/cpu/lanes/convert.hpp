@@ -1,6 +1,8 @@
-// Storage to float lanes and back. Included after types.hpp and an ISA's hooks; no include guard on purpose.
+// Storage to float lanes and back. Included after types.hpp and an ISA's hooks; no include guard on
+// purpose.
 
-// float16 in integer arithmetic, for instruction sets without a conversion. Exact; NaN keeps only its class.
+// float16 in integer arithmetic, for instruction sets without a conversion. Exact; NaN keeps only
+// its class.
 TVFAST_INLINE F widen_f16_bits(U h) {
   const U sign = (h & 0x8000u) << 16;
   const U rest = h & 0x7fffu;

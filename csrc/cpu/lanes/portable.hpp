@@ -8,7 +8,8 @@ TVFAST_INLINE void stream_fence() {}
 
 TVFAST_INLINE std::uint32_t mask_bits(M m) {
   std::uint32_t result = 0;
-  for (int lane = 0; lane < kLanes; ++lane) result |= (static_cast<std::uint32_t>(m[lane]) & 1u) << lane;
+  for (int lane = 0; lane < kLanes; ++lane)
+    result |= (static_cast<std::uint32_t>(m[lane]) & 1u) << lane;
   return result;
 }
 
@@ -27,10 +28,12 @@ TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   return a1 * b1 + (cross >> 16) + (middle >> 16);
 }
 
-// Writes the lanes of `m` to `out` one after the other, and possibly anything after them; returns how many.
+// Writes the lanes of `m` to `out` one after the other, and possibly anything after them; returns
+// how many.
 TVFAST_INLINE int append(std::uint32_t* out, U v, M m) {
   int n = 0;
-  for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1) out[n++] = v[std::countr_zero(rest)];
+  for (std::uint32_t rest = mask_bits(m); rest != 0; rest &= rest - 1)
+    out[n++] = v[std::countr_zero(rest)];
   return n;
 }
 

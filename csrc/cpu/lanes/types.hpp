@@ -1,9 +1,11 @@
-// Lane types of one instruction set, in the compiler's vector extensions. Included once per ISA, inside that ISA's
-// target region and namespace, with TVFAST_LANES set; deliberately without an include guard. Order of inclusion:
-// types.hpp, the ISA's own hooks (portable.hpp, avx2.hpp, avx512.hpp), then convert.hpp.
+// Lane types of one instruction set, in the compiler's vector extensions. Included once per ISA,
+// inside that ISA's target region and namespace, with TVFAST_LANES set; deliberately without an
+// include guard. Order of inclusion: types.hpp, the ISA's own hooks (portable.hpp, avx2.hpp,
+// avx512.hpp), then convert.hpp.
 //
-// F float, M comparison result (all bits set or none), U and I 32-bit integers, D double and Q 64-bit integers of as
-// many lanes, H 16-bit storage. Comparisons of F give M; `m ? a : b` selects by lane.
+// F float, M comparison result (all bits set or none), U and I 32-bit integers, D double and Q
+// 64-bit integers of as many lanes, H 16-bit storage. Comparisons of F give M; `m ? a : b` selects
+// by lane.
 
 inline constexpr int kLanes = TVFAST_LANES;
 
@@ -80,8 +82,10 @@ TVFAST_INLINE void interleave(std::uint32_t* out, U a, U b, U c, U d) {
     halves[2] = __builtin_shuffle(a, c, second);
     halves[3] = __builtin_shuffle(b, d, second);
     for (int half = 0; half < 2; ++half) {
-      store(out + 2 * half * kLanes, __builtin_shuffle(halves[2 * half], halves[2 * half + 1], first));
-      store(out + (2 * half + 1) * kLanes, __builtin_shuffle(halves[2 * half], halves[2 * half + 1], second));
+      store(out + 2 * half * kLanes,
+            __builtin_shuffle(halves[2 * half], halves[2 * half + 1], first));
+      store(out + (2 * half + 1) * kLanes,
+            __builtin_shuffle(halves[2 * half], halves[2 * half + 1], second));
     }
   }
 }
