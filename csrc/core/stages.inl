@@ -4,7 +4,6 @@
 // TVFAST_STAGE carries the inlining and device attributes.
 
 // keep
-// ---------------------------------------------------------------------------------------------------------------
 
 // Each inversion becomes an unordered comparison.
 TVFAST_STAGE M from_end(F a, F lo) { return invert(a < lo); }
@@ -15,16 +14,20 @@ TVFAST_STAGE M in_band_ties(F a, F lo, F hi, M under_lo_cut, M under_hi_cut) {
          invert((a == hi) & under_hi_cut);
 }
 
-// `folded` is made of the key and of the high word of the index. Half a mixer: only the order of
-// hashes is used.
-TVFAST_STAGE U tie_hash(U index_low, U folded) {
-  U h = (index_low ^ folded) * 0x7FEB352Du;
+// Half a mixer: only the order of hashes is used. `addend` is made of the key and of the high word
+// of the index; the product with the low word is the same for every model.
+TVFAST_STAGE U tie_hash(U index_low, U addend) {
+  U h = index_low * 0x7FEB352Du + addend;
   h ^= h >> 15;
   return h * 0x846CA68Bu;
 }
 
+// The lower end of a band whose ties are resolved: an entry that loses the tie has to exceed `lo`.
+TVFAST_STAGE M from_end_hashed(F a, F lo, F above_lo, M loses_tie) {
+  return invert(a < select(loses_tie, above_lo, lo));
+}
+
 // vote
-// ---------------------------------------------------------------------------------------------------------------
 
 TVFAST_STAGE F sign_of(F x) {
   return select(x > splat(0.0f), splat(1.0f), select(x < splat(0.0f), splat(-1.0f), splat(0.0f)));
@@ -35,7 +38,6 @@ TVFAST_STAGE F elected(F votes, F zero) {
 }
 
 // members
-// ------------------------------------------------------------------------------------------------------------
 
 // Non-zero and of the elected sign. `sign_is_never_zero` is known before the loop, from the zero
 // rule.
@@ -53,7 +55,6 @@ TVFAST_STAGE M agrees_or_zero(F ballot, F sign) {
 TVFAST_STAGE M not_zero(F v) { return invert(v == splat(0.0f)); }
 
 // reduce
-// -------------------------------------------------------------------------------------------------------------
 
 // The magnitudes compare as integers, so that NaN is above all.
 TVFAST_STAGE F larger(F best, F v, M member) {

@@ -42,6 +42,13 @@ class DefaultFloat {
 #endif
 };
 
+// Non-temporal stores are weakly ordered: they must be visible before the caller reads the result.
+void finish_streaming_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 
 int available_threads() {
@@ -73,6 +80,7 @@ void parallel_for(std::int64_t n_tasks, int n_threads,
       if (!error) error = std::current_exception();
       next.store(n_tasks, std::memory_order_relaxed);
     }
+    finish_streaming_stores();
   };
   std::vector<std::thread> threads;
   threads.reserve(static_cast<std::size_t>(n_threads - 1));

@@ -44,7 +44,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
 
 def tie_hash(key: int, g: int) -> int:
     folded_key = key % 2**32 ^ (key >> 32) * 0x85EBCA6B % 2**32
-    h = (g % 2**32 ^ (g >> 32) * 0x9E3779B9 % 2**32 ^ folded_key) * 0x7FEB352D % 2**32
+    h = (g % 2**32 + (g >> 32) * 0x9E3779B9 + folded_key) * 0x7FEB352D % 2**32
     return (h ^ h >> 15) * 0x846CA68B % 2**32
 
 

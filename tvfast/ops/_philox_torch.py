@@ -53,5 +53,5 @@ def tie_hash(key: int, index: Tensor) -> Tensor:
     """
     low, high = index & _WORD, (index >> 32) & _WORD
     folded_key = (key & _WORD) ^ (((key >> 32) * 0x85EBCA6B) & _WORD)
-    h = ((low ^ ((high * 0x9E3779B9) & _WORD) ^ folded_key) * 0x7FEB352D) & _WORD
+    h = (((low + high * 0x9E3779B9 + folded_key) & _WORD) * 0x7FEB352D) & _WORD
     return ((h ^ (h >> 15)) * 0x846CA68B) & _WORD

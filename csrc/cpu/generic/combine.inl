@@ -210,7 +210,6 @@ static void combine_staged(const TileCall& call, bool streaming) {
         break;
     }
   });
-  if (streaming) stream_fence();
 }
 
 // Sets `n` <= 64 bits of a plane from bit i on. Rows may begin anywhere in a word, and two threads

@@ -193,8 +193,10 @@ static void scan_taus_as(const Entry& entry, std::int64_t begin, std::int64_t en
   }
   std::int64_t i = begin;
   for (; i + S::kElements <= end; i += S::kElements) {
+    prefetch<dtype>(base, i);
     const Pair b = S::load(base, i);
     for (int k = 0; k < n_models; ++k) {
+      prefetch<dtype>(data[k], i);
       const Pair x = S::load(data[k], i);
       const I first = (I)bits(magnitude(x.first - b.first)),
               second = (I)bits(magnitude(x.second - b.second));

@@ -76,9 +76,10 @@ static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, s
 }
 
 // The key, and the high word of an index that all lanes share, as one operand of the tie hash.
-static std::uint32_t folded_key(std::uint64_t key, std::uint64_t index) {
-  return static_cast<std::uint32_t>(key) ^ static_cast<std::uint32_t>(key >> 32) * 0x85EBCA6Bu ^
-         static_cast<std::uint32_t>(index >> 32) * 0x9E3779B9u;
+static std::uint32_t hash_addend(std::uint64_t key, std::uint64_t index) {
+  const std::uint32_t folded =
+      static_cast<std::uint32_t>(key) ^ static_cast<std::uint32_t>(key >> 32) * 0x85EBCA6Bu;
+  return (folded + static_cast<std::uint32_t>(index >> 32) * 0x9E3779B9u) * 0x7FEB352Du;
 }
 
 // Which of the tie ranks of consecutive elements are below a cut.
@@ -99,8 +100,8 @@ struct TieCut {
                         high = static_cast<std::uint32_t>(at >> 32);
     const U index_low = low + iota();
     const U index_high = high + ((index_low < low) ? splat_bits(1u) : splat_bits(0u));
-    const U folded = index_high * 0x9E3779B9u ^ folded_key(key, 0);
-    return (M)(tie_hash(index_low, folded) < static_cast<std::uint32_t>(cut));
+    const U addend = index_high * (0x9E3779B9u * 0x7FEB352Du) + hash_addend(key, 0);
+    return (M)(tie_hash(index_low, addend) < static_cast<std::uint32_t>(cut));
   }
 };
 

@@ -12,8 +12,6 @@ TVFAST_INLINE void put(T* p, V v) {
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
   }
 }
-TVFAST_INLINE void stream_fence() { _mm_sfence(); }
-
 TVFAST_INLINE std::uint32_t mask_bits(M m) {
   return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)m));
 }

@@ -12,8 +12,6 @@ TVFAST_INLINE void put(T* p, V v) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
   }
 }
-TVFAST_INLINE void stream_fence() { _mm_sfence(); }
-
 TVFAST_INLINE std::uint32_t mask_bits(M m) { return _mm512_movepi32_mask((__m512i)m); }
 
 TVFAST_INLINE F fused_add(F a, F b, F c) {

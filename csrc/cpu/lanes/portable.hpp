@@ -4,8 +4,6 @@ template <bool streaming, class V, class T>
 TVFAST_INLINE void put(T* p, V v) {
   store(p, v);
 }
-TVFAST_INLINE void stream_fence() {}
-
 TVFAST_INLINE std::uint32_t mask_bits(M m) {
   std::uint32_t result = 0;
   for (int lane = 0; lane < kLanes; ++lane)
