@@ -27,7 +27,7 @@ constexpr std::int64_t kSampleLine = 16;     // consecutive elements of one samp
 constexpr std::int64_t kSampleLines = 8192;
 // Half-width of a bracket in standard deviations of an independent sample; elements of a line are
 // correlated.
-constexpr double kSampleWidth = 4.0;
+constexpr double kSampleWidth = 3.0;
 constexpr std::int64_t kCandidates = std::int64_t{8}
                                      << 20;  // of all queries of a batch together; 4 bytes each
 constexpr int kBins = 4096;

@@ -4,6 +4,7 @@
 // same text on a program read at run time.
 template <Program fixed>
 struct Fixed {
+  static constexpr bool kUnitWeights = false;
   static constexpr Program get(const Program&) { return fixed; }
 };
 struct AtRunTime {

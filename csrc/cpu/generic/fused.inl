@@ -106,7 +106,7 @@ TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, cons
     t[k] = tau[k];
     if constexpr (ends != Ends::NONE)
       t[k] = masked(fused_keep<ends>(s, k, magnitude(tau[k]), index), tau[k]);
-    v[k] = t[k] * s.weight[k];
+    v[k] = Choice::kUnitWeights ? t[k] : t[k] * s.weight[k];
   }
   F sign = s.zero;
   if constexpr (program.vote != Vote::NONE) {
@@ -245,6 +245,11 @@ static void fused_tile(const TileCall& call, bool streaming) {
   }
 }
 
+// TIES with weights of one: weighted and raw ballots, and both divisors, are the same.
+struct UnitTies : Fixed<kTiesByCount> {
+  static constexpr bool kUnitWeights = true;
+};
+
 using FusedTile = void (*)(const TileCall&, bool streaming);
 
 template <class Choice, DType dtype, Ends ends>
@@ -314,6 +319,10 @@ static FusedTile choose_fused(const TileCall& call) {
   if (program.keep != Keep::BAND || !has_base || zero_sign(program, call.tensor)[0] == 0.0f)
     return nullptr;
   const Ends ends = ends_of(call);
+  bool unit_weights = true;
+  for (int k = 0; k < n_models; ++k) unit_weights = unit_weights && call.models[k].weight == 1.0f;
+  if (unit_weights && (p == kTiesByWeight || p == kTiesByCount))
+    return fused_for_ends<UnitTies>(ends, dtype, n_models);
   if (p == kTiesByWeight) return fused_for_ends<Fixed<kTiesByWeight>>(ends, dtype, n_models);
   if (p == kTiesByCount) return fused_for_ends<Fixed<kTiesByCount>>(ends, dtype, n_models);
   return nullptr;
