@@ -296,7 +296,7 @@ def reduce(
     if program.reduce is Reduce.FUSED_SUM:
         total = -zero
         for member, t, model in zip(belong, rescaled, scalars.models, strict=True):
-            weight = torch.zeros_like(t) + float32_value(model.weight, t)
+            weight = torch.full_like(t, float(float32_value(model.weight, t)))  # keeps the sign of a zero
             total = fused_add(torch.where(member, t, zero), weight, total)
         return total
     if program.reduce is Reduce.SUM:
