@@ -21,7 +21,7 @@ inline std::int64_t block_length(int n_models) {
 }
 
 // Elements up to which a bin of magnitudes is sorted by insertion.
-inline constexpr std::uint32_t kInsertionSort = 64;
+inline constexpr std::uint32_t kInsertionSort = 256;
 
 // A growing array on 64-byte boundaries; never shrinks, contents are lost on growth.
 template <class T>
