@@ -13,7 +13,6 @@
 #include <utility>
 #include <vector>
 
-#include "../core/philox.hpp"
 #include "../cpu/api.hpp"
 
 namespace py = pybind11;
@@ -178,5 +177,4 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("isas", &isas);
   m.def("default_isa", &default_isa);
   m.def("available_threads", &available_threads);
-  m.def("draw", &draw, "The 32-bit Philox draw of (key, index).");
 }

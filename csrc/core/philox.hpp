@@ -24,11 +24,4 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> count
   return counter;
 }
 
-// The 32-bit draw of element `index` under a 64-bit key.
-constexpr std::uint32_t draw(std::uint64_t key, std::uint64_t index) {
-  const std::uint64_t block = index >> 2;
-  return philox({static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), 0, 0},
-                static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32))[index & 3];
-}
-
 }  // namespace tvfast
