@@ -37,3 +37,19 @@ class UnknownNameError(ArgumentError):
 
 class BackendError(TvfastError, RuntimeError):
     """No backend, or not the forced one, can run the call."""
+
+
+class CheckpointError(TvfastError, ValueError):
+    """A file of a checkpoint is missing, damaged or not what it should be."""
+
+
+class RecipeError(ArgumentError):
+    """A recipe is not one: its YAML, a key or a value."""
+
+
+class MergeError(TvfastError, RuntimeError):
+    """A merge of checkpoints cannot go on; what is finished is kept for `--resume`."""
+
+
+class OutputError(MergeError):
+    """The output directory cannot be used, or written."""

@@ -1,0 +1,485 @@
+"""What a recipe may say. Behaviour that follows mergekit was checked against mergekit 0.1.5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tvfast.errors import RecipeError, UnknownNameError
+from tvfast.methods import METHODS
+from tvfast.recipe import Recipe, Resolver, load_recipe, parse_recipe
+from tvfast.recipe.keys import PEER_KEYS, method_keys
+
+LINEAR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+TIES = "merge_method: ties\nbase_model: o\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+
+
+def parse(text: str) -> Recipe:
+    return parse_recipe(text, "r.yml")
+
+
+def refused(text: str) -> str:
+    with pytest.raises((RecipeError, UnknownNameError)) as caught:
+        parse(text)
+    message = str(caught.value)
+    assert message.startswith("r.yml"), message
+    return message
+
+
+def inputs(recipe: Recipe, part: int = 0) -> list[str]:
+    return [source.model for source in recipe.slices[part].sources]
+
+
+# -- the whole --------------------------------------------------------------------------------------------
+
+
+def test_everything_of_a_recipe() -> None:
+    recipe = parse(
+        """merge_method: ties
+base_model: o
+models:
+  - {model: a, parameters: {weight: 0.5, density: [1, 0.1]}}
+  - {model: b}
+parameters: {weight: 1, normalize: false, lambda: 0.9}
+dtype: float32
+out_dtype: torch.bfloat16
+tokenizer_source: union
+chat_template: auto
+tvfast: {seed: 7, tie: index, dialect: peft, out_shard_size: 2GB, nonfinite: propagate, on_missing: base}
+"""
+    )
+    assert (recipe.method, recipe.dialect, recipe.base_model, recipe.donor) == ("ties", "peft", "o", "o")
+    assert recipe.model_paths() == ("o", "a", "b")
+    assert (recipe.dtype, recipe.out_dtype, recipe.output_dtype) == ("F32", "BF16", "BF16")
+    assert (recipe.tokenizer_source, recipe.chat_template) == ("union", "auto")
+    assert (recipe.seed, recipe.tie, recipe.shard_bytes) == (7, "index", 2_000_000_000)
+    assert (recipe.nonfinite, recipe.on_missing, recipe.warnings) == ("propagate", "base", ())
+    assert not recipe.stacked
+    assert inputs(recipe) == ["a", "b", "o"]
+
+
+def test_defaults() -> None:
+    recipe = parse(LINEAR)
+    assert (recipe.base_model, recipe.donor, recipe.output_dtype) == (None, "a", None)
+    assert (recipe.dialect, recipe.seed, recipe.tie, recipe.shard_bytes) == (
+        "mergekit",
+        0,
+        None,
+        5_000_000_000,
+    )
+    assert (recipe.nonfinite, recipe.on_missing, recipe.tokenizer_source) == ("error", "error", None)
+
+
+def test_the_text_is_kept(tmp_path: Path) -> None:
+    text = "\ufeff# a comment\r\n" + LINEAR
+    path = tmp_path / "r.yml"
+    path.write_bytes(text.encode())
+    assert load_recipe(path).text == text
+    assert load_recipe(str(path)).where == str(path)
+
+
+def test_a_mapping_is_a_recipe_and_its_text_another() -> None:
+    source = {"merge_method": "linear", "models": [{"model": Path("a"), "parameters": {"weight": 0.1}}]}
+    recipe = load_recipe(source)
+    assert inputs(recipe) == ["a"]
+    again = parse_recipe(recipe.text, "recipe")
+    assert again.slices == recipe.slices
+
+
+def test_empty_keys_count_as_absent() -> None:
+    text = LINEAR + "slices:\nbase_model: ~\ndtype: null\ntokenizer:\ntvfast:\nout_shard_size:\n"
+    assert parse(text).slices == parse(LINEAR).slices
+
+
+# -- keys -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [{model: a}]", "has no merge_method; expected one of"),
+        ("merge_method:\nmodels: [{model: a}]", "has no merge_method"),
+        ("merge_method: 3", "merge_method: is 3; expected the name of a method"),
+        ("merge_method: tis", "method 'tis' does not exist; did you mean 'ties'?"),
+        ("merge_method: Linear", "did you mean 'linear'?"),
+        (
+            "merge_method: nuslerp",
+            "mergekit has the method 'nuslerp', tvfast does not have it yet; expected one of",
+        ),
+        (LINEAR + "modelz: []", "line 4: modelz: no such key. Did you mean 'models'?"),
+        (LINEAR + "density: 1", "density: belongs under parameters"),
+        (LINEAR + "modules: {text: {models: []}}", "modules: is not supported yet"),
+        (LINEAR + "slices: [{sources: []}]", "has both models and slices"),
+        ("merge_method: linear", "has neither models nor slices"),
+        ("merge_method: linear\nmodels: []", "models: is an empty list"),
+        ("merge_method: linear\nmodels: a", "models: is 'a'; expected a list of models"),
+        ("merge_method: linear\nmodels: [a]", "models[0]: is 'a'; expected a mapping with model"),
+        ("merge_method: linear\nmodels: [{}]", "models[0]: has no model"),
+        (
+            "merge_method: linear\nmodels: [{model: a, layer_range: [0, 1]}]",
+            "models[0].layer_range: no such key",
+        ),
+        (LINEAR + "dtype: float64", "dtype: is 'float64'; expected one of float32, bfloat16, float16"),
+        (LINEAR + "dtype: 16", "dtype: is 16; expected one of"),
+        (LINEAR + "out_dtype: bf16", "out_dtype: is 'bf16'"),
+        (LINEAR + "chat_template: [a]", "chat_template: is a list of 1; expected auto or a Jinja template"),
+        (LINEAR + "chat_template: chatml", "chat_template: is 'chatml'; expected auto or a Jinja template"),
+        (LINEAR + "tvfast: {sed: 1}", "tvfast.sed: no such key. Did you mean 'seed'?"),
+        (LINEAR + "tvfast: {seed: 1.5}", "tvfast.seed: is 1.5; expected an integer"),
+        (LINEAR + "tvfast: {seed: true}", "tvfast.seed: is true; expected an integer"),
+        (LINEAR + "tvfast: {tie: last}", "tvfast.tie: is 'last'; expected one of ge, index, hash"),
+        (
+            LINEAR + "tvfast: {dialect: paper}",
+            "method 'linear' has no dialect 'paper'; expected one of mergekit",
+        ),
+        (LINEAR + "tvfast: {nonfinite: no}", "tvfast.nonfinite: is false; expected one of error, propagate"),
+        (LINEAR + "tvfast: {on_missing: skip}", "tvfast.on_missing: is 'skip'; expected one of error, base"),
+        (
+            LINEAR + "tvfast: {out_shard_size: 1B}\nout_shard_size: 1B",
+            "there is an out_shard_size outside of tvfast",
+        ),
+        (LINEAR + "tokenizer: {source: base}\ntokenizer_source: base", "there is a tokenizer_source too"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: b}}}", "tokenizer.tokens: is not supported yet"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: 8}", "tokenizer.pad_to_multiple_of: is not supported yet"),
+        (LINEAR + "tokenizer: union", "tokenizer: is 'union'; expected a mapping"),
+        (LINEAR + "tokenizer_source: 3", "tokenizer_source: is 3; expected a model"),
+    ],
+)
+def test_refused_keys(text: str, words: str) -> None:
+    assert words in refused(text)
+
+
+def test_a_template_is_taken_as_it_is() -> None:
+    assert parse(LINEAR + "chat_template: '{{ messages }}'").chat_template == "{{ messages }}"
+
+
+def test_lines_of_errors_are_those_of_the_keys() -> None:
+    text = "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      weight:\n        - x\n"
+    assert refused(text).startswith("r.yml, line 6: models[0].parameters.weight[0]: is 'x'")
+    assert refused(text.replace("- x", "x: 1")).startswith(
+        "r.yml, line 6: models[0].parameters.weight.x: no such"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tokenizer: {}", "union"),
+        ("tokenizer: {source: base}", "base"),
+        ("tokenizer: {source: {model: {path: c}}}", "c"),
+        ("tokenizer: {source: union, tokens: {}, pad_to_multiple_of: null}", "union"),
+        ("tokenizer_source: b", "b"),
+    ],
+)
+def test_tokenizer_sources(text: str, expected: str) -> None:
+    assert parse(LINEAR + text).tokenizer_source == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5B", 5 * 10**9),
+        ("5 b", 5 * 10**9),
+        ("500M", 500 * 10**6),
+        ("10k", 10**4),
+        ("123", 123),
+        ("'123'", 123),
+        ("2GB", 2 * 10**9),
+        ("1.5GB", 1_500_000_000),
+        ("1MiB", 2**20),
+        ("300KB", 300_000),
+        ("2.0", 2),
+    ],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse(LINEAR + f"out_shard_size: {text}").shard_bytes == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "-1B", "1X", "B", "1.5", "1e99", ".inf", "true", "[1]", f"{'9' * 18}T"]
+)
+def test_refused_sizes(text: str) -> None:
+    assert "out_shard_size: is" in refused(LINEAR + f"out_shard_size: {text}")
+
+
+# -- references -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("some/where", "some/where"),
+        ("org/name@main", "org/name@main"),
+        ("{model: a+b}", "a+b"),
+        ("{model: {path: a+b}}", "a+b"),
+        ("{model: {path: org/name, revision: v2}}", "org/name@v2"),
+        ("{model: {path: a, revision: null}, lora: null, override_architecture: null}", "a"),
+    ],
+)
+def test_references(text: str, expected: str) -> None:
+    recipe = parse(f"merge_method: linear\nmodels: [{{model: {text}, parameters: {{weight: 1}}}}]")
+    assert inputs(recipe) == [expected]
+    assert recipe.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a+b", "'a+b' names an adapter after the '+'"),
+        ("{model: a, lora: {path: b}}", "model.lora: adapters are not supported yet"),
+        ("3", "model: is 3; expected a model"),
+        ("''", "model: is ''; expected a model"),
+        ("null", "model: is empty (null); expected a model"),
+        ("{path: a}", "model.path: no such key"),
+        ("{lora: null}", "has no model"),
+        ("{model: {revision: a}}", "has no path"),
+    ],
+)
+def test_refused_references(text: str, words: str) -> None:
+    assert words in refused(f"merge_method: linear\nmodels: [{{model: {text}}}]")
+
+
+def test_an_architecture_is_ignored() -> None:
+    text = "{model: {path: a}, override_architecture: LlamaForCausalLM}"
+    recipe = parse(f"merge_method: linear\nmodels: [{{model: {text}, parameters: {{weight: 1}}}}]")
+    assert len(recipe.warnings) == 1
+    assert "'override_architecture' has no effect" in recipe.warnings[0]
+
+
+# -- parameters -------------------------------------------------------------------------------------------
+
+
+def test_unknown_parameters_are_errors() -> None:
+    message = refused(LINEAR.replace("weight: 1", "wieght: 1"))
+    assert "parameters.wieght: no such parameter. Did you mean 'weight'? Method 'linear' takes" in message
+    assert "no such parameter" in refused(TIES.replace("model: a", "model: a, parameters: {dens: 1}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (TIES.replace("weight: 1", "weight: 1, int8_mask: true"), "int8_mask"),
+        (TIES.replace("weight: 1", "weight: 1, t: 0.5"), "t"),
+        (LINEAR.replace("weight: 1", "weight: 1, lambda: 2"), "lambda"),
+        (LINEAR.replace("model: a", "model: a, parameters: {normalize: false}"), "normalize"),
+        (LINEAR.replace("model: a", "model: a, parameters: {density: x}"), "density"),
+        ("merge_method: sce\nbase_model: o\nmodels: [{model: a, parameters: {weight: 2}}]", "weight"),
+        (TIES.replace("{model: b}", "{model: o, parameters: {weight: 2}}"), "weight"),
+        (LINEAR + "name: first", "name"),
+    ],
+)
+def test_parameters_without_effect_are_one_warning(text: str, key: str) -> None:
+    recipe = parse(text)
+    assert len(recipe.warnings) == 1
+    assert f"'{key}'" in recipe.warnings[0]
+    assert "ignored" in recipe.warnings[0]
+
+
+def test_one_warning_however_often() -> None:
+    text = "merge_method: ties\nbase_model: o\nparameters: {weight: 1, int8_mask: 1}\nmodels:\n"
+    text += "".join(f"  - {{model: m{k}, parameters: {{int8_mask: 1}}}}\n" for k in range(5))
+    assert len(parse(text).warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            TIES.replace("weight: 1", "weight: 1, density: [0.5, 1.5]"),
+            "parameters.density: method 'ties': density is 1.5",
+        ),
+        (LINEAR.replace("weight: 1", "weight: 1e40"), "parameters.weight: method 'linear': weights is 1e+40"),
+        (LINEAR.replace("weight: 1", "weight: 0"), "models: method 'linear': the weights sum to 0"),
+        (
+            "merge_method: della\nbase_model: o\nmodels: [{model: a, parameters: {weight: 1, density: 0.9}}]",
+            "models: method 'della': density 0.9 with epsilon 0.15",
+        ),
+    ],
+)
+def test_numbers_that_the_method_does_not_take(text: str, words: str) -> None:
+    assert words in refused(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]",
+            "models[1] (b): has no weight",
+        ),
+        ("merge_method: ties\nbase_model: o\nmodels: [{model: a}]", "models[0] (a): has no weight"),
+        (
+            "merge_method: slerp\nbase_model: o\nmodels: [{model: a, parameters: {t: 1}}]",
+            "parameters: has no t",
+        ),
+        (
+            "merge_method: linear\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {weight: 1}}]",
+            "models[0] (a): has no weight",
+        ),
+    ],
+)
+def test_required_parameters(text: str, words: str) -> None:
+    assert words in refused(text)
+
+
+def test_what_needs_no_weight() -> None:
+    assert parse("merge_method: sce\nbase_model: o\nmodels: [{model: a}]").warnings == ()
+    assert parse("merge_method: passthrough\nmodels: [{model: a}]").warnings == ()
+    assert (
+        parse("merge_method: ties\nbase_model: o\nmodels: [{model: a}]\ntvfast: {dialect: paper}").warnings
+        == ()
+    )
+    assert parse(TIES.replace("{model: b}", "{model: o}")).warnings == ()
+
+
+def test_every_parameter_of_every_method_has_a_name_in_recipes() -> None:
+    for name in METHODS:
+        for dialect in METHODS[name].dialects:
+            for key in method_keys(name, dialect).values():
+                assert key.name in PEER_KEYS | {"select_in_merge"}, (name, key)
+                assert key.per_model == (key.name in ("weight", "density", "gamma", "epsilon", "scale"))
+                assert key.flag == (key.name in ("normalize", "rescale", "select_in_merge"))
+
+
+def method_of(text: str) -> Any:
+    recipe = parse(text)
+    part = recipe.slices[0]
+    return Resolver(recipe, recipe.seed).method(part, ["n"] * len(part.sources), "n", 0.0)
+
+
+def test_names_in_recipes_and_in_methods() -> None:
+    ties = method_of(
+        """merge_method: ties
+base_model: o
+parameters: {lambda: 0.5, normalize: off}
+tvfast: {seed: 3, tie: ge}
+models:
+  - {model: a, parameters: {weight: 2, density: 0.5}}
+  - {model: o}
+  - {model: b, parameters: {weight: 3}}
+"""
+    )
+    assert (ties.weights, ties.density, ties.scale, ties.normalize) == ((2.0, 3.0), (0.5, 1.0), 0.5, False)
+    assert (ties.seed, ties.tie, ties.dialect) == (3, "ge", "mergekit")
+    copied = method_of("merge_method: passthrough\nmodels: [{model: a, parameters: {scale: 3}}]")
+    assert (copied.weights, copied.scale) == (3.0, 1.0)
+    assert method_of("merge_method: passthrough\nmodels: [{model: a}]\nparameters: {scale: 2}").weights == 2.0
+
+
+# -- who is an operand ------------------------------------------------------------------------------------
+
+
+def test_the_base_is_an_input_where_the_method_has_one() -> None:
+    recipe = parse(TIES)
+    assert inputs(recipe) == ["a", "b", "o"]
+    assert recipe.slices[0].base == 2
+    listed = parse(TIES.replace("{model: a}", "{model: o}, {model: a}"))
+    assert inputs(listed) == ["o", "a", "b"]
+    assert listed.slices[0].base == 0
+    assert Resolver(listed, 0).operands(listed.slices[0]) == [1, 2]
+
+
+def test_slerp_takes_the_base_and_one_more() -> None:
+    text = "merge_method: slerp\nbase_model: o\nparameters: {t: 0.5}\nmodels: [{model: a}]"
+    assert inputs(parse(text)) == ["a", "o"]
+    assert inputs(parse(text.replace("[", "[{model: o}, "))) == ["o", "a"]
+    assert "got 2 models besides the base; expected 1 model" in refused(text.replace("[", "[{model: b}, "))
+    assert "needs a base; set base_model" in refused(text.replace("base_model: o\n", ""))
+
+
+def test_linear_leaves_an_unlisted_base_out() -> None:
+    text = "merge_method: linear\nbase_model: o\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    recipe = parse(text)
+    assert inputs(recipe) == ["a"]
+    assert recipe.model_paths() == ("o", "a")
+    assert recipe.donor == "o"
+
+
+def test_linear_gives_an_unlisted_base_the_weight_of_all() -> None:
+    """As mergekit does: base 1 at weight 2 and a model of its own weight."""
+    recipe = parse("merge_method: linear\nbase_model: o\nparameters: {weight: 2}\nmodels: [{model: a}]")
+    assert inputs(recipe) == ["a", "o"]
+    assert len(recipe.warnings) == 1
+    assert "base_model" in recipe.warnings[0]
+
+
+def test_passthrough_takes_one() -> None:
+    assert "got 2 models; expected 1 model" in refused(
+        "merge_method: passthrough\nmodels: [{model: a}, {model: b}]"
+    )
+    recipe = parse("merge_method: passthrough\nbase_model: o\nmodels: [{model: a}]")
+    assert inputs(recipe) == ["a"]
+
+
+def test_the_base_alone_is_enough_for_task_vectors() -> None:
+    assert inputs(parse("merge_method: ties\nbase_model: o\nmodels: [{model: o}]")) == ["o"]
+
+
+def test_no_model_twice() -> None:
+    assert "'a' is there twice" in refused(LINEAR.replace("model: b", "model: a"))
+
+
+# -- slices -----------------------------------------------------------------------------------------------
+
+STACK = """merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 24]}]
+  - sources: [{model: b, layer_range: ["20", 40.0]}]
+"""
+
+
+def test_slices() -> None:
+    recipe = parse(STACK)
+    assert recipe.stacked
+    assert [part.n_layers for part in recipe.slices] == [24, 20]
+    assert recipe.slices[1].sources[0].layers == (20, 40)
+    assert recipe.model_paths() == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (STACK.replace("[0, 24]", "[24, 0]"), "layer_range: is [24, 0]; expected 0 <= first < last"),
+        (STACK.replace("[0, 24]", "[2, 2]"), "expected 0 <= first < last"),
+        (STACK.replace("[0, 24]", "[-2, 1]"), "expected 0 <= first < last"),
+        (STACK.replace("[0, 24]", "[0, 1, 2]"), "layer_range: is a list of 3"),
+        (STACK.replace("[0, 24]", "24"), "layer_range: is 24"),
+        (STACK.replace("[0, 24]", "[0, 1.5]"), "layer_range[1]: is 1.5; expected an integer"),
+        (STACK.replace(", layer_range: [0, 24]", ""), "slices[0].sources[0]: has no layer_range"),
+        (STACK + "  - {parameters: {scale: 1}}", "slices[2]: has no sources"),
+        (STACK + "  - {sources: []}", "slices[2].sources: is an empty list"),
+        (STACK + "  - {source: []}", "slices[2].source: no such key. Did you mean 'sources'?"),
+        (
+            "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
+            "  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]",
+            "slices[0].sources: ranges of different lengths, a: 2, b: 3",
+        ),
+        (
+            "merge_method: ties\nbase_model: o\nparameters: {weight: 1}\nslices:\n"
+            "  - sources: [{model: a, layer_range: [0, 2]}]",
+            "slices[0]: the base 'o' is not among the sources",
+        ),
+    ],
+)
+def test_refused_slices(text: str, words: str) -> None:
+    assert words in refused(text)
+
+
+def test_a_slice_may_have_its_own_base() -> None:
+    recipe = parse(
+        """merge_method: ties
+base_model: o
+parameters: {weight: 1}
+slices:
+  - base_model: b
+    sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+  - residual_weight: 0.5
+    sources: [{model: o, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]
+"""
+    )
+    assert [part.base for part in recipe.slices] == [1, 0]
+    assert recipe.model_paths() == ("o", "a", "b")
+    assert len(recipe.warnings) == 1
+    assert "residual_weight" in recipe.warnings[0]

@@ -1,0 +1,84 @@
+"""Recipes: mergekit's YAML, checked before any file is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tvfast.errors import RecipeError
+from tvfast.recipe.document import MAX_CHARACTERS, Value, compose, from_mapping
+from tvfast.recipe.parsing import read_recipe
+from tvfast.recipe.recipe import Recipe, Slice, Source
+from tvfast.recipe.resolution import Resolver
+
+__all__ = ["Recipe", "Resolver", "Slice", "Source", "load_recipe", "parse_recipe"]
+
+
+def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+    """A recipe from a file, or from the mapping that such a file would hold.
+
+    Args:
+        source: path of a YAML file in UTF-8 of at most 1 MB, or a mapping.
+
+    Returns:
+        Everything that the recipe says, checked as far as it can be without the models' files.
+
+    Raises:
+        RecipeError: there is no such file, it is no YAML, or no recipe; with file, line and key.
+        UnknownNameError: a method or dialect does not exist.
+
+    Notes:
+        Paths in a recipe are relative to the working directory; nothing is opened but `source`.
+    """
+    if isinstance(source, Mapping):
+        document = from_mapping(source, "recipe")
+        return read_recipe(document, json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n")
+    path = os.fspath(source)
+    return parse_recipe(_read(path), path)
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML text.
+
+    Args:
+        text: one YAML document.
+        where: what stands for it in messages, such as its path.
+
+    Raises:
+        RecipeError: no YAML, or no recipe; with line and key.
+        UnknownNameError: a method or dialect does not exist.
+    """
+    return read_recipe(compose(text.removeprefix("\ufeff"), where), text)
+
+
+def _read(path: str) -> str:
+    if "\n" in path:
+        raise RecipeError("load_recipe got text, not a path; expected the path of a YAML file, or a mapping.")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CHARACTERS + 1)
+    except OSError as error:
+        reason = (error.strerror or "cannot be read").lower()
+        raise RecipeError(f"{path}: {reason}; expected the path of a YAML file.") from None
+    except ValueError:
+        raise RecipeError(f"{path!r} is no path; expected the path of a YAML file.") from None
+    if len(data) > MAX_CHARACTERS:
+        raise RecipeError(f"{path}: has more than {MAX_CHARACTERS} bytes; expected a recipe.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{path}, line {line}: byte {data[error.start]:#04x} is no UTF-8; expected a text file in UTF-8."
+        ) from None
+
+
+def _plain(value: Value) -> Any:
+    """Plain data again, of what was read from a mapping."""
+    if isinstance(value.plain, dict):
+        return {key: _plain(item) for key, item in value.mapping().items()}
+    if isinstance(value.plain, tuple):
+        return [_plain(item) for item in value.sequence("a list")]
+    return value.plain

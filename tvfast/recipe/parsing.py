@@ -1,0 +1,399 @@
+"""A document becomes a recipe: keys known, values in range, counts right, before a model is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar
+
+from tvfast.dtypes import BY_RECIPE_NAME
+from tvfast.errors import ArgumentError, RecipeError, UnknownNameError
+from tvfast.methods import METHODS, MethodInfo, make_method
+from tvfast.methods.base import TIES
+from tvfast.recipe.document import Value, nearest, shortened
+from tvfast.recipe.keys import PEER_KEYS, PEER_METHODS, Key, method_keys
+from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
+from tvfast.recipe.references import read_reference
+from tvfast.recipe.resolution import Resolver
+from tvfast.recipe.settings import read_setting
+
+_TOP = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "out_shard_size",
+    "name",
+    "tvfast",
+)
+_OWN = ("dialect", "seed", "tie", "out_shard_size", "nonfinite", "on_missing")
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
+_MOST_BYTES = 2**62
+_WHAT_SIZE = "a size such as 5B, 500M, 2GB or a number of bytes"
+_MAX_PROBED = 1000  # values of one setting that are tried one by one
+
+Word = TypeVar("Word", bound=str)
+Level = Literal["recipe", "slice", "source", "base"]
+
+
+def read_recipe(document: Value, text: str) -> Recipe:
+    """The recipe that a document holds.
+
+    Raises:
+        RecipeError: it is none.
+        UnknownNameError: method or dialect do not exist.
+    """
+    return _Reader(document).recipe(text)
+
+
+class _Reader:
+    """State of one reading: the method, its parameters, and what has been ignored so far."""
+
+    def __init__(self, document: Value) -> None:
+        what = "a mapping with merge_method and models"
+        for key, value in document.mapping(what=what).items():
+            if key in PEER_KEYS:
+                raise value.error("belongs under parameters; expected it there.")
+        entries = document.mapping(_TOP, what)
+        self.document = document
+        self.entries = {key: value for key, value in entries.items() if value.plain is not None}
+        self.own = self.entries["tvfast"].mapping(_OWN) if "tvfast" in self.entries else {}
+        self.warnings: dict[str, str] = {}  # by what they are about
+        self.method = self._method()
+        self.info: MethodInfo = METHODS[self.method]
+        self.dialect = self._dialect()
+        self.keys = method_keys(self.method, self.dialect)
+
+    def recipe(self, text: str) -> Recipe:
+        if "modules" in self.entries:
+            raise self.entries["modules"].error("is not supported yet; expected models or slices.")
+        if "name" in self.entries:
+            self._ignore("name", "belongs to recipes of several documents")
+        parameters = self._settings(self.entries.get("parameters"), level="recipe")
+        base = self._reference("base_model")
+        slices, stacked = self._slices(base, parameters)
+        recipe = Recipe(
+            where=self.document.where,
+            text=text,
+            method=self.method,
+            dialect=self.dialect,
+            base_model=base,
+            slices=slices,
+            stacked=stacked,
+            parameters=parameters,
+            dtype=self._dtype("dtype"),
+            out_dtype=self._dtype("out_dtype"),
+            tokenizer_source=self._tokenizer(),
+            chat_template=self._chat_template(),
+            shard_bytes=self._shard_bytes(),
+            seed=self._seed(),
+            tie=self._word("tie", tuple(TIES)),
+            nonfinite=self._word("nonfinite", _NONFINITE) or "error",
+            on_missing=self._word("on_missing", _ON_MISSING) or "error",
+            warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
+        )
+        self._check(recipe)
+        return recipe
+
+    # -- method and parameters --------------------------------------------------------------------------
+
+    def _method(self) -> str:
+        value = self.entries.get("merge_method")
+        known = sorted(METHODS)
+        if value is None:
+            raise self.document.error(f"has no merge_method; expected one of {', '.join(known)}.")
+        name = value.text("the name of a method")
+        if name in METHODS:
+            return name
+        shown = shortened(repr(name))
+        if name in PEER_METHODS:
+            reason = f"mergekit has the method {shown}, tvfast does not have it yet;"
+        else:
+            reason = f"method {shown} does not exist;{nearest(name, known).lower()}"
+        raise UnknownNameError(str(value.error(f"{reason} expected one of {', '.join(known)}.")))
+
+    def _dialect(self) -> str:
+        value = self.own.get("dialect")
+        if value is None or value.plain is None:
+            return "mergekit"
+        name = value.text("the name of a dialect")
+        if name not in self.info.dialects:
+            hint = nearest(name, self.info.dialects).lower()
+            message = f"method {self.method!r} has no dialect {shortened(repr(name))};{hint}"
+            raise UnknownNameError(
+                str(value.error(f"{message} expected one of {', '.join(self.info.dialects)}."))
+            )
+        return name
+
+    def _settings(self, value: Value | None, *, level: Level) -> Settings:
+        """Parameters of one level. What does nothing there is left out, with a warning."""
+        if value is None or value.plain is None:
+            return {}
+        settings = {}
+        for name, item in value.mapping(what="a mapping from parameters to values").items():
+            key = self.keys.get(name)
+            if key is None:
+                self._unknown(name, item)
+            elif level in ("source", "base") and not key.per_model:
+                self._ignore(name, "is one for all models; under a model it has no effect", value.path)
+            elif level == "base":
+                reason = f"of the base has no effect with {self.method!r}"
+                self._ignore(f"base {name}", reason, value.path, name)
+            else:
+                settings[name] = read_setting(item, flag=key.flag)
+                self._check_range(key, settings[name].values, item)
+        return settings
+
+    def _unknown(self, name: str, value: Value) -> None:
+        known = sorted(PEER_KEYS | set(self.keys))
+        if name not in known:
+            takes = f"Method {self.method!r} takes {', '.join(self.keys)}."
+            raise value.error(f"no such parameter.{nearest(name, known)} {takes}")
+        self._ignore(name, f"has no effect with {self.method!r}")
+
+    def _ignore(self, topic: str, reason: str, place: str = "", name: str = "") -> None:
+        prefix = f"{place}: " if place else ""
+        self.warnings.setdefault(topic, f"{prefix}{name or topic!r} {reason}; ignored.")
+
+    def _check_range(self, key: Key, values: Iterable[float], value: Value) -> None:
+        """Raise unless the method takes each number; those between two such numbers it takes as well."""
+        for number in sorted(values)[:_MAX_PROBED]:
+            try:
+                make_method(self.method, dialect=self.dialect, **{key.keyword: number})
+            except ArgumentError as error:
+                raise value.error(str(error)) from None
+
+    # -- models -----------------------------------------------------------------------------------------
+
+    def _slices(self, base: str | None, parameters: Settings) -> tuple[tuple[Slice, ...], bool]:
+        given = [key for key in ("models", "slices") if key in self.entries]
+        if len(given) != 1:
+            found = "has both models and slices" if given else "has neither models nor slices"
+            raise self.document.error(f"{found}; expected one of them.")
+        value = self.entries[given[0]]
+        items = value.sequence(f"a list of {given[0]}")
+        if not items:
+            raise value.expected(f"one of its {given[0]} at least")
+        if given[0] == "models":
+            return (self._whole(value, items, base, parameters),), False
+        return tuple(self._slice(item, base) for item in items), True
+
+    def _whole(self, value: Value, items: list[Value], base: str | None, parameters: Settings) -> Slice:
+        sources = [self._source(item, base, stacked=False) for item in items]
+        if base is not None and base not in (source.model for source in sources):
+            appended = Source(base, None, {}, "base_model")
+            if self.info.needs_base:
+                sources.append(appended)
+            elif "weight" in self.keys and "weight" in parameters:
+                # mergekit makes the base an input here, and so the recipe's weight is one for it, too
+                sources.append(appended)
+                self.warnings["base_model"] = (
+                    f"base_model: is an input of {self.method!r}, too, with the weight that the recipe gives "
+                    "to all. To leave it out, give each model its own weight instead."
+                )
+        return self._checked(value, sources, base, {})
+
+    def _slice(self, item: Value, base: str | None) -> Slice:
+        found = item.mapping(("sources", "base_model", "parameters", "residual_weight"))
+        if "residual_weight" in found and found["residual_weight"].plain is not None:
+            self._ignore("residual_weight", "has no effect, neither here nor in mergekit")
+        if "sources" not in found:
+            raise item.error("has no sources; expected a list of {model, layer_range}.")
+        items = found["sources"].sequence("a list of {model, layer_range}")
+        if not items:
+            raise found["sources"].expected("one source at least")
+        if "base_model" in found and found["base_model"].plain is not None:
+            base = read_reference(found["base_model"], self._ignore)
+        sources = [self._source(source, base, stacked=True) for source in items]
+        lengths = {source.model: source.layers[1] - source.layers[0] for source in sources if source.layers}
+        if len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{shortened(model)}: {n}" for model, n in lengths.items())
+            raise found["sources"].error(f"ranges of different lengths, {listed}; expected equal ones.")
+        return self._checked(item, sources, base, self._settings(found.get("parameters"), level="slice"))
+
+    def _source(self, item: Value, base: str | None, *, stacked: bool) -> Source:
+        known = ("model", "layer_range", "parameters") if stacked else ("model", "parameters")
+        found = item.mapping(known, "a mapping with model" + (" and layer_range" if stacked else ""))
+        for key in known[: 1 + stacked]:
+            if key not in found:
+                raise item.error(f"has no {key}; expected {', '.join(known)}.")
+        model = read_reference(found["model"], self._ignore)
+        is_base = self.info.needs_base and model == base
+        parameters = self._settings(found.get("parameters"), level="base" if is_base else "source")
+        layers = _layer_range(found["layer_range"]) if stacked else None
+        return Source(model, layers, parameters, item.path)
+
+    def _checked(self, value: Value, sources: list[Source], base: str | None, settings: Settings) -> Slice:
+        """The slice, if its inputs are as the method needs them."""
+        models = [source.model for source in sources]
+        for k, model in enumerate(models):
+            if model in models[:k]:
+                raise value.error(f"{shortened(model)!r} is there twice; expected every model once.")
+        position = models.index(base) if base in models else None
+        fewest, most = self.info.n_models
+        n_models = len(sources)
+        if self.info.needs_base:
+            if base is None:
+                raise value.error(f"method {self.method!r} needs a base; set base_model.")
+            if position is None:
+                raise value.error(
+                    f"the base {shortened(base)!r} is not among the sources; expected it there, with the "
+                    f"layers that method {self.method!r} starts from."
+                )
+            n_models -= 1
+            fewest = 0 if most is None else fewest  # of the base alone there is nothing to add: it is copied
+        if n_models < fewest or (most is not None and n_models > most):
+            base_too = " besides the base" if self.info.needs_base else ""
+            many = f"{fewest} model{'s' * (fewest != 1)}" if most is not None else f"{fewest} model at least"
+            raise value.error(
+                f"method {self.method!r} got {n_models} models{base_too}; expected {many}{base_too}."
+            )
+        return Slice(tuple(sources), position, settings, value.path)
+
+    def _check(self, recipe: Recipe) -> None:
+        """Raise if a required parameter is given nowhere, or if numbers of all tensors do not fit."""
+        resolver = Resolver(recipe, recipe.seed)
+        for part in recipe.slices:
+            operands = [part.sources[k] for k in resolver.operands(part)]
+            for key in self.keys.values():
+                levels = [part.parameters, recipe.parameters]
+                lacking = operands if key.per_model else [None]
+                for source in lacking:
+                    at = levels if source is None else [source.parameters, *levels]
+                    if key.required and not any(key.name in settings for settings in at):
+                        raise self._lacks(key, source)
+            if operands and resolver.is_constant(part):
+                resolver.method(part, [""] * len(part.sources), "", 0.0)
+
+    def _lacks(self, key: Key, source: Source | None) -> RecipeError:
+        place, target = "parameters", "the recipe"
+        if source is not None:
+            place = f"{source.place} ({shortened(source.model)})"
+            target = "the model, or to the recipe for all"
+        return RecipeError(
+            f"{self.document.where}: {place}: has no {key.name}, which method {self.method!r} needs. "
+            f"Add parameters: {{{key.name}: ...}} to {target}."
+        )
+
+    # -- the rest ---------------------------------------------------------------------------------------
+
+    def _reference(self, key: str) -> str | None:
+        return read_reference(self.entries[key], self._ignore) if key in self.entries else None
+
+    def _chat_template(self) -> str | None:
+        if "chat_template" not in self.entries:
+            return None
+        value = self.entries["chat_template"]
+        template = value.text("auto or a Jinja template")
+        if template != "auto" and "{" not in template:
+            raise value.expected("auto or a Jinja template; there are no built-in names, paste the template")
+        return template
+
+    def _dtype(self, key: str) -> str | None:
+        if key not in self.entries:
+            return None
+        what = f"one of {', '.join(BY_RECIPE_NAME)}"
+        word = self.entries[key].text(what).removeprefix("torch.")
+        if word not in BY_RECIPE_NAME:
+            raise self.entries[key].expected(what)
+        return BY_RECIPE_NAME[word]
+
+    def _tokenizer(self) -> str | None:
+        """Whose vocabulary the output takes."""
+        if "tokenizer" not in self.entries:
+            value = self.entries.get("tokenizer_source")
+            return None if value is None else _tokenizer_source(value, self._ignore)
+        value = self.entries["tokenizer"]
+        if "tokenizer_source" in self.entries:
+            raise value.error("there is a tokenizer_source too; expected one of them.")
+        found = value.mapping(("source", "tokens", "pad_to_multiple_of"))
+        for key in ("tokens", "pad_to_multiple_of"):
+            if key in found and found[key].plain not in (None, {}):
+                raise found[key].error("is not supported yet; vocabularies are taken as they are. Remove it.")
+        if "source" not in found or found["source"].plain is None:
+            return "union"
+        return _tokenizer_source(found["source"], self._ignore)
+
+    def _shard_bytes(self) -> int:
+        value = self.entries.get("out_shard_size")
+        own = self.own.get("out_shard_size")
+        if own is not None and own.plain is not None:
+            if value is not None:
+                raise own.error("there is an out_shard_size outside of tvfast, too; expected one of them.")
+            value = own
+        return SHARD_BYTES if value is None else _n_bytes(value)
+
+    def _seed(self) -> int:
+        value = self.own.get("seed")
+        if value is None or value.plain is None:
+            return 0
+        seed = value.plain
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise value.expected("an integer of 64 bits")
+        return seed
+
+    def _word(self, key: str, known: tuple[Word, ...]) -> Word | None:
+        value = self.own.get(key)
+        if value is None or value.plain is None:
+            return None
+        for word in known:
+            if value.plain == word:
+                return word
+        raise value.expected(f"one of {', '.join(known)}")
+
+
+_NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate")
+_ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
+
+
+def _tokenizer_source(value: Value, ignore: Any) -> str:
+    return str(value.plain) if value.plain in ("union", "base") else read_reference(value, ignore)
+
+
+def _layer_range(value: Value) -> tuple[int, int]:
+    what = "[first, one past the last], two integers"
+    items = value.sequence(what)
+    if len(items) != 2:
+        raise value.expected(what)
+    first, last = (_integer(item) for item in items)
+    if not 0 <= first < last:
+        raise value.error(f"is [{first}, {last}]; expected 0 <= first < last, counted from 0.")
+    return first, last
+
+
+def _integer(value: Value) -> int:
+    plain = value.plain
+    if isinstance(plain, str) and re.fullmatch(r"\s*[+-]?\d{1,9}\s*", plain):
+        plain = int(plain)
+    if isinstance(plain, float) and plain.is_integer():
+        plain = int(plain)
+    if isinstance(plain, bool) or not isinstance(plain, int):
+        raise value.expected("an integer")
+    return plain
+
+
+def _n_bytes(value: Value) -> int:
+    """Bytes; the suffixes k, m and b are mergekit's: thousand, million and billion."""
+    plain = value.plain
+    if isinstance(plain, str):
+        match = _SIZE.fullmatch(plain)
+        if match is None:
+            raise value.expected(_WHAT_SIZE)
+        unit = (match[2] or "").lower()
+        factor = (1024 if "i" in unit else 1000) ** _POWERS.get(unit[:1], 0)
+        plain = round(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if isinstance(plain, float) and plain.is_integer():
+        plain = int(plain)
+    if isinstance(plain, bool) or not isinstance(plain, int):
+        raise value.expected(_WHAT_SIZE)
+    if not 1 <= plain <= _MOST_BYTES:
+        raise value.error(f"is {plain} bytes; expected at least 1 and at most {_MOST_BYTES}.")
+    return plain

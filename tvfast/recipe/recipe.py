@@ -1,0 +1,119 @@
+"""What a recipe says, checked, and independent of how it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tvfast.recipe.settings import Setting
+
+Settings = Mapping[str, Setting]
+"""Parameters by their names in the recipe."""
+
+SHARD_BYTES = 5_000_000_000
+"""mergekit's default size of an output file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input of a slice.
+
+    Attributes:
+        model: path or hub id of a checkpoint, as written.
+        layers: first and one past the last; None: all.
+        parameters: of this input only.
+        place: where the recipe names it.
+    """
+
+    model: str
+    layers: tuple[int, int] | None
+    parameters: Settings
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Layers of the output and what they are merged from; a recipe with `models` is one slice of all layers.
+
+    Attributes:
+        sources: every input, in order, the base among them where the method takes it.
+        base: position of the base in `sources`; None: it is none of them.
+        parameters: of this slice.
+        place: where the recipe has it.
+    """
+
+    sources: tuple[Source, ...]
+    base: int | None
+    parameters: Settings
+    place: str
+
+    @property
+    def n_layers(self) -> int | None:
+        """Layers of the output; None: all of the models."""
+        layers = self.sources[0].layers
+        return None if layers is None else layers[1] - layers[0]
+
+    @property
+    def reference(self) -> int:
+        """Position of the source whose names, order and types the output takes: the base, or the first."""
+        return 0 if self.base is None else self.base
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        where: the file, or what stands for it in messages.
+        text: verbatim; of a mapping, its JSON.
+        method: name of a registered method.
+        dialect: whose reading of it.
+        base_model: as written; also where it is no operand.
+        slices: at least one; several only if `stacked`.
+        stacked: given as `slices`, so layers are renumbered.
+        parameters: of the whole recipe.
+        dtype, out_dtype: storage types by their safetensors names; None: not given.
+        tokenizer_source: "union", "base" or a model; None: not given.
+        chat_template: "auto", a name or a Jinja template; None: not given.
+        shard_bytes: most bytes of tensors in an output file.
+        seed: of random draws and tie hashes.
+        tie: rule for entries equal to a threshold; None: the dialect's.
+        nonfinite: what a NaN or an infinity in an input means.
+        on_missing: what a tensor means that the base has and another model has not.
+        warnings: what was ignored.
+    """
+
+    where: str
+    text: str
+    method: str
+    dialect: str
+    base_model: str | None
+    slices: tuple[Slice, ...]
+    stacked: bool
+    parameters: Settings
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    seed: int = 0
+    tie: str | None = None
+    nonfinite: Literal["error", "propagate"] = "error"
+    on_missing: Literal["error", "base"] = "error"
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def output_dtype(self) -> str | None:
+        """What every merged tensor is stored as; None: as the base, or the first model, stores it."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def donor(self) -> str:
+        """The model whose configuration the output takes: the base, or the first input."""
+        return self.base_model or self.slices[0].sources[self.slices[0].reference].model
+
+    def model_paths(self) -> tuple[str, ...]:
+        """Every checkpoint that is needed, once, the base first."""
+        sources = [source.model for part in self.slices for source in part.sources]
+        return tuple(dict.fromkeys([self.donor, *sources]))
