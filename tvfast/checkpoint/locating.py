@@ -1,0 +1,198 @@
+"""Which files make up the checkpoint that a path names."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from tvfast.checkpoint.files import damaged, read_json, shown, unreadable
+from tvfast.errors import CheckpointError
+
+SAFETENSORS = ".safetensors"
+PYTORCH = (".bin", ".pt", ".pth")
+
+_INDEX = ".index.json"
+_INDEX_BYTES = 2**25
+_NAMED = ("model.safetensors", "pytorch_model.bin")  # the order in which transformers looks for them
+_ADAPTER = "adapter_model.safetensors"
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+_EXPECTED = (
+    "expected model.safetensors, model.safetensors.index.json with its shards, other *.safetensors, "
+    "pytorch_model.bin or pytorch_model.bin.index.json"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The files of a checkpoint.
+
+    Attributes:
+        directory: where `config.json` and the tokenizer lie; None for a single file.
+        files: names of the weight files, ascending; relative to the directory, or the one file's path.
+        index: path of the index, if there is one.
+        weight_map: tensor -> file name, as the index says.
+    """
+
+    directory: str | None
+    files: tuple[str, ...]
+    index: str | None = None
+    weight_map: dict[str, str] | None = None
+
+    def path_of(self, name: str) -> str:
+        """The path of one of `files`."""
+        return name if self.directory is None else os.path.join(self.directory, name)
+
+
+def locate(path: str) -> Location:
+    """The files of the checkpoint at `path`: a directory, one file, or a hub id that is in the local cache.
+
+    Raises:
+        CheckpointError: nothing there, no weights there, an incomplete set of shards, or a broken index.
+    """
+    if not path or "\0" in path:
+        raise CheckpointError(f"{shown(path)} is no path; expected a checkpoint's directory or file.")
+    try:
+        if os.path.isdir(path):
+            return _locate_in(path)
+        if os.path.lexists(path):
+            return _one_file(path)
+        cached = _cached_snapshot(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if cached is None:
+        raise _nothing_at(path)
+    return _locate_in(cached)
+
+
+def _one_file(path: str) -> Location:
+    if path.endswith(_INDEX):
+        return _indexed(os.path.dirname(path) or ".", os.path.basename(path))
+    if not path.endswith((SAFETENSORS, *PYTORCH)):
+        raise CheckpointError(
+            f"{path}: has no known suffix; expected a directory or a file named *{SAFETENSORS}, "
+            f"{', '.join('*' + suffix for suffix in PYTORCH)}."
+        )
+    return Location(None, (path,))
+
+
+def _locate_in(directory: str) -> Location:
+    """What transformers would load: a single file before an index, safetensors before PyTorch's format.
+
+    A directory with neither may hold `*.safetensors` of other names, taken together.
+    """
+    names = sorted(os.listdir(directory))
+    for name in _NAMED:
+        if name in names:
+            return Location(directory, (name,))
+        if name + _INDEX in names:
+            return _indexed(directory, name + _INDEX)
+    files = [name for name in names if name.endswith(SAFETENSORS) and not name.startswith(".")]
+    if files == [_ADAPTER] or (not files and "adapter_model.bin" in names):
+        raise CheckpointError(
+            f"{directory}: holds a PEFT adapter, no whole model; {_EXPECTED}. "
+            "Merge the adapter into its base first (PeftModel.merge_and_unload), or give its file's path."
+        )
+    files = [name for name in files if name != _ADAPTER]
+    if not files:
+        found = ", ".join(map(shown, names[:8])) + (", ..." if len(names) > 8 else "")
+        raise CheckpointError(
+            f"{directory}: holds {'no weights but ' + found if names else 'nothing'}; {_EXPECTED}. "
+            "Check the path, or download the weights too."
+        )
+    _check_complete(directory, files)
+    return Location(directory, tuple(files))
+
+
+def _check_complete(directory: str, files: list[str]) -> None:
+    """Raise if names such as `model-00002-of-00003.safetensors` tell that shards are missing."""
+    shards = [match for match in map(_SHARD.fullmatch, files) if match]
+    present: dict[tuple[str, str], set[int]] = {}
+    for match in shards:
+        present.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (stem, total), numbers in present.items():
+        n_missing = int(total) - len(numbers)
+        if n_missing > 0:
+            first = next(k for k in range(1, int(total) + 1) if k not in numbers)
+            raise CheckpointError(
+                f"{directory}: {n_missing} of {int(total)} shards are missing, the first is "
+                f"{shown(f'{stem}-{first:0{len(total)}d}-of-{total}{SAFETENSORS}')}; expected all of them. "
+                "Download the rest."
+            )
+
+
+def _indexed(directory: str, name: str) -> Location:
+    """The shards that an index names."""
+    path = os.path.join(directory, name)
+    index = read_json(path, _INDEX_BYTES)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        found = f"its keys are {shown(list(index))}" if isinstance(index, dict) else f"is {shown(index)}"
+        raise damaged(path, f"{found}; expected a JSON object with an object 'weight_map'")
+    if not weight_map:
+        raise damaged(path, "its weight_map names no tensor; expected one at least")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise damaged(path, f"tensor {shown(tensor)} is in {shown(file)}; expected the name of a file")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if not file or "\0" in file or os.path.isabs(file) or ".." in re.split(r"[/\\]", file):
+            raise damaged(
+                path, f"names the file {shown(file)}; expected a shard in the index's own directory"
+            )
+        if not os.path.lexists(os.path.join(directory, file)):
+            missing = [name for name in files if not os.path.lexists(os.path.join(directory, name))]
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(files)} shards are missing, the first is {shown(file)}; "
+                "expected all of them beside the index. Download the rest."
+            )
+    return Location(directory, tuple(files), path, weight_map)
+
+
+def _cached_snapshot(path: str) -> str | None:
+    """The snapshot of a hub id such as `org/name` or `org/name@revision` in the local Hugging Face cache."""
+    name, _, revision = path.partition("@")
+    revision = revision or "main"
+    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", path):
+        return None
+    repository = os.path.join(_hub_cache(), "models--" + name.replace("/", "--"))
+    reference = os.path.join(repository, "refs", *revision.split("/"))
+    if os.path.isfile(reference):
+        with open(reference, "rb") as file:
+            revision = file.read(256).decode("ascii", "replace").strip()
+    snapshot = os.path.join(repository, "snapshots", revision)
+    known = re.fullmatch(r"\w[\w.-]*", revision) and os.path.isdir(snapshot)
+    return snapshot if known else None
+
+
+def _hub_cache() -> str:
+    """Where huggingface_hub keeps what it downloads."""
+    environment = os.environ
+    if cache := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
+        return os.path.expanduser(cache)
+    general = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = environment.get("HF_HOME") or os.path.join(general, "huggingface")
+    return os.path.join(os.path.expanduser(home), "hub")
+
+
+def _nothing_at(path: str) -> CheckpointError:
+    from difflib import get_close_matches
+
+    parent, name = os.path.split(path.rstrip("/"))
+    try:
+        near = get_close_matches(name, os.listdir(parent or "."), n=3)
+    except OSError:
+        near = []
+    hints = []
+    if near:
+        hints.append(f"Did you mean {' or '.join(shown(os.path.join(parent, found)) for found in near)}?")
+    if _HUB_ID.fullmatch(path.partition("@")[0]):
+        hints.append(
+            f"If it is a model of the Hugging Face hub: it is not in the local cache ({_hub_cache()}); "
+            f"download it first, for example `hf download {path.partition('@')[0]}`."
+        )
+    return CheckpointError(
+        f"{path}: no such file or directory; expected a checkpoint's directory or file. "
+        f"{' '.join(hints) or 'Check the path.'}"
+    )
