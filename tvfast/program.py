@@ -118,6 +118,11 @@ class Program:
     reduce: Reduce = Reduce.SUM
     divisor: Divisor = Divisor.NONE
 
+    @property
+    def ranks_rows(self) -> bool:
+        """Whether the keep stage needs whole rows at once."""
+        return self.keep in (Keep.RANDOM_BY_RANK, Keep.BAND_BY_RANK)
+
 
 @dataclass(slots=True, kw_only=True)
 class ModelScalars:

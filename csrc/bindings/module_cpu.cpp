@@ -99,6 +99,27 @@ py::list to_python(const std::vector<Moments>& all) {
   return result;
 }
 
+using RankTuple = std::tuple<int, int, std::int64_t>;
+
+std::vector<RankQuery> to_queries(const std::vector<RankTuple>& asked) {
+  std::vector<RankQuery> queries;
+  for (const auto& [group, model, k] : asked) queries.push_back({group, model, k});
+  return queries;
+}
+
+py::list to_python(const std::vector<Threshold>& all) {
+  py::list result;
+  for (const Threshold& t : all)
+    result.append(py::make_tuple(std::bit_cast<float>(t.key), t.n_greater, t.n_equal));
+  return result;
+}
+
+std::vector<CountQuery> to_queries(const std::vector<std::tuple<int, int, float>>& asked) {
+  std::vector<CountQuery> queries;
+  for (const auto& [group, model, value] : asked) queries.push_back({group, model, key_of(value)});
+  return queries;
+}
+
 }  // namespace
 }  // namespace tvfast
 
@@ -137,32 +158,74 @@ PYBIND11_MODULE(_C_cpu, m) {
     return to_python(moments);
   });
   // Queries are (group, model, k), answers (value, n_greater, n_equal).
-  m.def("thresholds", [](const Table& table, int keep,
-                         const std::vector<std::tuple<int, int, std::int64_t>>& asked,
+  m.def("thresholds", [](const Table& table, int keep, const std::vector<RankTuple>& asked,
                          const std::string& isa, int n_threads, std::int64_t tile) {
-    std::vector<RankQuery> queries;
-    for (const auto& [group, model, k] : asked) queries.push_back({group, model, k});
+    const std::vector<RankQuery> queries = to_queries(asked);
     std::vector<Threshold> found;
     {
       const py::gil_scoped_release unlocked;
       found = thresholds(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
     }
-    py::list result;
-    for (const Threshold& t : found)
-      result.append(py::make_tuple(std::bit_cast<float>(t.key), t.n_greater, t.n_equal));
-    return result;
+    return to_python(found);
   });
+  py::class_<ResumableSelection>(m, "ResumableSelection")
+      .def(py::init([](int keep, const std::vector<RankTuple>& asked,
+                       const std::vector<std::int64_t>& group_sizes) {
+        return std::make_unique<ResumableSelection>(static_cast<Keep>(keep), to_queries(asked),
+                                                    group_sizes);
+      }))
+      .def("sample",
+           [](ResumableSelection& selection, const Table& part, const std::string& isa,
+              int n_threads) {
+             const py::gil_scoped_release unlocked;
+             selection.sample(part, to_options(isa, n_threads, 0));
+           })
+      .def("guesses",
+           [](ResumableSelection& selection, int n_threads) {
+             std::vector<std::pair<float, bool>> result;
+             for (const auto& [key, likely] : selection.guesses(to_options("", n_threads, 0)))
+               result.emplace_back(std::bit_cast<float>(key), likely);
+             return result;
+           })
+      .def("count",
+           [](ResumableSelection& selection, const Table& part, const std::string& isa,
+              int n_threads, std::int64_t tile) {
+             const py::gil_scoped_release unlocked;
+             selection.count(part, to_options(isa, n_threads, tile));
+           })
+      // None asks for another pass.
+      .def("finish", [](ResumableSelection& selection) -> py::object {
+        if (!selection.finish()) return py::none();
+        return to_python(selection.answers());
+      });
+  py::class_<Accumulation>(m, "Accumulation")
+      .def(py::init<std::size_t, int>())
+      .def("measure",
+           [](Accumulation& all, const Table& part, const std::array<int, 9>& program,
+              const Scalars& scalars, unsigned wants, const std::vector<std::size_t>& rows,
+              const std::string& isa, int n_threads, std::int64_t tile) {
+             const py::gil_scoped_release unlocked;
+             all.measure(part, to_program(program), scalars, wants, rows,
+                         to_options(isa, n_threads, tile));
+           })
+      .def("finish", [](const Accumulation& all) { return to_python(all.moments()); });
   // Queries are (group, model, value), answers (n_greater, n_equal).
   m.def("verify", [](const Table& table, const std::vector<std::tuple<int, int, float>>& asked,
                      const std::string& isa, int n_threads, std::int64_t tile) {
-    std::vector<CountQuery> queries;
-    for (const auto& [group, model, value] : asked)
-      queries.push_back({group, model, key_of(value)});
+    const std::vector<CountQuery> queries = to_queries(asked);
     const py::gil_scoped_release unlocked;
     std::vector<std::pair<std::int64_t, std::int64_t>> counts;
     for (const Threshold& t : verify(table, queries, to_options(isa, n_threads, tile)))
       counts.push_back({t.n_greater, t.n_equal});
     return counts;
+  });
+  // Queries are (group, model, value); counts are [entry * n_queries + query].
+  m.def("count_equal", [](const Table& table, int keep,
+                          const std::vector<std::tuple<int, int, float>>& asked,
+                          const std::string& isa, int n_threads, std::int64_t tile) {
+    const std::vector<CountQuery> queries = to_queries(asked);
+    const py::gil_scoped_release unlocked;
+    return count_equal(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
   });
   // Queries are (group, model, value, r).
   m.def("nth_equal", [](const Table& table, int keep,
@@ -173,6 +236,15 @@ PYBIND11_MODULE(_C_cpu, m) {
       queries.push_back({group, model, key_of(value), r});
     const py::gil_scoped_release unlocked;
     return nth_equal(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
+  });
+  m.def("crc32c", [](Address address, std::size_t n_bytes, std::uint32_t seed) {
+    const py::gil_scoped_release unlocked;
+    return crc32c(reinterpret_cast<const void*>(address), n_bytes, seed);
+  });
+  m.def("crc32c_combine", &crc32c_combine);
+  m.def("first_nonfinite", [](Address address, std::int64_t n, int dtype) {
+    const py::gil_scoped_release unlocked;
+    return first_nonfinite(reinterpret_cast<const void*>(address), n, static_cast<DType>(dtype));
   });
   m.def("isas", &isas);
   m.def("default_isa", &default_isa);

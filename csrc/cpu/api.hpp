@@ -1,7 +1,10 @@
 // What bindings may call: the two verbs over a work table, and exact thresholds.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -46,6 +49,21 @@ void combine(const Table& table, const Program& program, const Scalars& scalars,
 std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars,
                              unsigned wants, const Options& options);
 
+// Moments of logical entries whose elements come in parts. The sums do not depend on order, so the
+// result is that of one table with everything.
+class Accumulation {
+ public:
+  Accumulation(std::size_t n_entries, int n_models);
+  // Adds the entries of a part; entry e belongs to logical entry rows[e].
+  void measure(const Table& part, const Program& program, const Scalars& scalars, unsigned wants,
+               const std::vector<std::size_t>& rows, const Options& options);
+  const std::vector<Moments>& moments() const { return moments_; }
+
+ private:
+  std::vector<Moments> moments_;
+  std::mutex lock_;
+};
+
 // Sets the bit planes to the keep stage's answers.
 void row_masks(const Table& table, const Program& program, const Scalars& scalars,
                const Options& options);
@@ -54,10 +72,48 @@ void row_masks(const Table& table, const Program& program, const Scalars& scalar
 std::vector<Threshold> thresholds(const Table& table, Keep keep,
                                   const std::vector<RankQuery>& queries, const Options& options);
 
+// `thresholds` of groups whose entries come in parts, in constant memory. A sample of the parts
+// sets brackets; a pass shows every part to `count` once, in any order; `finish` says whether all
+// queries are answered, otherwise another pass is needed, with tighter brackets. Usually one is
+// enough. The sample decides how many, never the answers.
+class ResumableSelection {
+ public:
+  // Throws std::invalid_argument if a rank is not one of its group.
+  ResumableSelection(Keep keep, const std::vector<RankQuery>& queries,
+                     const std::vector<std::int64_t>& group_sizes);
+  ~ResumableSelection();
+
+  // Adds keys to the sample, before anything is counted. The share of a group's entries that is
+  // shown should be the same everywhere.
+  void sample(const Table& part, const Options& options);
+
+  // What the sample expects each answer to be, and whether it would be surprised by another.
+  struct Guess {
+    std::uint32_t key;
+    bool likely;
+  };
+  std::vector<Guess> guesses(const Options& options);
+
+  void count(const Table& part, const Options& options);
+
+  // Throws std::invalid_argument if the parts since the last call are not the whole groups.
+  bool finish();
+  const std::vector<Threshold>& answers() const;  // once `finish` was true
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
 struct CountQuery {
   int group, model;
   std::uint32_t key;
 };
+
+// How many keys of each entry equal each query's: [entry * n_queries + query], 0 in other groups.
+std::vector<std::int64_t> count_equal(const Table& table, Keep keep,
+                                      const std::vector<CountQuery>& queries,
+                                      const Options& options);
 
 // How many magnitudes of task vectors are above each key, and equal to it: the check of a guessed
 // or remembered threshold.
@@ -67,6 +123,14 @@ std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>&
 // Position within the group of the r-th entry that equals the key; -1 if there are not so many.
 std::vector<std::int64_t> nth_equal(const Table& table, Keep keep,
                                     const std::vector<EqualQuery>& queries, const Options& options);
+
+// CRC-32C of `n_bytes`, going on from the checksum of what came before; and that of two pieces end
+// to end from the checksums of both.
+std::uint32_t crc32c(const void* data, std::size_t n_bytes, std::uint32_t seed);
+std::uint32_t crc32c_combine(std::uint32_t a, std::uint32_t b, std::uint64_t n_bytes_b);
+
+// Index of the first infinity or NaN of `n` elements at any address, or -1.
+std::int64_t first_nonfinite(const void* data, std::int64_t n, DType dtype);
 
 // Instruction sets that this build holds and this processor can run, best first; and the one that
 // runs by default.

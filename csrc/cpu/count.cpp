@@ -39,6 +39,31 @@ std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>&
   return result;
 }
 
+std::vector<std::int64_t> count_equal(const Table& table, Keep keep,
+                                      const std::vector<CountQuery>& queries,
+                                      const Options& options) {
+  KeyPasses passes(table, keep, options);
+  const std::vector<Tile> tiles = table.tiles(passes.tile, false);
+  std::vector<Scratch> scratch(passes.n_threads);
+  std::vector<std::atomic<std::int64_t>> counts(table.entries.size() * queries.size());
+  parallel_for(
+      static_cast<std::int64_t>(tiles.size()), passes.n_threads,
+      [&](std::int64_t task, int thread) {
+        const Tile& tile = tiles[task];
+        const Entry& entry = table.entries[tile.entry];
+        for (std::size_t q = 0; q < queries.size(); ++q) {
+          if (queries[q].group != entry.group) continue;
+          std::int64_t n_equal = 0;
+          passes.for_each_keys(entry, queries[q].model, tile.begin, tile.end, scratch[thread],
+                               [&](const std::uint32_t* keys, std::int64_t n) {
+                                 n_equal += passes.kernels.count_equal(keys, n, queries[q].key);
+                               });
+          counts[tile.entry * queries.size() + q].fetch_add(n_equal, std::memory_order_relaxed);
+        }
+      });
+  return {counts.begin(), counts.end()};
+}
+
 std::vector<std::int64_t> nth_equal(const Table& table, Keep keep,
                                     const std::vector<EqualQuery>& queries,
                                     const Options& options) {

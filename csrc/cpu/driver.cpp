@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -100,32 +101,42 @@ void combine(const Table& table, const Program& program, const Scalars& scalars,
   });
 }
 
-std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars,
-                             unsigned wants, const Options& options) {
-  Plan plan(table, ranks_rows(program.keep), options);
+Accumulation::Accumulation(std::size_t n_entries, int n_models)
+    : moments_(n_entries, empty_moments(n_models)) {}
+
+void Accumulation::measure(const Table& part, const Program& program, const Scalars& scalars,
+                           unsigned wants, const std::vector<std::size_t>& rows,
+                           const Options& options) {
+  Plan plan(part, ranks_rows(program.keep), options);
   // A thread adds up the tiles of one entry by itself for as long as it gets tiles of that entry.
   struct Running {
     std::int64_t entry = -1;
     Moments moments;
   };
-  std::vector<Moments> result(table.entries.size(), empty_moments(table.n_models));
   std::vector<Running> running(plan.n_threads);
-  std::mutex lock;
   const auto flush = [&](Running& r) {
     if (r.entry < 0) return;
-    const std::lock_guard<std::mutex> guard(lock);
-    add(result[r.entry], r.moments);
+    const std::lock_guard<std::mutex> guard(lock_);
+    add(moments_[rows[r.entry]], r.moments);
   };
-  plan.run(table, program, scalars, [&](const TileCall& call, const Tile& tile, int thread) {
+  plan.run(part, program, scalars, [&](const TileCall& call, const Tile& tile, int thread) {
     Running& r = running[thread];
     if (r.entry != tile.entry) {
       flush(r);
-      r = {tile.entry, empty_moments(table.n_models)};
+      r = {tile.entry, empty_moments(part.n_models)};
     }
     plan.kernels.measure(call, wants, r.moments);
   });
   for (Running& r : running) flush(r);
-  return result;
+}
+
+std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars,
+                             unsigned wants, const Options& options) {
+  Accumulation all(table.entries.size(), table.n_models);
+  std::vector<std::size_t> rows(table.entries.size());
+  std::iota(rows.begin(), rows.end(), std::size_t{0});
+  all.measure(table, program, scalars, wants, rows, options);
+  return all.moments();
 }
 
 void row_masks(const Table& table, const Program& program, const Scalars& scalars,

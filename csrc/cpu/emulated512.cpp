@@ -15,6 +15,7 @@ namespace {
 #include "generic/stage_block.inl"
 #include "generic/combine.inl"
 #include "generic/fused.inl"
+#include "generic/host.inl"
 #include "generic/measure.inl"
 }  // namespace
 

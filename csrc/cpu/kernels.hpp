@@ -109,6 +109,8 @@ struct Kernels {
   std::int64_t (*scan)(const std::uint32_t* keys, std::int64_t n, Bracket& bracket,
                        std::uint32_t* out);
   std::int64_t (*count_equal)(const std::uint32_t* keys, std::int64_t n, std::uint32_t value);
+  // Index of the first infinity or NaN of `n` elements at any address, or -1.
+  std::int64_t (*first_nonfinite)(const void* data, std::int64_t n, DType dtype);
 };
 
 }  // namespace tvfast

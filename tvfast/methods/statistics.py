@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tvfast.errors import BackendError
 from tvfast.ops.raw import Backend, Wants
 from tvfast.program import (
     OPEN_CUT,
@@ -55,12 +56,13 @@ Ranks = Callable[[int, int, int], tuple[int, int]]
 class TableStatistics:
     """Batched questions to one backend about one table.
 
-    `new_plane(n)` allocates a zeroed bit plane of n bits that the backend of this table can write.
+    `new_plane(n)` allocates a zeroed bit plane of n bits that the backend of this table can write; None: the
+    table is never in memory at once, and neither could its planes be.
     """
 
     backend: Backend
     table: WorkTable
-    new_plane: Callable[[int], View]
+    new_plane: Callable[[int], View] | None
     n_threads: int = 0
     _sizes: list[int] = field(default_factory=list)
 
@@ -156,11 +158,21 @@ class TableStatistics:
         return counts
 
     def planes_fit(self) -> bool:
-        """Whether one bit plane per model and entry stays within `PLANE_BYTES`."""
-        return sum(plane_bytes(e.n_elements, self.table.n_models) for e in self.table.entries) <= PLANE_BYTES
+        """Whether there can be one bit plane per model and entry, within `PLANE_BYTES`."""
+        wanted = sum(plane_bytes(e.n_elements, self.table.n_models) for e in self.table.entries)
+        return self.new_plane is not None and wanted <= PLANE_BYTES
 
     def draw_masks(self, program: Program, scalars: Sequence[TensorScalars]) -> None:
-        """Evaluate the keep stage once into new bit planes of every entry."""
+        """Evaluate the keep stage once into new bit planes of every entry.
+
+        Raises:
+            BackendError: planes cannot be had; `planes_fit` says so first.
+        """
+        if self.new_plane is None:
+            raise BackendError(
+                "bit planes were asked for a table that is never in memory at once; expected the keep stage "
+                "to be evaluated in every pass, as where `planes_fit()` is false."
+            )
         for entry in self.table.entries:
             entry.masks = tuple(self.new_plane(entry.n_elements) for _ in entry.models)
         self.backend.row_masks(self.table, program, scalars, self.n_threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -183,6 +184,80 @@ class CppBackend:
             n_threads,
             self._tile,
         )
+
+    def select(self, keep: Keep, queries: Sequence[RankQuery], group_sizes: Sequence[int]) -> CppSelection:
+        asked = [(q.group, q.model, q.k) for q in queries]
+        native = _C_cpu.ResumableSelection(int(keep), asked, list(group_sizes))
+        return CppSelection(native, self._isa, self._tile)
+
+    def accumulate(self, n_entries: int, n_models: int) -> CppAccumulation:
+        return CppAccumulation(_C_cpu.Accumulation(n_entries, n_models), n_models, self._isa, self._tile)
+
+    def count_equal(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, float]],
+        n_threads: int = 0,
+    ) -> list[list[int]]:
+        n, asked = len(queries), list(queries)
+        counts = _C_cpu.count_equal(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile)
+        return [counts[e * n : (e + 1) * n] for e in range(len(table.entries))]
+
+
+@dataclass(frozen=True, slots=True)
+class CppSelection:
+    """`ops.raw.Selection` of the C++ kernels."""
+
+    native: Any
+    isa: str
+    tile: int
+
+    def sample(self, part: WorkTable, n_threads: int = 0) -> None:
+        self.native.sample(_native_table(part), self.isa, n_threads)
+
+    def guesses(self, n_threads: int = 0) -> list[tuple[float, bool]]:
+        return list(self.native.guesses(n_threads))
+
+    def count(self, part: WorkTable, n_threads: int = 0) -> None:
+        self.native.count(_native_table(part), self.isa, n_threads, self.tile)
+
+    def finish(self) -> list[Threshold] | None:
+        found = self.native.finish()
+        return None if found is None else [Threshold(*answer) for answer in found]
+
+
+@dataclass(frozen=True, slots=True)
+class CppAccumulation:
+    """`ops.raw.Accumulation` of the C++ kernels."""
+
+    native: Any
+    n_models: int
+    isa: str
+    tile: int
+
+    def measure(
+        self,
+        part: WorkTable,
+        rows: Sequence[int],
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> None:
+        self.native.measure(
+            _native_table(part),
+            _native_program(program),
+            _native_scalars(scalars),
+            int(wants),
+            list(rows),
+            self.isa,
+            n_threads,
+            self.tile,
+        )
+
+    def finish(self) -> list[Moments]:
+        return [_moments(answer, self.n_models) for answer in self.native.finish()]
 
 
 def _moments(answer: Any, n_models: int) -> Moments:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from tvfast.errors import ArgumentError, BackendError
 from tvfast.program import (
@@ -76,6 +76,59 @@ class Backend(Protocol):
         scalars: Sequence[TensorScalars],
         n_threads: int = 0,
     ) -> None: ...
+
+
+class Selection(Protocol):
+    """`thresholds` of groups whose entries come in parts, in constant memory.
+
+    First some parts are sampled. Then every part is counted once, in any order, and `finish` tells whether
+    that was enough: it usually is. The sample decides how many passes are needed, never an answer.
+    """
+
+    def sample(self, part: WorkTable, n_threads: int = 0) -> None: ...
+
+    def guesses(self, n_threads: int = 0) -> list[tuple[float, bool]]:
+        """Per query the value that the sample suggests, and whether another would be a surprise."""
+
+    def count(self, part: WorkTable, n_threads: int = 0) -> None: ...
+
+    def finish(self) -> list[Threshold] | None:
+        """The answers; None: every part must be counted once more."""
+
+
+class Accumulation(Protocol):
+    """`measure` of logical entries whose elements come in parts; bit for bit that of one table."""
+
+    def measure(
+        self,
+        part: WorkTable,
+        rows: Sequence[int],
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> None:
+        """Add the entries of a part: entry e, with scalars[e], belongs to logical entry rows[e]."""
+
+    def finish(self) -> list[Moments]: ...
+
+
+@runtime_checkable
+class ResumableBackend(Backend, Protocol):
+    """A backend that can also answer for data that comes in parts."""
+
+    def select(self, keep: Keep, queries: Sequence[RankQuery], group_sizes: Sequence[int]) -> Selection: ...
+
+    def accumulate(self, n_entries: int, n_models: int) -> Accumulation: ...
+
+    def count_equal(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, float]],
+        n_threads: int = 0,
+    ) -> list[list[int]]:
+        """[entry][query] keys of `(group, model, value)` that equal the value; 0 in other groups."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,5 +328,5 @@ static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::
 
 static constexpr Kernels kernels(const char* name) {
   return {name,       kLanes,    combine_tile, measure_tile, row_masks_tile,
-          keys_block, scan_taus, scan_keys,    count_equal};
+          keys_block, scan_taus, scan_keys,    count_equal,  first_nonfinite_of};
 }
