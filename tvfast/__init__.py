@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from tvfast import methods as methods
     from tvfast import ops as ops
     from tvfast import program as program
+    from tvfast.checkpoints import Plan as Plan
+    from tvfast.checkpoints import Progress as Progress
+    from tvfast.checkpoints import Recipe as Recipe
+    from tvfast.checkpoints import Report as Report
+    from tvfast.checkpoints import load_recipe as load_recipe
+    from tvfast.checkpoints import merge_checkpoints as merge_checkpoints
+    from tvfast.checkpoints import plan as plan
     from tvfast.comparing import Comparison as Comparison
     from tvfast.comparing import compare as compare
     from tvfast.merging import merge as merge
@@ -25,10 +32,34 @@ _HOMES = {
     "merge": "tvfast.merging",
     "compare": "tvfast.comparing",
     "Comparison": "tvfast.comparing",
+    "load_recipe": "tvfast.checkpoints",
+    "merge_checkpoints": "tvfast.checkpoints",
+    "plan": "tvfast.checkpoints",
+    "Plan": "tvfast.checkpoints",
+    "Progress": "tvfast.checkpoints",
+    "Recipe": "tvfast.checkpoints",
+    "Report": "tvfast.checkpoints",
 }
 _MODULES = ("errors", "methods", "ops", "program")
 
-__all__ = ["Comparison", "__version__", "compare", "errors", "merge", "merge_", "methods", "ops", "program"]
+__all__ = [
+    "Comparison",
+    "Plan",
+    "Progress",
+    "Recipe",
+    "Report",
+    "__version__",
+    "compare",
+    "errors",
+    "load_recipe",
+    "merge",
+    "merge_",
+    "merge_checkpoints",
+    "methods",
+    "ops",
+    "plan",
+    "program",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,3 @@
+"""Streams checkpoints through a merge: bind a recipe to files, plan, read, merge, write, resume."""
+
+from __future__ import annotations

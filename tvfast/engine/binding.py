@@ -1,0 +1,227 @@
+"""A recipe meets files: every tensor of the output, and everything that headers can tell is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tvfast.checkpoint.reading import Checkpoint
+from tvfast.checkpoint.stored import Stored
+from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
+from tvfast.engine.configuration import patched_config, ties_embeddings
+from tvfast.engine.rows import Row, Rows
+from tvfast.engine.tasks import Task
+from tvfast.engine.vocabulary import check_same_vocabulary, vocabulary_file
+from tvfast.errors import DTypeError, RecipeError, ShapeError
+from tvfast.methods import METHODS, ProgramMethod, make_method
+from tvfast.recipe import Recipe, Resolver
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What has to be done for a recipe and its files.
+
+    Attributes:
+        tasks: one per tensor of the output, in its order.
+        config: `config.json` of the output; None: the donor has none.
+        donor: directory of the model whose companion files are copied; its path if it is one file.
+        tokenizer: directory whose tokenizer files are copied; None: nothing to copy.
+        warnings: of recipe and files.
+        ties: tensors that are left out because they are another one: alias -> name.
+    """
+
+    tasks: tuple[Task, ...]
+    config: dict[str, Any] | None
+    donor: str
+    tokenizer: str | None
+    warnings: tuple[str, ...]
+    ties: dict[str, str]
+
+
+def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | None = None) -> Binding:
+    """The tasks of a recipe on checkpoints. No tensor is read.
+
+    Args:
+        recipe: what to do.
+        checkpoints: every one of `recipe.model_paths()`.
+        seed: of random draws and tie hashes; None: the recipe's.
+
+    Raises:
+        ShapeError: tensors of one name have different shapes.
+        DTypeError: a type that cannot be merged, or integers beside numbers.
+        StateDictError: models have different tensors.
+        RecipeError: layers outside of a model, parameters missing for a tensor, other vocabularies.
+        CheckpointError: a tokenizer file is damaged.
+
+    Notes:
+        Equal numbers share one method object. About 20 ms for 723 tensors of four models.
+    """
+    rows = Rows(recipe, checkpoints)
+    binder = _Binder(recipe, checkpoints, recipe.seed if seed is None else seed)
+    tasks, ties = binder.tied([(row, binder.task(row)) for row in rows.all()])
+    donor = checkpoints[recipe.donor]
+    return Binding(
+        tasks=tuple(tasks),
+        config=patched_config(recipe, checkpoints, _most_common_dtype(tasks)),
+        donor=donor.directory or donor.path,
+        tokenizer=_tokenizer(recipe, checkpoints),
+        warnings=(*recipe.warnings, *rows.warnings),
+        ties=ties,
+    )
+
+
+class _Binder:
+    """Makes tasks."""
+
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], seed: int) -> None:
+        self.recipe = recipe
+        self.checkpoints = checkpoints
+        self.resolver = Resolver(recipe, seed)
+        self.needs_base = METHODS[recipe.method].needs_base
+        self.copy = make_method("passthrough")
+
+    def task(self, row: Row) -> Task:
+        """The task of a row, keyed by its own name."""
+        present = [stored for stored in row.inputs if stored is not None]
+        reference = row.reference
+        if any(stored.shape != reference.shape for stored in present):
+            raise self._shapes_differ(row)
+        dtype = self.recipe.output_dtype or reference.dtype
+        operands = self.resolver.operands(row.part)
+        if not operands or len(present) < len(row.inputs):
+            return self._copied(row, reference, dtype, self.copy)
+        dtypes = {stored.dtype for stored in present}
+        if not EXACT.isdisjoint(dtypes):
+            if len(dtypes) > 1:
+                raise self._dtypes_differ(row)
+            others = [stored for stored in present if stored is not reference]
+            return Task(
+                row.name, row.name, reference.dtype, reference.shape, None, None, (reference, *others)
+            )
+        names = [stored.name for stored in present]
+        method = self.resolver.method(row.part, names, row.name, row.t)
+        if self.recipe.method == "passthrough":
+            return self._copied(row, reference, dtype, method)
+        for k, stored in enumerate(present):
+            if stored.dtype not in MERGEABLE:
+                raise self._not_mergeable(row, k, stored)
+        if dtype not in MERGEABLE:
+            raise self._not_mergeable(row, row.part.reference, reference)
+        base = reference if self.needs_base else None
+        models = tuple(present[k] for k in operands)
+        return Task(row.name, row.name, dtype, reference.shape, method, base, models)
+
+    def _copied(self, row: Row, stored: Stored, dtype: str, method: ProgramMethod) -> Task:
+        """One tensor as it is: its bytes, unless they have to be multiplied or cast."""
+        unscaled = method.per_model("weights", 1) == (1.0,) and method.scale == 1.0
+        if stored.dtype in EXACT or (unscaled and stored.dtype == dtype):
+            return Task(row.name, row.name, stored.dtype, stored.shape, None, None, (stored,))
+        if stored.dtype not in MERGEABLE or dtype not in MERGEABLE:
+            raise self._not_mergeable(row, row.inputs.index(stored), stored)
+        return Task(row.name, row.name, dtype, stored.shape, method, None, (stored,))
+
+    def tied(self, pairs: list[tuple[Row, Task]]) -> tuple[list[Task], dict[str, str]]:
+        """Tasks without what is another one under a second name.
+
+        Tensors that are one in all of their files keep one key; where the model ties its embeddings, the
+        second name is left out.
+        """
+        rows = {row.name: row for row, _ in pairs}
+        leave_out = ties_embeddings(self.checkpoints[self.recipe.donor].config)
+        tasks: list[Task] = []
+        ties: dict[str, str] = {}
+        for row, task in pairs:
+            part = row.part
+            reference = self.checkpoints[part.sources[part.reference].model]
+            first = reference.aliases.get(row.reference.name)
+            if first is None or first not in rows or _places(rows[first]) != _places(row):
+                tasks.append(task)
+            elif leave_out:
+                ties[row.name] = first
+            else:
+                tasks.append(replace(task, key=first))
+        return tasks, ties
+
+    # -- refusals ---------------------------------------------------------------------------------------
+
+    def _named(self, row: Row, source: int) -> str:
+        found = row.part.sources[source]
+        return f"{found.place} ({found.model})"
+
+    def _shapes_differ(self, row: Row) -> ShapeError:
+        reference = row.reference
+        k, stored = next(
+            (k, stored)
+            for k, stored in enumerate(row.inputs)
+            if stored is not None and stored.shape != reference.shape
+        )
+        same_rows = len(stored.shape) == len(reference.shape) == 2 and stored.shape[1:] == reference.shape[1:]
+        hint = (
+            "If these are embeddings, the vocabularies differ: align the tokenizers first."
+            if same_rows
+            else "The models do not have one architecture."
+        )
+        return ShapeError(
+            f"tensor {stored.name!r}: {self._named(row, k)} has shape {list(stored.shape)}, "
+            f"{self._named(row, row.part.reference)} has {list(reference.shape)}; expected equal ones. {hint}"
+        )
+
+    def _dtypes_differ(self, row: Row) -> DTypeError:
+        found = ", ".join(
+            f"{self._named(row, k)}: {stored.dtype}"
+            for k, stored in enumerate(row.inputs)
+            if stored is not None
+        )
+        return DTypeError(
+            f"tensor {row.name!r} has integers in one model, another type elsewhere: {found}; expected one "
+            "type. Integers are not merged, only copied where all models agree."
+        )
+
+    def _not_mergeable(self, row: Row, source: int, stored: Stored) -> DTypeError:
+        config = self.checkpoints[row.part.sources[source].model].config or {}
+        quantised = " The model is quantised." if "quantization_config" in config else ""
+        types = ", ".join(sorted(MERGEABLE))
+        return DTypeError(
+            f"tensor {stored.name!r}: {self._named(row, source)} has it as {stored.dtype} in {stored.path}; "
+            f"expected one of {types}.{quantised} Convert the model to one of them first."
+        )
+
+
+def _places(row: Row) -> list[tuple[str, int, int] | None]:
+    """Where the bytes of a row's inputs are."""
+    return [None if stored is None else (stored.path, stored.offset, stored.n_bytes) for stored in row.inputs]
+
+
+def _most_common_dtype(tasks: list[Task]) -> str | None:
+    """The storage type of most elements of the output, as `config.json` calls it."""
+    counts: Counter[str] = Counter()
+    for task in tasks:
+        if task.dtype in RECIPE_NAMES:
+            counts[task.dtype] += task.models[0].n_elements
+    return RECIPE_NAMES[counts.most_common(1)[0][0]] if counts else None
+
+
+def _tokenizer(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str | None:
+    """Where the tokenizer of the output comes from.
+
+    Raises:
+        RecipeError: the recipe asks for one, and the models do not share its vocabulary.
+    """
+    directories = {path: checkpoint.directory for path, checkpoint in checkpoints.items()}
+    wanted = recipe.tokenizer_source
+    if wanted is None:
+        paths = [recipe.donor, *(path for path in directories if path != recipe.donor)]
+        return next((directories[path] for path in paths if vocabulary_file(directories[path])), None)
+    model = recipe.donor if wanted in ("union", "base") else wanted
+    source = directories.get(model, model)
+    if source is None or not os.path.isdir(source):
+        raise RecipeError(
+            f"{recipe.where}: tokenizer_source: {wanted}: {model} is no directory; expected one that has a "
+            "tokenizer."
+        )
+    others = [directory for directory in directories.values() if directory not in (None, source)]
+    check_same_vocabulary(source, others, f"{recipe.where}: tokenizer_source: {wanted}")
+    return source

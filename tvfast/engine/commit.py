@@ -1,0 +1,128 @@
+"""The end of a merge: staged files get their names in the output directory, in steps that can be repeated."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from tvfast.engine.durable import output_error, sync_folder
+from tvfast.engine.locking import LOCK_NAME
+from tvfast.engine.manifest import RUNNING_NAME, Manifest
+from tvfast.errors import OutputError
+
+FILES_NAME = "files"
+"""Staged files, under their names."""
+
+OLD_NAME = "old"
+"""Old weights, on their way out."""
+
+
+def check_free(out: str, manifest: Manifest) -> None:
+    """Refuses to put a file where a directory is, or, unless it overwrites, where anything is.
+
+    Raises:
+        OutputError: with the names that are in the way.
+    """
+    for name in manifest.moves:
+        path = os.path.join(out, name)
+        for parent in _parents(out, name):
+            if os.path.lexists(parent) and (os.path.islink(parent) or not os.path.isdir(parent)):
+                raise OutputError(
+                    f"{parent}: is where a directory of the merge goes, and is none. Move it away, then run "
+                    "again with --resume."
+                )
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise OutputError(
+                f"{path}: a directory is where a file of the merge goes. Move it away, then run again with "
+                "--resume."
+            )
+        if os.path.lexists(path) and not manifest.overwrite:
+            raise OutputError(
+                f"{path}: appeared while the merge ran, which would replace it. Move it away, then run again "
+                "with --resume."
+            )
+
+
+def publish(out: str, staging: str, manifest: Manifest) -> None:
+    """Moves old weights out of `out` and staged files in, the last of `manifest.moves` last.
+
+    Safe to repeat from the start after it was stopped anywhere. Before the last file is in place, `out` holds
+    no file that makes it a model to a loader.
+
+    Raises:
+        OutputError: a step failed, or a staged file is gone.
+    """
+    files, old = os.path.join(staging, FILES_NAME), os.path.join(staging, OLD_NAME)
+    step = out
+    try:
+        os.makedirs(old, exist_ok=True)
+        for name in manifest.retired:
+            step = os.path.join(out, name)
+            is_new = name in manifest.moves and not os.path.lexists(os.path.join(files, name))
+            if not is_new and os.path.lexists(step):
+                os.rename(step, os.path.join(old, name))
+        sync_folder(out)
+        folders = {out}
+        for position, name in enumerate(manifest.moves):
+            step = os.path.join(out, name)
+            for parent in _parents(out, name):
+                os.makedirs(parent, exist_ok=True)
+                folders.add(parent)
+            if position == len(manifest.moves) - 1:
+                _sync_all(folders)
+            _move(os.path.join(files, name), step)
+        sync_folder(out)
+    except OSError as error:
+        raise output_error(error, "put the file in its place", step) from error
+
+
+def _move(staged: str, final: str) -> None:
+    if os.path.lexists(staged):
+        os.replace(staged, final)
+    elif not os.path.lexists(final):
+        raise OutputError(
+            f"{staged}: is gone, so the merge cannot be completed. Run again with --overwrite to make it "
+            "anew."
+        )
+
+
+def _parents(out: str, name: str) -> list[str]:
+    """The directories below `out` of a name such as `templates/chat.jinja`, outermost first."""
+    found = []
+    while name := os.path.dirname(name):
+        found.append(os.path.join(out, name))
+    return found[::-1]
+
+
+def _sync_all(folders: set[str]) -> None:
+    for folder in sorted(folders, reverse=True):
+        sync_folder(folder)
+
+
+def sync_tree(folder: str) -> None:
+    """Brings the names of a directory and all below it to the disk."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        sync_folder(path)
+
+
+def clear(staging: str, *, keep_lock: bool) -> None:
+    """Deletes what is staged, the manifest after everything that it speaks of.
+
+    Raises:
+        OutputError: something cannot be deleted.
+    """
+    last = [RUNNING_NAME, LOCK_NAME]
+    try:
+        names = [name for name in os.listdir(staging) if name not in last]
+        for name in [*sorted(names), *last]:
+            path = os.path.join(staging, name)
+            if name == LOCK_NAME and keep_lock:
+                continue
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            elif os.path.lexists(path):
+                os.unlink(path)
+        if not keep_lock:
+            os.rmdir(staging)
+    except OSError as error:
+        raise output_error(error, "delete the staging directory's content", staging) from error

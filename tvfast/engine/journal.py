@@ -1,0 +1,181 @@
+"""Which bytes of the output are finished: a file of self-checking records, and what they cover."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import zlib
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from tvfast.engine.durable import output_error, write_fully
+from tvfast.errors import OutputError
+
+_BODY = struct.Struct("<4sIQQI")
+_CHECK = struct.Struct("<I")
+_MARK = b"tvj1"
+RECORD_BYTES = _BODY.size + _CHECK.size
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A finished range of one shard's file."""
+
+    shard: int
+    offset: int
+    n_bytes: int
+    crc32c: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.n_bytes
+
+    def pack(self) -> bytes:
+        body = _BODY.pack(_MARK, self.shard, self.offset, self.n_bytes, self.crc32c)
+        return body + _CHECK.pack(zlib.crc32(body))
+
+
+def unpack(raw: bytes) -> list[Record]:
+    """The records up to the first one that is torn or damaged."""
+    records: list[Record] = []
+    for start in range(0, len(raw) - RECORD_BYTES + 1, RECORD_BYTES):
+        body = raw[start : start + _BODY.size]
+        mark, shard, offset, n_bytes, crc = _BODY.unpack(body)
+        (check,) = _CHECK.unpack_from(raw, start + _BODY.size)
+        if mark != _MARK or check != zlib.crc32(body):
+            break
+        records.append(Record(shard, offset, n_bytes, crc))
+    return records
+
+
+class Journal:
+    """The file of records. `append` may be called from any thread."""
+
+    def __init__(self, path: str) -> None:
+        """Opens or makes the file; what follows the last whole record is cut off.
+
+        Raises:
+            OutputError: the file cannot be made, read or cut.
+        """
+        self._path = path
+        self._lock = threading.Lock()
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._identity = _identity(os.fstat(self._fd))
+            with open(path, "rb") as file:
+                self.records = unpack(file.read())
+            self._end = len(self.records) * RECORD_BYTES
+            os.ftruncate(self._fd, self._end)
+        except OSError as error:
+            self.close()
+            raise output_error(error, "open the journal", path) from error
+
+    def append(self, record: Record) -> None:
+        """Adds one record, or leaves the file as it was.
+
+        Raises:
+            OutputError: it cannot be written, or the file is no longer where it was made.
+        """
+        with self._lock:
+            self._check_in_place()
+            self._write([record])
+
+    def rewrite(self, records: Iterable[Record]) -> None:
+        """Keeps only `records`."""
+        with self._lock:
+            try:
+                os.ftruncate(self._fd, 0)
+            except OSError as error:
+                raise output_error(error, "shorten the journal", self._path) from error
+            self._end = 0
+            self._write(records)
+
+    def _write(self, records: Iterable[Record]) -> None:
+        raw = b"".join(record.pack() for record in records)
+        try:
+            write_fully(self._fd, memoryview(raw), self._end, max(1, len(raw)))
+        except OSError as error:
+            with suppress(OSError):  # the next record is written over the torn one in any case
+                os.ftruncate(self._fd, self._end)
+            raise output_error(error, "write to the journal", self._path) from error
+        self._end += len(raw)
+
+    def _check_in_place(self) -> None:
+        try:
+            found = _identity(os.stat(self._path))
+        except OSError as error:
+            raise output_error(error, "find the journal again", self._path) from error
+        if found != self._identity:
+            raise OutputError(
+                f"{self._path}: the file was replaced while the merge ran. Run again with --resume, and let "
+                "no other program change this directory."
+            )
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+class Coverage:
+    """The finished ranges of one file, merged, and the checksums that are known for parts of them."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._records: list[tuple[int, Record]] = []  # ascending by offset, never overlapping
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self._ends) - sum(self._starts)
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for _, record in self._records]
+
+    def add(self, record: Record) -> None:
+        """Counts a range as finished. What it overlaps still counts, but the checksums are dropped."""
+        if record.n_bytes == 0:
+            return
+        first = bisect_left(self._ends, record.offset)
+        last = bisect_right(self._starts, record.end)
+        start = min([record.offset, *self._starts[first:last][:1]])
+        end = max([record.end, *self._ends[first:last][-1:]])
+        self._starts[first:last], self._ends[first:last] = [start], [end]
+
+        low = bisect_left(self._records, record.offset, key=lambda item: item[0])
+        if low and self._records[low - 1][1].end > record.offset:
+            low -= 1
+        high = bisect_left(self._records, record.end, key=lambda item: item[0])
+        del self._records[low:high]
+        insort(self._records, (record.offset, record), key=lambda item: item[0])
+
+    def covers(self, offset: int, end: int) -> bool:
+        """Whether every byte of [offset, end) is finished."""
+        return offset >= end or self.first_gap(offset, end) is None
+
+    def first_gap(self, offset: int, end: int) -> int | None:
+        """The first byte of [offset, end) that is not finished."""
+        i = bisect_right(self._starts, offset) - 1
+        reached = max(offset, self._ends[i]) if i >= 0 else offset
+        return reached if reached < end else None
+
+    def pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, int | None]]:
+        """Cuts a covered range into (offset, n_bytes, crc32c), with None where no checksum is known."""
+        reached = offset
+        for _, record in self._records:
+            if record.offset > reached:
+                yield reached, record.offset - reached, None
+            yield record.offset, record.n_bytes, record.crc32c
+            reached = record.end
+        if reached < end:
+            yield reached, end - reached, None

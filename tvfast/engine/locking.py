@@ -1,0 +1,84 @@
+"""One process at a time per output directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+from tvfast.engine.durable import output_error
+from tvfast.errors import OutputError
+
+LOCK_NAME = "lock"
+
+
+class FolderLock:
+    """An advisory lock on a file in `folder`; it ends with the process, however that ends."""
+
+    def __init__(self, folder: str) -> None:
+        self._path = os.path.join(folder, LOCK_NAME)
+        self._fd = -1
+
+    @classmethod
+    def acquire(cls, folder: str) -> FolderLock:
+        """Makes `folder` if need be and locks it, without waiting.
+
+        Raises:
+            OutputError: another process holds the lock, or the folder cannot be made.
+        """
+        lock = cls(folder)
+        try:
+            while not lock._attempt(folder):
+                pass
+        except OSError as error:
+            raise output_error(error, "make and lock the staging directory", folder) from error
+        return lock
+
+    def _attempt(self, folder: str) -> bool:
+        """False where the owner before us removed the file between our opening it and our locking it."""
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                raise
+        fd = -1
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, named = os.fstat(fd), os.stat(self._path)
+            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+                os.truncate(fd, 0)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
+                self._fd, fd = fd, -1
+                return True
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and fd >= 0:
+                raise self._taken(folder, fd) from error
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return False
+
+    @staticmethod
+    def _taken(folder: str, fd: int) -> OutputError:
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        who = f"process {owner}" if owner.isdigit() else "another process"
+        return OutputError(
+            f"{os.path.dirname(folder)}: {who} is writing a merge here. Wait until it ends, stop it, or name "
+            "another directory."
+        )
+
+    def remove(self) -> None:
+        """Unlinks the lock's file, which must come last before its folder goes."""
+        if self._fd >= 0:
+            os.unlink(self._path)
+
+    def release(self) -> None:
+        """Gives the lock back; may be called twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,129 @@
+"""The buffers of a merge: anonymous memory within a fixed budget, handed out in the order it is asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import queue
+import threading
+from types import TracebackType
+from typing import Protocol
+
+PAGE = 4096
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+class Buffer(Protocol):
+    """Memory that someone lends: `address` is a multiple of `PAGE`."""
+
+    n_bytes: int
+    address: int
+    view: memoryview
+
+    def release(self) -> None:
+        """Give the memory back. Slices of `view` must not be used any more."""
+
+
+class Block:
+    """A range of an arena; a context manager: leaving it gives the memory back."""
+
+    def __init__(self, arena: Arena, at: int, n_bytes: int) -> None:
+        self._arena = arena
+        self._at = at
+        self.n_bytes = n_bytes
+        self.address = arena.address + at
+        self.view = arena.view[at : at + n_bytes]
+
+    def release(self) -> None:
+        self._arena._take_back(self._at, self.n_bytes)
+
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Arena:
+    """One mapping of `n_bytes`, lent out in ranges, the first that fits.
+
+    Every page is touched for the first time once: a page fault takes longer than the merge of what fills it.
+    Several threads must ask one at a time, so that a large range gets its turn.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = round_up(max(n_bytes, 1), PAGE)
+        # A shared mapping has no huge pages.
+        self._map = mmap.mmap(-1, self.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.view = memoryview(self._map)
+        self._free = [(0, self.n_bytes)]  # (begin, end), ascending
+        self._changed = threading.Condition()
+
+    def acquire(self, n_bytes: int) -> Block:
+        """A range of at least `n_bytes`; waits until there is one. Its content is what was there.
+
+        Raises:
+            ValueError: more than the whole arena.
+        """
+        wanted = round_up(max(n_bytes, 1), PAGE)
+        if wanted > self.n_bytes:
+            raise ValueError(f"a block of {wanted} bytes was asked of an arena of {self.n_bytes}")
+        with self._changed:
+            while True:
+                for index, (begin, end) in enumerate(self._free):
+                    if end - begin >= wanted:
+                        self._free[index] = (begin + wanted, end)
+                        return Block(self, begin, wanted)
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Return the pages to the system, also where a view of them still lives."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _take_back(self, at: int, n_bytes: int) -> None:
+        with self._changed:
+            ranges = sorted([*self._free, (at, at + n_bytes)])
+            merged = ranges[:1]
+            for begin, end in ranges[1:]:
+                if begin == merged[-1][1]:
+                    merged[-1] = (merged[-1][0], end)
+                else:
+                    merged.append((begin, end))
+            self._free = merged
+            self._changed.notify_all()
+
+
+class Slot:
+    """A part of a block."""
+
+    def __init__(self, slots: Slots, block: Block, at: int, n_bytes: int) -> None:
+        self._slots = slots
+        self.n_bytes = n_bytes
+        self.address = block.address + at
+        self.view = block.view[at : at + n_bytes]
+
+    def release(self) -> None:
+        self._slots._free.put(self)
+
+
+class Slots:
+    """Equal parts of one block, each lent to one user at a time."""
+
+    def __init__(self, block: Block, n_slots: int) -> None:
+        size = block.n_bytes // n_slots // PAGE * PAGE
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for k in range(n_slots):
+            self._free.put(Slot(self, block, k * size, size))
+
+    def acquire(self) -> Slot:
+        """A free part; waits for one."""
+        return self._free.get()

@@ -1,0 +1,323 @@
+"""The plan of a merge: which tensors are in memory together, how often each byte is read, what that takes.
+
+A plan depends on the recipe, the headers and the memory allowed; it never changes a byte of the output.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from tvfast.checkpoint.layout import Layout
+from tvfast.engine.arrange import Part, block_bytes
+from tvfast.engine.passes import count_passes
+from tvfast.engine.tasks import Task
+from tvfast.errors import ArgumentError, RecipeError
+from tvfast.methods.base import ProgramMethod
+
+if TYPE_CHECKING:
+    from tvfast.engine.binding import Binding
+
+MiB = 2**20
+
+UNIT_BYTES = 32 * MiB
+"""Inputs and output that a worker holds; small enough for the last-level cache, large enough for the disk."""
+
+CUT = 65536
+"""Tensors are cut at multiples of it: whole pages of every storage type."""
+
+PROGRAM_BYTES = 56 * MiB
+"""Resident memory of the interpreter, the extension and their threads, before any tensor is read."""
+
+SCRATCH_BYTES = 24 * MiB
+"""What kernels and bit planes take for one unit, at most."""
+
+RANK_BYTES = 8 * MiB
+"""What ranking takes besides the ranks."""
+
+STREAM_BYTES = 64 * MiB
+"""What the selection of thresholds takes where tensors are streamed; one unit is at a time."""
+
+CHUNKS_IN_FLIGHT = 4
+"""Of a streamed unit: one is merged, one written, two are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Work that one worker does at a time.
+
+    Attributes:
+        parts: in the order of the output.
+        chunk_bytes: 0: all parts are in memory together. Otherwise they are streamed, as often as the method
+            asks, in chunks of so many bytes.
+        n_bytes: memory held while it runs, scratch not counted.
+        n_passes: how often its inputs are read, usually.
+    """
+
+    parts: tuple[Part, ...]
+    chunk_bytes: int
+    n_bytes: int
+    n_passes: int
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(part.input_bytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a merge will do. Sizes are bytes.
+
+    Attributes:
+        units: in the order in which they start.
+        n_workers: units at work at a time.
+        n_threads: threads of one kernel call.
+        arena_bytes: memory for tensors.
+        peak_bytes: bound of the resident memory of the process.
+        read_bytes, write_bytes: over all passes.
+        reasons: for every pass beyond the first.
+        warnings: of the recipe and of the files.
+    """
+
+    binding: Binding
+    layout: Layout
+    units: tuple[Unit, ...]
+    n_workers: int
+    n_threads: int
+    arena_bytes: int
+    peak_bytes: int
+    read_bytes: int
+    write_bytes: int
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[tuple[str, tuple[int, ...], str, str], ...]:
+        """(name, shape, dtype, method and its numbers) of every tensor of the output."""
+        return tuple(
+            (task.name, task.shape, task.dtype, describe(task.method)) for task in self.binding.tasks
+        )
+
+    @property
+    def n_passes(self) -> int:
+        """The most often that a tensor is read."""
+        return max((unit.n_passes for unit in self.units), default=0)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `tvfast plan --json`."""
+        counts = Counter(describe(task.method) for task in self.binding.tasks)
+        return {
+            "tensors": len(self.binding.tasks),
+            "units": len(self.units),
+            "passes": self.n_passes,
+            "passes_why": list(self.reasons),
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_bytes": self.peak_bytes,
+            "threads": self.n_threads,
+            "methods": [{"tensors": n, "method": method} for method, n in counts.items()],
+            "shards": [{"name": shard.name, "bytes": shard.n_bytes} for shard in self.layout.shards],
+            "warnings": list(self.warnings),
+        }
+
+
+def describe(method: ProgramMethod | None) -> str:
+    """A method and those of its numbers that differ from their defaults, on one line."""
+    if method is None:
+        return "copy"
+    changed = [
+        f"{f.name}={getattr(method, f.name)}" for f in fields(method) if getattr(method, f.name) != f.default
+    ]
+    return " ".join([method.info.name, *changed])
+
+
+def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_threads: int = 0) -> Plan:
+    """Divide the work into units that fit the memory.
+
+    Args:
+        memory: bound of the resident memory, bytes; None: what keeps disk and cores busy, at most half of
+            what the machine has free.
+        n_threads: 0: all cores that the process may use.
+
+    Raises:
+        ArgumentError: `memory` is less than the smallest possible, which is named.
+        RecipeError: a method ranks the whole model, and its numbers differ between tensors.
+    """
+    threads = n_threads or len(os.sched_getaffinity(0))
+    n_workers = threads + 1  # one more: while one waits for the disk, the others keep the cores busy
+    whole, single = _split_by_scope(binding.tasks)
+    scratch = max([SCRATCH_BYTES, *(_rank_scratch(task, threads) for task in single)])
+    fixed = PROGRAM_BYTES + n_workers * scratch
+    least = max([_smallest(t) for t in single] + [CHUNKS_IN_FLIGHT * _least_chunk(t) for t in whole])
+    held = [block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1]
+    wanted = max((n_workers + 1) * UNIT_BYTES, least, max(held, default=0) + 2 * UNIT_BYTES)
+    if whole or max(held, default=0) > (_free_memory() // 2 if memory is None else memory - fixed):
+        fixed += STREAM_BYTES
+    if memory is None:
+        arena = max(least, min(wanted, _free_memory() // 2))
+    elif memory - fixed < least:
+        raise ArgumentError(
+            f"--memory {memory} bytes is too little for this merge; it needs at least {fixed + least} "
+            f"({math.ceil((fixed + least) / MiB)}M)."
+        )
+    else:
+        arena = min(memory - fixed, wanted)
+    unit_bytes = min(UNIT_BYTES, arena // (n_workers + 1))
+    units: list[Unit] = []
+    if whole:
+        chunk = min(2 * UNIT_BYTES, arena // CHUNKS_IN_FLIGHT)
+        parts = tuple(Part(task, 0, task.n_elements) for task in whole)
+        units.append(Unit(parts, chunk, CHUNKS_IN_FLIGHT * chunk, count_passes(whole)))
+    units += _units(single, unit_bytes, arena)
+    return Plan(
+        binding=binding,
+        layout=layout,
+        units=tuple(units),
+        n_workers=n_workers,
+        n_threads=threads,
+        arena_bytes=arena,
+        peak_bytes=fixed + min(arena, sum(u.n_bytes for u in units)),
+        read_bytes=sum(unit.input_bytes * unit.n_passes for unit in units),
+        write_bytes=layout.n_bytes,
+        reasons=tuple(_reasons(units, whole, arena)),
+        warnings=binding.warnings,
+    )
+
+
+def _split_by_scope(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
+    """Tasks that are ranked together, and all others."""
+    whole: list[Task] = []
+    single: list[Task] = []
+    for task in tasks:
+        (whole if task.method is not None and task.method.whole_model else single).append(task)
+    methods = list(dict.fromkeys(task.method for task in whole))
+    if len(methods) > 1 and methods[0] is not None:
+        raise RecipeError(
+            f"method {methods[0].info.name!r}, dialect {methods[0].dialect!r} ranks all tensors together, "
+            f"but its numbers differ between tensors: {describe(methods[0])}, {describe(methods[1])}. "
+            "Give one value for the whole model, or use a dialect that ranks each tensor by itself."
+        )
+    return whole, single
+
+
+def _units(tasks: Sequence[Task], unit_bytes: int, arena: int) -> Iterator[Unit]:
+    """Neighbours together up to `unit_bytes`; what can be cut is, what cannot is held whole or streamed."""
+    parts: list[Part] = []
+    used = 0
+
+    def flush() -> Iterator[Unit]:
+        nonlocal used
+        if parts:
+            yield Unit(tuple(parts), 0, used, 1)
+        parts.clear()
+        used = 0
+
+    for task in tasks:
+        whole = Part(task, 0, task.n_elements)
+        size = block_bytes(whole)
+        if size <= unit_bytes:
+            pieces: Iterable[Part] = (whole,)
+        elif count_passes([task]) == 1:
+            pieces = _pieces(task, unit_bytes)
+        else:
+            yield from flush()
+            if size <= arena:
+                yield Unit((whole,), 0, size, 1)
+            else:
+                chunk = max(min(2 * unit_bytes, arena // CHUNKS_IN_FLIGHT), _least_chunk(task))
+                yield Unit((whole,), chunk, CHUNKS_IN_FLIGHT * chunk, count_passes([task]))
+            continue
+        for piece in pieces:
+            size = block_bytes(piece)
+            if used + size > unit_bytes:
+                yield from flush()
+            parts.append(piece)
+            used += size
+    yield from flush()
+
+
+def _pieces(task: Task, unit_bytes: int) -> Iterator[Part]:
+    """Equal pieces of a tensor that needs no statistics."""
+    n = elements_within(task, unit_bytes)
+    return (Part(task, start, min(n, task.n_elements - start)) for start in range(0, task.n_elements, n))
+
+
+def elements_within(task: Task, n_bytes: int) -> int:
+    """How many elements of a tensor, its counterparts and result fit: a multiple of `CUT` and of its rows."""
+    one = Part(task, 0, CUT)
+    slack = block_bytes(one) - one.input_bytes - one.output_bytes
+    n = max(1, (n_bytes - slack) // ((one.input_bytes + one.output_bytes) // CUT))
+    row = row_elements(task)
+    if row:
+        return max(1, n // row) * row
+    return max(1, n // CUT) * CUT
+
+
+def row_elements(task: Task) -> int:
+    """Elements of a row that must be in memory together; 0: none."""
+    if task.method is None or not task.method.program().ranks_rows:
+        return 0
+    return task.method.row_elements(task.shape) or task.n_elements
+
+
+def _least_chunk(task: Task) -> int:
+    """The smallest piece that a tensor can be cut into."""
+    return block_bytes(Part(task, 0, row_elements(task) or CUT))
+
+
+def _smallest(task: Task) -> int:
+    """The least memory that a tensor can be merged in."""
+    whole = block_bytes(Part(task, 0, task.n_elements))
+    return min(whole, CHUNKS_IN_FLIGHT * _least_chunk(task))
+
+
+def _rank_scratch(task: Task, n_threads: int) -> int:
+    """Ranks take 12 + 4 K bytes per element of a row for each thread."""
+    row = row_elements(task)
+    return n_threads * row * (12 + 4 * len(task.models)) + RANK_BYTES if row else 0
+
+
+def _reasons(units: Sequence[Unit], whole: Sequence[Task], arena: int) -> Iterator[str]:
+    if whole and whole[0].method is not None:
+        method = whole[0].method
+        yield (
+            f"{count_passes(whole)} passes over {len(whole)} tensors: method {method.info.name!r}, dialect "
+            f"{method.dialect!r} ranks the whole model before it writes anything"
+        )
+    for unit in units:
+        if unit.chunk_bytes and unit.n_passes > 1 and len(unit.parts) == 1:
+            task = unit.parts[0].task
+            yield (
+                f"{unit.n_passes} passes over {task.name!r}: it and its counterparts take "
+                f"{block_bytes(unit.parts[0])} bytes, the memory for tensors is {arena}"
+            )
+
+
+def _free_memory() -> int:
+    """Bytes that new processes can use without swapping, in this machine and this control group."""
+    found = [_meminfo("MemAvailable")]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit) as first, open(used) as second:
+                found.append(int(first.read()) - int(second.read()))
+        except (OSError, ValueError):
+            pass  # no control group, or one without a limit
+    return max(64 * MiB, min(found))
+
+
+def _meminfo(key: str) -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 1024 * MiB

@@ -1,0 +1,299 @@
+"""Carries out a plan: workers read a unit, merge it and write it, each on its own; the disk is never idle."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from tvfast import dtypes
+from tvfast.engine.arrange import Part, Span, arrange
+from tvfast.engine.inputs import FileState, Inputs
+from tvfast.engine.memory import Arena, Slots
+from tvfast.engine.passes import logical_table
+from tvfast.engine.plan import CHUNKS_IN_FLIGHT, UNIT_BYTES, Plan, Unit
+from tvfast.engine.source import Loaded, StreamSource, entry_of
+from tvfast.engine.staging import Staging
+from tvfast.engine.streamed import StreamedBackend
+from tvfast.errors import MergeError
+from tvfast.methods.base import ProgramMethod
+from tvfast.methods.statistics import TableStatistics
+from tvfast.ops.host import crc32c, first_nonfinite
+from tvfast.ops.raw import Backend, backend_for
+from tvfast.program import DType, View, WorkTable
+
+
+class Progress(Protocol):
+    """Is told of the work as it is done; called from several threads."""
+
+    def start(self, read_bytes: int, write_bytes: int) -> None:
+        """Before the first byte: what is planned, over all passes."""
+
+    def read(self, n_bytes: int) -> None:
+        """So many bytes of inputs came in."""
+
+    def wrote(self, n_bytes: int) -> None:
+        """So many bytes of the output are with the system."""
+
+    def finish(self) -> None:
+        """Done, or failed."""
+
+
+class Silence:
+    """Shows nothing."""
+
+    def start(self, read_bytes: int, write_bytes: int) -> None: ...
+    def read(self, n_bytes: int) -> None: ...
+    def wrote(self, n_bytes: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did."""
+
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+
+
+class Run:
+    """One run of a plan into a staged output.
+
+    Args:
+        files: every input file as it was when its header was read.
+        propagate: NaN and infinity in inputs go through; otherwise they are an error.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Staging,
+        files: Mapping[str, FileState],
+        *,
+        propagate: bool,
+        progress: Progress,
+    ) -> None:
+        self._plan = plan
+        self._staging = staging
+        self._propagate = propagate
+        self._progress = progress
+        self._arena = Arena(plan.arena_bytes)
+        self._inputs = Inputs(files, direct=_larger_than_memory(plan), on_read=self._on_read)
+        self._writers = ThreadPoolExecutor(2, "tvfast-write")
+        self._order = threading.Lock()
+        self._streaming = threading.Lock()
+        self._pending: Iterator[Unit] = iter(())
+        self._failed: list[BaseException] = []
+        self._counts = threading.Lock()
+        self._read_bytes = 0
+        self._written_bytes = 0
+
+    def execute(self) -> Outcome:
+        """Merge everything that the staging area does not hold yet.
+
+        Raises:
+            MergeError: an input is gone, changed or not finite, or the output cannot be written. What is
+                finished stays in the staging area.
+        """
+        began = time.perf_counter()
+        raise_file_limit()
+        units = [unit for unit in self._plan.units if not self._is_done(unit)]
+        self._pending = iter(units)
+        self._progress.start(
+            sum(unit.input_bytes * unit.n_passes for unit in units),
+            sum(part.output_bytes for unit in units for part in unit.parts),
+        )
+        n_workers = min(self._plan.n_workers, max(1, len(units)))
+        pool = ThreadPoolExecutor(n_workers, "tvfast-merge")
+        # Futures are waited for, not threads: in Python 3.11, a `join` that a signal interrupts takes a
+        # running thread for ended, and the process would leave while it is in the kernels.
+        workers = [pool.submit(self._work) for _ in range(n_workers)]
+        try:
+            wait(workers)
+            if not self._failed:
+                self._inputs.check()
+        except BaseException as error:
+            self._failed.insert(0, error)
+            self._inputs.stop()
+            wait(workers)
+        finally:
+            pool.shutdown(wait=True)
+            self._inputs.close()
+            self._writers.shutdown(wait=True)
+            self._arena.close()
+            self._progress.finish()
+        if self._failed:
+            raise self._failed[0]
+        return Outcome(self._read_bytes, self._written_bytes, time.perf_counter() - began)
+
+    # -- workers ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Take units in order until none is left or one has failed."""
+        try:
+            while not self._failed:
+                with self._order:  # memory goes to units in order, so the next one always gets its turn
+                    unit = next(self._pending, None)
+                    if unit is None or self._failed:
+                        return
+                    block = self._arena.acquire(unit.n_bytes)
+                with block:
+                    if self._failed:
+                        return
+                    if unit.chunk_bytes:
+                        with self._streaming:  # kernels use every core, and a selection much memory
+                            self._stream(unit, Slots(block, CHUNKS_IN_FLIGHT))
+                    else:
+                        loaded = Loaded(unit.parts, arrange(unit.parts, self._plan.layout), block)
+                        for read in self._inputs.read(loaded.arrangement.extents, block):
+                            read.result()
+                        self._check_finite(loaded)
+                        self._merge(loaded, self._plan.n_threads if unit.n_bytes > UNIT_BYTES else 1)
+                        self._write(loaded)
+        except BaseException as error:
+            self._failed.append(error)
+            self._inputs.stop()
+
+    def _merge(self, loaded: Loaded, n_threads: int) -> None:
+        """Parts in memory: copy what is copied, merge what has the same method together."""
+        tables: dict[tuple[ProgramMethod, int], list[int]] = {}
+        for index, part in enumerate(loaded.parts):
+            if part.task.method is None:
+                _copy(part, loaded, index)
+            elif part.n:
+                tables.setdefault((part.task.method, len(part.task.models)), []).append(index)
+        for (method, _), indices in tables.items():
+            entries = [entry_of(loaded.parts[index], loaded, index) for index in indices]
+            for group, entry in enumerate(entries):
+                entry.group = group
+            table = WorkTable(entries, len(entries[0].models))
+            backend = self._backend(table)
+            program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
+            backend.combine(table, program, scalars, n_threads)
+
+    def _stream(self, unit: Unit, slots: Slots) -> None:
+        """Tensors that are never in memory at once: the method's questions become passes over the files."""
+        tasks = [part.task for part in unit.parts]
+        method = tasks[0].method
+        assert method is not None
+        table = logical_table(tasks)
+        source = StreamSource(
+            unit, table, self._plan.layout, self._inputs, slots, self._finish_later, self._check_finite
+        )
+        backend = StreamedBackend(self._backend(table), source, foresee=method.program())
+        threads = self._plan.n_threads
+        program, scalars = method.resolve(TableStatistics(backend, table, None, threads))
+        backend.combine(table, program, scalars, threads)
+
+    def _backend(self, table: WorkTable) -> Backend:
+        return backend_for(table)
+
+    # -- results ------------------------------------------------------------------------------------
+
+    def _finish_later(self, loaded: Loaded) -> Future[None]:
+        def finish() -> None:
+            try:
+                self._write(loaded)
+            finally:
+                loaded.block.release()
+
+        return self._writers.submit(finish)
+
+    def _write(self, loaded: Loaded) -> None:
+        for span in loaded.arrangement.spans:
+            if self._staging.is_done(span.shard, span.offset, span.n_bytes):
+                continue
+            self._write_span(span, loaded)
+
+    def _write_span(self, span: Span, loaded: Loaded) -> None:
+        address = loaded.block.address + span.at
+        checksum = crc32c(address, span.n_bytes)
+        data = loaded.block.view[span.at : span.at + span.n_bytes]
+        self._staging.write(span.shard, span.offset, data, address)
+        self._staging.done(span.shard, span.offset, span.n_bytes, checksum)
+        with self._counts:
+            self._written_bytes += span.n_bytes
+        self._progress.wrote(span.n_bytes)
+
+    def _is_done(self, unit: Unit) -> bool:
+        layout = self._plan.layout
+        for part in unit.parts:
+            place = layout.places[part.task.name]
+            offset = place.offset + dtypes.n_bytes(part.task.dtype, part.start)
+            if not self._staging.is_done(place.shard, offset, part.output_bytes):
+                return False
+        return True
+
+    def _on_read(self, n_bytes: int) -> None:
+        with self._counts:
+            self._read_bytes += n_bytes
+        self._progress.read(n_bytes)
+
+    # -- inputs -------------------------------------------------------------------------------------
+
+    def _check_finite(self, loaded: Loaded) -> None:
+        """Raise if an input holds NaN or infinity.
+
+        Raises:
+            MergeError: naming the tensor, the file, the element and what to do.
+        """
+        if self._propagate:
+            return
+        for index, part in enumerate(loaded.parts):
+            for k, stored in enumerate(part.task.inputs):
+                if stored.dtype not in dtypes.MERGEABLE or part.n == 0:
+                    continue
+                at = loaded.block.address + loaded.arrangement.inputs[index][k]
+                found = first_nonfinite(at, part.n, DType[stored.dtype])
+                if found >= 0:
+                    raise MergeError(
+                        f"{stored.path}: tensor {stored.name!r} holds NaN or infinity at element "
+                        f"{part.start + found} (shape {list(stored.shape)}); expected finite numbers. "
+                        "Give another checkpoint, or pass --nonfinite propagate to let it through."
+                    )
+
+
+def new_plane(n_bits: int) -> View:
+    """A zeroed bit plane."""
+    words = (ctypes.c_uint64 * ((n_bits + 63) // 64))()
+    return View(ctypes.addressof(words), n_bits, DType.F32, words)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets this process have: a 405 B family has hundreds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _copy(part: Part, loaded: Loaded, index: int) -> None:
+    """The first model's bytes, which every further model must hold too.
+
+    Raises:
+        MergeError: they do not.
+    """
+    view, n_bytes = loaded.block.view, part.output_bytes
+    first, *others = loaded.arrangement.inputs[index]
+    data = view[first : first + n_bytes]
+    for other, stored in zip(others, part.task.models[1:], strict=True):
+        if view[other : other + n_bytes] != data:
+            raise MergeError(
+                f"{stored.path}: tensor {stored.name!r} ({stored.dtype}) differs from the one in "
+                f"{part.task.models[0].path}; integers and booleans are not merged and must be equal in all "
+                "models."
+            )
+    out = loaded.arrangement.outputs[index]
+    view[out : out + n_bytes] = data
+
+
+def _larger_than_memory(plan: Plan) -> bool:
+    """Whether the inputs would not stay in the page cache."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum(unit.input_bytes for unit in plan.units) > total // 2

@@ -1,0 +1,182 @@
+"""Chunks of tensors that are never in memory at once: read ahead, handed to a backend, written behind."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from tvfast.checkpoint.layout import Layout
+from tvfast.engine.arrange import Arrangement, Part, arrange, block_bytes
+from tvfast.engine.inputs import Inputs
+from tvfast.engine.memory import Buffer, Slots
+from tvfast.engine.plan import CHUNKS_IN_FLIGHT, Unit, elements_within, row_elements
+from tvfast.engine.streamed import Chunk
+from tvfast.engine.tasks import Task
+from tvfast.program import DType, Entry, View, WorkTable
+
+SAMPLE_ELEMENTS = 32768
+"""Of one tensor, read together for a sample."""
+
+SAMPLE_SHARE = 64
+"""One element of so many is sampled; at least `SAMPLE_LEAST` of a unit, at most `SAMPLE_MOST`."""
+
+SAMPLE_LEAST = 2**20
+SAMPLE_MOST = 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Parts whose inputs are in memory, and where their results go."""
+
+    parts: tuple[Part, ...]
+    arrangement: Arrangement
+    block: Buffer
+
+
+class StreamSource:
+    """The chunks of one streamed unit.
+
+    Args:
+        unit: its parts are whole tensors.
+        table: their logical entries, in the same order.
+        finish: called with every chunk whose results are complete; returns when they are written.
+        check: called with every chunk when it is in memory for the first time.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        table: WorkTable,
+        layout: Layout,
+        inputs: Inputs,
+        slots: Slots,
+        finish: Callable[[Loaded], Future[None]],
+        check: Callable[[Loaded], None],
+    ) -> None:
+        self._table = table
+        self._layout = layout
+        self._inputs = inputs
+        self._slots = slots
+        self._finish = finish
+        self._check: Callable[[Loaded], None] | None = check
+        self._rows = {part.task.name: row for row, part in enumerate(unit.parts)}
+        pieces = [piece for part in unit.parts for piece in _pieces(part.task, unit.chunk_bytes)]
+        self._chunks = list(_gathered(pieces, unit.chunk_bytes))
+        self._samples = list(_gathered(list(_samples(unit.parts)), unit.chunk_bytes))
+
+    def chunks(self, *, write: bool) -> Iterator[Chunk]:
+        """Every chunk once, in order; with `write`, results are written when the next is asked for."""
+        check, self._check = self._check, None
+        writing: deque[Future[None]] = deque()
+        for loaded in self._loaded(self._chunks, self._layout if write else None):
+            if check is not None:
+                check(loaded)
+            yield self._resident(loaded)
+            if write:
+                writing.append(self._finish(loaded))
+            else:
+                loaded.block.release()
+            while len(writing) > 1:
+                writing.popleft().result()
+        for future in writing:
+            future.result()
+
+    def sample(self) -> Iterator[Chunk]:
+        """Pieces from everywhere."""
+        for loaded in self._loaded(self._samples, None):
+            yield self._resident(loaded)
+            loaded.block.release()
+
+    def _loaded(self, chunks: Sequence[tuple[Part, ...]], layout: Layout | None) -> Iterator[Loaded]:
+        """Chunks with their data, two of them being read while one is used."""
+        ahead: deque[tuple[Loaded, list[Future[None]]]] = deque()
+        waiting = iter(chunks)
+        while True:
+            while len(ahead) < CHUNKS_IN_FLIGHT - 1:
+                parts = next(waiting, None)
+                if parts is None:
+                    break
+                arrangement = arrange(parts, layout)
+                block = self._slots.acquire()
+                loaded = Loaded(parts, arrangement, block)
+                ahead.append((loaded, self._inputs.read(arrangement.extents, block)))
+            if not ahead:
+                return
+            loaded, reads = ahead.popleft()
+            for read in reads:
+                read.result()
+            yield loaded
+
+    def _resident(self, loaded: Loaded) -> Chunk:
+        rows = tuple(self._rows[part.task.name] for part in loaded.parts)
+        entries = [
+            entry_of(part, loaded, index, self._table.entries[row])
+            for index, (part, row) in enumerate(zip(loaded.parts, rows, strict=True))
+        ]
+        return Chunk(WorkTable(entries, self._table.n_models), rows)
+
+
+def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = None) -> Entry:
+    """The row of a work table for a part in memory; positions come from its logical entry."""
+    task, at = part.task, loaded.block.address
+    assert task.method is not None
+    found = [
+        View(at + position, part.n, DType[stored.dtype])
+        for stored, position in zip(task.inputs, loaded.arrangement.inputs[index], strict=True)
+    ]
+    base = found[0]
+    models = tuple(found if task.base is None else found[1:])
+    operand, operands = task.method.operands(base, models)
+    outputs = loaded.arrangement.outputs
+    return Entry(
+        name=task.key,
+        models=operands,
+        base=operand,
+        out=View(at + outputs[index], part.n, DType[task.dtype]) if outputs else None,
+        row=task.method.row_elements(task.shape),
+        offset=part.start,
+        group=logical.group if logical else 0,
+        group_offset=logical.group_offset if logical else 0,
+    )
+
+
+def _pieces(task: Task, chunk_bytes: int) -> Iterator[Part]:
+    if block_bytes(Part(task, 0, task.n_elements)) <= chunk_bytes:
+        yield Part(task, 0, task.n_elements)
+        return
+    n = elements_within(task, chunk_bytes)
+    for start in range(0, task.n_elements, n):
+        yield Part(task, start, min(n, task.n_elements - start))
+
+
+def _samples(parts: Sequence[Part]) -> Iterator[Part]:
+    """Runs of `SAMPLE_ELEMENTS` at equal distances over all parts together."""
+    total = sum(part.n for part in parts)
+    if any(row_elements(part.task) for part in parts):
+        return  # nothing is thresholded where rows are ranked
+    wanted = min(max(total // SAMPLE_SHARE, SAMPLE_LEAST), SAMPLE_MOST, total)
+    step = max(SAMPLE_ELEMENTS, total * SAMPLE_ELEMENTS // max(wanted, 1))
+    next_at, position = 0, 0
+    for part in parts:
+        while next_at < position + part.n:
+            start = next_at - position
+            yield Part(part.task, start, min(SAMPLE_ELEMENTS, part.n - start))
+            next_at += step
+        position += part.n
+
+
+def _gathered(runs: Sequence[Part], chunk_bytes: int) -> Iterator[tuple[Part, ...]]:
+    """Neighbours together, up to the size of a chunk."""
+    chunk: list[Part] = []
+    used = 0
+    for run in runs:
+        size = block_bytes(run)
+        if chunk and used + size > chunk_bytes:
+            yield tuple(chunk)
+            chunk, used = [], 0
+        chunk.append(run)
+        used += size
+    if chunk:
+        yield tuple(chunk)

@@ -1,0 +1,42 @@
+"""What has to be done for one tensor of the output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tvfast.checkpoint.stored import Stored
+from tvfast.methods.base import ProgramMethod
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tensor of the output and what it is made of.
+
+    Attributes:
+        name: in the output.
+        key: the name that draws and tie hashes are keyed by; tied tensors share one, and so their bytes.
+        dtype: safetensors name of the output's storage type.
+        shape: of the output and of every input.
+        method: with the numbers of this very tensor. None: the bytes of `models[0]` are copied, and every
+            further model must hold the same bytes.
+        base: θ₀, where the method reads it.
+        models: θ_k in the order of the method's weights.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    method: ProgramMethod | None
+    base: Stored | None
+    models: tuple[Stored, ...]
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def inputs(self) -> tuple[Stored, ...]:
+        """Everything that is read, the base first."""
+        return self.models if self.base is None else (self.base, *self.models)
