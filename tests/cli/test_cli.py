@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tvfast
+from tvfast import errors
 from tvfast.cli.main import main
 from tvfast.errors import BackendError
 from tvfast.ops.raw import backend_statuses
@@ -33,15 +35,19 @@ def test_help_names_every_command_and_starts_no_framework() -> None:
     code = (
         "import sys\nfrom tvfast.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "print([name for name in ('torch', 'numpy', 'matplotlib', 'sklearn') if name in sys.modules])"
+        "heavy = ('torch', 'numpy', 'yaml', 'tvfast._C_cpu', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
-    for name in ("demo", "doctor", "methods"):
+    for name in ("merge", "plan", "inspect", "methods", "doctor", "bench", "demo"):
         assert f"\n    {name} " in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["merge"], ["demo", "--seed", "-1"], ["demo", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["merge"], ["merge", "x"], ["plan"], ["inspect"], ["demo", "--seed", "-1"], ["demo", "--seed", "x"]],
+)
 def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -84,6 +90,19 @@ def test_an_unknown_method_is_one_message_and_exit_2(capsys: pytest.CaptureFixtu
     assert shown.err.count("\n") == 1
 
 
+def test_a_terminal_of_another_encoding_gets_what_it_can_show() -> None:
+    for arguments in (["methods"], ["merge", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "tvfast", *arguments],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "?" in done.stdout
+
+
 def test_doctor_gives_every_backend_and_the_reason_for_each_no(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +134,62 @@ def test_a_failed_job_is_one_message_and_exit_1(
     assert main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "tvfast: error: no backend can run the call.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.RecipeError("x"), 2),
+        (errors.UnknownNameError("x"), 2),
+        (errors.ArgumentError("x"), 2),
+        (errors.ShapeError("x"), 1),
+        (errors.StateDictError("x"), 1),
+        (errors.DTypeError("x"), 1),
+        (errors.CheckpointError("x"), 1),
+        (errors.MergeError("x"), 1),
+        (errors.OutputError("x"), 1),
+        (errors.BackendError("x"), 1),
+        (ImportError("x"), 1),
+        (OSError(28, "x"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_exit_status_tells_configuration_from_failure(
+    error: BaseException,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("tvfast.cli.doctor.diagnosis", fail)
+    assert main(["doctor"]) == status
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("tvfast: error: ")
+    assert shown.err.count("\n") == 1
+
+
+def test_a_defect_is_one_line_and_the_traceback_only_on_demand(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise KeyError("no\nsuch key")
+
+    monkeypatch.setattr("tvfast.cli.doctor.diagnosis", fail)
+    monkeypatch.delenv("TVFAST_DEBUG", raising=False)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("tvfast: error: internal error in test_cli.py, line ")
+    assert "KeyError" in shown.err
+    assert "TVFAST_DEBUG=1" in shown.err
+    assert shown.err.count("\n") == 1
+    monkeypatch.setenv("TVFAST_DEBUG", "1")
+    assert main(["doctor"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_what_to_do(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import tvfast
 from tvfast.cli.main import main
-from tvfast.demo import digits, experiment, report
+from tvfast.demo import digits, experiment, files, report
 from tvfast.demo.digits import TASKS
 from tvfast.demo.experiment import RECIPES, Results, run
 from tvfast.demo.network import network
@@ -19,8 +20,13 @@ SHORT = {"expert_steps": 40, "scales": (0.3, 0.5, 1.0)}
 
 
 @pytest.fixture(scope="module")
-def results() -> Results:
-    return run(1, **SHORT)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    return run(1, folder, **SHORT)
 
 
 def test_rows_are_base_experts_and_every_merge(results: Results) -> None:
@@ -31,7 +37,8 @@ def test_rows_are_base_experts_and_every_merge(results: Results) -> None:
         assert all(0.0 <= accuracy <= 100.0 for accuracy in row.tasks)
     scaled = [recipe for recipe in RECIPES if recipe.scaled]
     assert list(results.chosen) == [recipe.method for recipe in scaled]
-    assert results.n_merges == len(scaled) * 3 + len(RECIPES)
+    assert results.n_searched == len(scaled) * 3
+    assert results.n_merges == len(RECIPES)
 
 
 def test_each_expert_is_best_at_its_own_task(results: Results) -> None:
@@ -56,9 +63,29 @@ def test_lambda_is_the_best_of_the_grid_on_validation(results: Results) -> None:
         assert averages[results.scales.index(results.chosen[name])] == max(averages)
 
 
-def test_the_same_seed_gives_the_same_numbers(results: Results) -> None:
+def test_checkpoints_are_sharded_and_merge_to_the_bits_of_merge(results: Results, folder: Path) -> None:
+    base = files.load(folder / "base")
+    experts = [files.load(folder / f"expert-{k}") for k in (1, 2, 3)]
+    assert base.keys() == network(0).state_dict().keys()
+    for recipe in RECIPES:
+        out = folder / recipe.method
+        assert len(list(out.glob("model-*.safetensors"))) > 1
+        assert len(list((folder / "expert-1").glob("model-*.safetensors"))) > 1
+        start, models = (experts[0], experts[1:2]) if recipe.method == "slerp" else (base, experts)
+        scale = results.chosen.get(recipe.method, 1.0)
+        expected = tvfast.merge(
+            start, models, method=recipe.method, scale=scale, seed=results.seed, **recipe.parameters
+        )
+        found = files.load(out)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (recipe.method, name)
+        assert f"merge_method: {recipe.method}\n" in (folder / f"{recipe.method}.yaml").read_text()
+
+
+def test_the_same_seed_gives_the_same_numbers(results: Results, tmp_path: Path) -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    again = run(1, **SHORT)
+    again = run(1, tmp_path, **SHORT)
     assert again.rows == results.rows
     assert again.validation == results.validation
     assert torch.get_num_threads() == threads
@@ -112,7 +139,7 @@ def test_summary_names_the_best_merge(results: Results) -> None:
 def test_the_command_prints_the_table_and_writes_its_files(
     results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(experiment, "run", lambda seed: replace(results, seed=seed))
+    monkeypatch.setattr(experiment, "run", lambda seed, folder: replace(results, seed=seed))
     out = tmp_path / "new" / "folder"
     assert main(["demo", "--out", str(out), "--seed", "5"]) == 0
     shown = capsys.readouterr()
@@ -129,7 +156,7 @@ def test_the_command_prints_the_table_and_writes_its_files(
 def test_a_folder_that_cannot_be_made_is_one_message(
     results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(experiment, "run", lambda seed: results)
+    monkeypatch.setattr(experiment, "run", lambda seed, folder: results)
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert main(["demo", "--out", str(blocked)]) == 1

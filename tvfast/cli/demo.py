@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tvfast.cli.quantities import seed
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_NEEDS = {"torch": "torch", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+_NEEDS = {
+    "torch": "torch",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "safetensors": "safetensors",
+}
 
 
 def add_to(commands: Commands) -> None:
@@ -20,8 +26,9 @@ def add_to(commands: Commands) -> None:
         "demo",
         help="fine-tune on three tasks, merge by several methods, compare",
         description=(
-            "Train a small network on scikit-learn's digits, fine-tune it on three tasks, merge the three "
-            "experts by several methods, and compare all of them on all tasks. Takes a few seconds."
+            "Train a small network on scikit-learn's digits, fine-tune it on three tasks, write base and "
+            "experts as sharded safetensors, merge them by several methods as `tvfast merge` does, and "
+            "compare all of them on all tasks. Takes a few seconds."
         ),
     )
     command.add_argument(
@@ -29,9 +36,9 @@ def add_to(commands: Commands) -> None:
         type=Path,
         default=Path("build/demo"),
         metavar="DIR",
-        help="folder for the picture and the numbers (%(default)s)",
+        help="folder for the checkpoints, the recipes, the picture and the numbers (%(default)s)",
     )
-    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed (%(default)s)")
+    command.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (%(default)s)")
     command.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     command.set_defaults(run=run)
 
@@ -42,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ImportError: a package that the demonstration needs is not installed.
     """
+    import importlib.util
+
     missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(
@@ -49,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         )
     from tvfast.demo import experiment, report
 
-    results = experiment.run(options.seed)
+    results = experiment.run(options.seed, options.out)
     picture, numbers = report.write(results, options.out)
     if options.json:
         print(json.dumps(report.as_json(results), indent=2))
@@ -57,12 +66,5 @@ def run(options: argparse.Namespace) -> int:
     print(report.table(results))
     print()
     print(report.summary(results))
-    print(f"Picture: {picture}\nNumbers: {numbers}")
+    print(f"Checkpoints and recipes: {options.out}\nPicture: {picture}\nNumbers: {numbers}")
     return 0
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2^62)")
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +60,8 @@ def as_json(info: MethodInfo) -> dict[str, Any]:
 
 def describe(info: MethodInfo) -> str:
     """A method in full, as text."""
+    import inspect
+
     fewest, most = info.n_models
     count = str(fewest) if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
     width = max(len(one.name) for one in info.parameters)

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import tvfast
-from tvfast.demo import digits
+from tvfast.demo import digits, files
 from tvfast.demo.digits import TASKS, Images
 from tvfast.demo.network import accuracy, network, train
 
@@ -38,7 +39,7 @@ RECIPES = (
     Recipe("dare_ties", {"density": 0.5}),
     Recipe("della", {"density": 0.8, "epsilon": 0.1}),
     Recipe("breadcrumbs_ties", {"density": 0.9, "gamma": 0.01}),
-    Recipe("sce", {"select_topk": 1.0}),
+    Recipe("sce", {"select_topk": 1.0}, scaled=False),  # mergekit's recipes have no λ for it
 )
 
 
@@ -58,13 +59,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All rows, the validation average of every scaled merge at every λ, and the time that took."""
+    """All rows, the validation average of every scaled merge at every λ, and the time that took.
+
+    λ is searched by `n_searched` merges in memory; the table comes from `n_merges` merges of files.
+    """
 
     seed: int
     rows: tuple[Row, ...]
     scales: tuple[float, ...]
     validation: dict[str, tuple[float, ...]]
     chosen: dict[str, float]
+    n_searched: int
+    search_seconds: float
     n_merges: int
     merge_seconds: float
     total_seconds: float
@@ -74,27 +80,54 @@ class Results:
 
 
 class _Merger:
-    """Merges with `tvfast.merge_` into a copy of the base; counts merges and their time."""
+    """Merges base and experts, in memory to search λ and through files for the table; times both."""
 
-    def __init__(self, base: nn.Module, experts: Sequence[nn.Module], seed: int) -> None:
-        self.base, self.experts, self.seed = base, experts, seed
-        self.n_merges, self.seconds = 0, 0.0
+    def __init__(self, base: nn.Module, experts: Sequence[nn.Module], seed: int, folder: Path) -> None:
+        self.base, self.experts, self.seed, self.folder = base, experts, seed, folder
+        self.n_searched, self.search_seconds = 0, 0.0
+        self.n_merges, self.merge_seconds = 0, 0.0
+        self.base_path = folder / "base"
+        self.expert_paths = [folder / f"expert-{number}" for number in range(1, len(experts) + 1)]
+        for path, model in zip((self.base_path, *self.expert_paths), (base, *experts), strict=True):
+            files.save(model.state_dict(), path)
 
-    def __call__(self, recipe: Recipe, scale: float = 1.0) -> nn.Module:
-        arguments: dict[str, Any] = {**recipe.parameters, "seed": self.seed, "scale": scale}
-        if recipe.method == "slerp":  # takes two models: the first is overwritten, the second pulls
-            target, models = copy.deepcopy(self.experts[0]), self.experts[1:2]
-        else:
-            target, models = copy.deepcopy(self.base), self.experts
+    def in_memory(self, recipe: Recipe, scale: float) -> nn.Module:
+        """By `tvfast.merge_`, into a copy of the base."""
+        target = copy.deepcopy(self.base)
         start = time.perf_counter()
-        tvfast.merge_(target, models, method=recipe.method, **arguments)
-        self.seconds += time.perf_counter() - start
-        self.n_merges += 1
+        arguments: dict[str, Any] = dict(recipe.parameters)
+        tvfast.merge_(target, self.experts, method=recipe.method, scale=scale, seed=self.seed, **arguments)
+        self.search_seconds += time.perf_counter() - start
+        self.n_searched += 1
         return target
+
+    def through_files(self, recipe: Recipe, scale: float) -> nn.Module:
+        """By a recipe and `tvfast.merge_checkpoints`, which is `tvfast merge`; the result is loaded again."""
+        base, models = {
+            "slerp": (
+                self.expert_paths[0],
+                self.expert_paths[:2],
+            ),  # takes two models, and the first is t = 0
+            "linear": (None, self.expert_paths),
+        }.get(recipe.method, (self.base_path, self.expert_paths))
+        numbers = {**recipe.parameters, **({"lambda": scale} if recipe.scaled else {})}
+        text = files.recipe(
+            recipe.method, base, models, numbers, weighted=recipe.method not in ("slerp", "sce")
+        )
+        config, out = self.folder / f"{recipe.method}.yaml", self.folder / recipe.method
+        config.write_text(text, encoding="utf-8")
+        start = time.perf_counter()
+        tvfast.merge_checkpoints(config, out, seed=self.seed, overwrite=True)
+        self.merge_seconds += time.perf_counter() - start
+        self.n_merges += 1
+        merged = copy.deepcopy(self.base)
+        merged.load_state_dict(files.load(out))
+        return merged
 
 
 def run(
-    seed: int = 0,
+    seed: int,
+    folder: Path,
     *,
     base_steps: int = 150,
     expert_steps: int = 60,
@@ -105,6 +138,8 @@ def run(
 
     Args:
         seed: of the split, the initial weights, the batches and the random merges.
+        folder: made if need be; gets base, experts, one recipe per method and its result. Older ones are
+            replaced.
         base_steps, expert_steps: optimiser steps.
         scales: values of λ to choose from.
         recipes: what to merge by.
@@ -113,7 +148,7 @@ def run(
         Test accuracies of the base, the experts and the merges; the same for the same seed on one machine.
     """
     with _one_torch_thread():
-        return _run(seed, base_steps, expert_steps, scales, recipes)
+        return _run(seed, folder, base_steps, expert_steps, scales, recipes)
 
 
 @contextmanager
@@ -128,7 +163,12 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def _run(
-    seed: int, base_steps: int, expert_steps: int, scales: Sequence[float], recipes: Sequence[Recipe]
+    seed: int,
+    folder: Path,
+    base_steps: int,
+    expert_steps: int,
+    scales: Sequence[float],
+    recipes: Sequence[Recipe],
 ) -> Results:
     start = time.perf_counter()
     data = digits.load(seed)
@@ -143,23 +183,26 @@ def _run(
     rows = [_row("base", "base", "trained on clean images", base, data.test)]
     for task, expert in zip(TASKS, experts, strict=True):
         rows.append(_row(f"expert: {task}", "expert", "the base, fine-tuned on one task", expert, data.test))
-    merge = _Merger(base, experts, seed)
+    merger = _Merger(base, experts, seed, folder)
     validation, chosen = {}, {}
     for recipe in recipes:
         scale = 1.0
         if recipe.scaled:
-            averages = tuple(_average(merge(recipe, scale), data.validation) for scale in scales)
+            averages = tuple(_average(merger.in_memory(recipe, scale), data.validation) for scale in scales)
             scale = scales[max(range(len(scales)), key=averages.__getitem__)]
             validation[recipe.method], chosen[recipe.method] = averages, scale
-        rows.append(_row(recipe.method, "merge", _settings(recipe, scale), merge(recipe, scale), data.test))
+        merged = merger.through_files(recipe, scale)
+        rows.append(_row(recipe.method, "merge", _settings(recipe, scale), merged, data.test))
     return Results(
         seed=seed,
         rows=tuple(rows),
         scales=tuple(scales),
         validation=validation,
         chosen=chosen,
-        n_merges=merge.n_merges,
-        merge_seconds=merge.seconds,
+        n_searched=merger.n_searched,
+        search_seconds=merger.search_seconds,
+        n_merges=merger.n_merges,
+        merge_seconds=merger.merge_seconds,
         total_seconds=time.perf_counter() - start,
     )
 

@@ -34,6 +34,8 @@ def as_json(results: Results) -> dict[str, Any]:
             "averages": {name: list(averages) for name, averages in results.validation.items()},
             "chosen": results.chosen,
         },
+        "n_searched": results.n_searched,
+        "search_seconds": results.search_seconds,
         "n_merges": results.n_merges,
         "merge_seconds": results.merge_seconds,
         "total_seconds": results.total_seconds,
@@ -57,16 +59,18 @@ def table(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Two sentences: what the best merge reached, and what merging cost."""
+    """What the best merge reached, and what merging cost."""
     best = max(results.of_kind("merge"), key=_average)
     expert = max(results.of_kind("expert"), key=_average)
     base = results.of_kind("base")[0]
     per_merge = 1e3 * results.merge_seconds / results.n_merges
+    per_search = 1e3 * results.search_seconds / max(1, results.n_searched)
     return (
         f"Best merge: {best.name}, {best.average:.1f} % on average over the tasks; "
         f"the best expert has {expert.average:.1f} %, the base {base.average:.1f} %.\n"
-        f"{results.n_merges} merges took {results.merge_seconds:.2f} s, {per_merge:.1f} ms each; "
-        f"everything took {results.total_seconds:.1f} s."
+        f"{results.n_merges} merges of sharded safetensors took {results.merge_seconds:.2f} s, "
+        f"{per_merge:.1f} ms each; {results.n_searched} in memory, to choose λ, "
+        f"{results.search_seconds:.2f} s, {per_search:.1f} ms each; everything {results.total_seconds:.1f} s."
     )
 
 
