@@ -126,7 +126,9 @@ def test_a_method_without_statistics_never_needs_a_second_pass() -> None:
         ("ties", {"density": 1.0}, 1),
         ("ties", {"density": 0.2, "rescale": True}, 3),
         ("ties", {"density": 0.2, "dialect": "paper"}, 2),
+        ("ties", {"density": 0.2, "tie": "index"}, 4),
         ("dare_linear", {"density": 0.5}, 2),
+        ("sce", {"select_topk": 0.5}, 4),
         ("dare_linear", {"density": 0.5, "rescale": False}, 1),
         ("della", {"density": 0.5, "epsilon": 0.1}, 2),
         ("breadcrumbs", {"density": 0.5}, 2),
@@ -134,6 +136,11 @@ def test_a_method_without_statistics_never_needs_a_second_pass() -> None:
 )
 def test_passes_are_what_the_method_asks(name: str, parameters: dict[str, Any], n_passes: int) -> None:
     assert count_passes(tasks_of([(100, 100)], make_method(name, **parameters))) == n_passes
+
+
+def test_majority_votes_of_float32_models_take_a_pass_of_their_own() -> None:
+    method = make_method("ties", density=0.2, dialect="paper")
+    assert count_passes(tasks_of([(100, 100)], method, dtype="F32")) == 3
 
 
 def test_a_whole_model_method_is_one_unit() -> None:

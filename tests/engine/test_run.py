@@ -213,7 +213,7 @@ def kill_and_resume(family: Path, out: Path, n_kills: int, seed: int) -> None:
     killed = 0
     while killed < n_kills:
         if drawn.random() < 0.3 or (out / "model.safetensors").exists():
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)  # a kill may have come before it was made
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             assert process.wait(drawn.uniform(0.02, longest)) == 0

@@ -48,16 +48,19 @@ def logical_table(tasks: Sequence[Task]) -> WorkTable:
 
 def count_passes(tasks: Sequence[Task]) -> int:
     """Passes over the inputs of tasks with one method, the writing one included."""
-    method = tasks[0].method
-    return 1 if method is None else _count(method, len(tasks[0].models), tasks[0].n_elements, tasks[0].shape)
+    first = tasks[0]
+    if first.method is None:
+        return 1
+    short = all(stored.dtype != "F32" for task in tasks for stored in task.inputs)
+    return _count(first.method, len(first.models), first.n_elements, first.shape, short)
 
 
 @lru_cache(maxsize=4096)
-def _count(method: ProgramMethod, n_models: int, n: int, shape: tuple[int, ...]) -> int:
+def _count(method: ProgramMethod, n_models: int, n: int, shape: tuple[int, ...], short: bool) -> int:
     view = View(0, n, DType.BF16)
     operand, operands = method.operands(view, (view,) * n_models)
     entry = Entry(name="", models=operands, base=operand, row=method.row_elements(shape))
-    counter = _Counter(method.program())
+    counter = _Counter(method.program(), short)
     method.resolve(TableStatistics(counter, WorkTable([entry], len(operands)), None))
     return counter.n_passes + 1
 
@@ -67,11 +70,15 @@ class _Counter:
 
     name = "count"
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, short: bool) -> None:
         self.n_passes = 0
-        # Votes of a whole model are counted with its thresholds; see StreamedBackend.
+        # StreamedBackend counts votes together with thresholds, if a sample can guess these to the bit: where
+        # 16-bit storage makes ties heavy.
         self._foreseen = (
-            program.keep is Keep.BAND and program.tie is Tie.GE and program.zero_sign is ZeroSign.MAJORITY
+            short
+            and program.keep is Keep.BAND
+            and program.tie is Tie.GE
+            and program.zero_sign is ZeroSign.MAJORITY
         )
 
     def why_not(self, table: WorkTable) -> str | None:
