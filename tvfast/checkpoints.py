@@ -146,14 +146,15 @@ def merge_checkpoints(
     companions(prepared.recipe, prepared.binding)
     read_bytes = written_bytes = resumed_bytes = 0
     finished = False
+    warnings = planned.warnings
     if not dry_run:
         with Staging.open(
             os.fspath(out),
             planned.layout,
-            prepared.identity(nonfinite),
+            prepared.identity(),
             resume=resume,
             overwrite=overwrite,
-            inputs=[checkpoint.path for checkpoint in prepared.checkpoints.values()],
+            inputs=[c.directory or c.path for c in prepared.checkpoints.values()],
         ) as staging:
             finished = staging.finished
             resumed_bytes = staging.n_resumed_bytes
@@ -170,6 +171,7 @@ def merge_checkpoints(
                 for name, data in companions(prepared.recipe, prepared.binding).items():
                     staging.add_file(name, data)
                 staging.commit()
+            warnings += tuple(staging.warnings)
     result = Report(
         out=os.fspath(out),
         dry_run=dry_run,
@@ -183,7 +185,7 @@ def merge_checkpoints(
         peak_bytes=_resident_peak(),
         planned_peak_bytes=planned.peak_bytes,
         shards=tuple(shard.name for shard in planned.layout.shards),
-        warnings=planned.warnings,
+        warnings=warnings,
     )
     if report is not None:
         Path(report).mkdir(parents=True, exist_ok=True)
@@ -207,13 +209,15 @@ class _Prepared:
         headers = [header for checkpoint in self.checkpoints.values() for header in checkpoint.headers]
         return {header.path: FileState(header.n_bytes, header.mtime_ns) for header in headers}
 
-    def identity(self, nonfinite: str) -> dict[str, Any]:
-        """What must be equal for a run to continue another."""
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to continue another.
+
+        Whether NaN may pass is not part of it: a run that met one can go on with permission.
+        """
         return {
             "version": tvfast.__version__,
             "recipe": hashlib.sha256(self.recipe.text.encode()).hexdigest(),
             "seed": self.seed,
-            "nonfinite": nonfinite,
             "inputs": {path: checkpoint.identity() for path, checkpoint in self.checkpoints.items()},
         }
 

@@ -27,10 +27,8 @@ IDENTITY: dict[str, Any] = {
     "recipe": "5f1d",
     "seed": 0,
     "inputs": {
-        "models/base": [{"name": "model.safetensors", "size": 100, "mtime_ns": 10**18, "header_crc32": 7}],
-        "models/math": [
-            {"name": "model.safetensors", "size": 100, "mtime_ns": 10**18 + 1, "header_crc32": 8}
-        ],
+        "models/base": [{"name": "model.safetensors", "size": 100, "mtime_ns": 10**18, "crc32": 7}],
+        "models/math": [{"name": "model.safetensors", "size": 100, "mtime_ns": 10**18 + 1, "crc32": 8}],
     },
 }
 

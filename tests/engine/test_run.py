@@ -124,7 +124,7 @@ def test_a_value_that_is_not_finite_is_named_and_may_go_through(
     with pytest.raises(MergeError, match=says):
         tvfast.merge_checkpoints(config, tmp_path / "out", memory=memory)
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    tvfast.merge_checkpoints(config, tmp_path / "out", memory=memory, nonfinite="propagate", overwrite=True)
+    tvfast.merge_checkpoints(config, tmp_path / "out", memory=memory, nonfinite="propagate", resume=True)
     merged = load_file(tmp_path / "out" / "model.safetensors")["embed.weight"].view(-1)
     assert merged.isnan().nonzero().tolist() == [[2_000_003]]
 

@@ -92,8 +92,8 @@ def test_the_manifest_names_neither_time_nor_place(tmp_path: Path) -> None:
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b" / "c")
     manifest = json.loads((tmp_path / "a" / "tvfast_manifest.json").read_text())
     assert manifest["identity"]["inputs"] == [
-        [{"name": "model.safetensors", "size": 100, "header_crc32": 7}],
-        [{"name": "model.safetensors", "size": 100, "header_crc32": 8}],
+        [{"name": "model.safetensors", "size": 100, "crc32": 7}],
+        [{"name": "model.safetensors", "size": 100, "crc32": 8}],
     ]
     assert {"recipe": "5f1d", "seed": 0, "version": "0.1.0"}.items() <= manifest["identity"].items()
 
@@ -233,7 +233,7 @@ def other_file(key: str, value: Any) -> dict[str, Any]:
         (changed_identity(seed=3), "seed was 0, is 3"),
         (changed_identity(nonfinite="error"), 'nonfinite was null, is "error"'),
         (other_file("size", 101), r"models/math/model\.safetensors: size was 100, is 101"),
-        (other_file("header_crc32", 1), r"models/math/model\.safetensors: header_crc32 was 8, is 1"),
+        (other_file("crc32", 1), r"models/math/model\.safetensors: has another header"),
         (other_file("name", "x"), r"models/math/model\.safetensors: is not part of the input any more"),
         (changed_identity(inputs={"models/base": []}), "inputs?"),
     ],

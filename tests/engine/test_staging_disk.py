@@ -305,6 +305,10 @@ def test_a_filesystem_that_cannot_allocate(
 
     monkeypatch.setattr(durable, "_call_fallocate", refuse if code else None)
     layout = small_layout()
+    with Staging.open(str(out), layout, IDENTITY, resume=True, overwrite=False):
+        staged = out / ".tvfast" / "files"
+        assert all((staged / shard.name).stat().st_size == shard.n_bytes for shard in layout.shards)
+    shutil.rmtree(out)
     merge(out, layout)
     assert files_in(out).items() >= expected(layout).items()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from tests.engine.staged import (
     units_of,
     write_units,
 )
+from tvfast.engine.locking import FolderLock
 from tvfast.engine.staging import Staging
 from tvfast.errors import ArgumentError, OutputError
 
@@ -132,6 +136,53 @@ def test_a_second_process_is_turned_away(out: Path) -> None:
         write_units(staging, contents(layout), units_of(layout))
         staging.commit()
     assert files_in(out)[layout.shards[0].name] == contents(layout)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_a_process_that_comes_and_goes_before_the_lock(
+    out: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    layout, other = small_layout(), small_layout(2, "other")
+    acquire = FolderLock.acquire
+
+    def late(folder: str) -> FolderLock:
+        monkeypatch.undo()
+        merge(out, other)
+        return acquire(folder)
+
+    monkeypatch.setattr(FolderLock, "acquire", late)
+    with pytest.raises(OutputError, match=r"is not empty|finished merge of something else"):
+        merge(out, layout, **options)
+    assert files_in(out).items() >= expected(other).items()
+    assert not (out / ".tvfast").exists()
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+
+    def after_the_owner_left(fd: int, operation: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        fcntl.flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_owner_left)
+    lock = FolderLock.acquire(str(folder))
+    with pytest.raises(OutputError, match="is writing a merge here"):
+        FolderLock.acquire(str(folder))
+    lock.release()
+    FolderLock.acquire(str(folder)).release()
+
+
+def test_a_filesystem_without_locks_is_warned_about(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    layout = small_layout()
+    with Staging.open(str(out), layout, IDENTITY, resume=False, overwrite=False) as staging:
+        assert staging.warnings == [f"{out}: this filesystem has no locks; let no other merge write there."]
+    merge(out, layout, resume=True)
+    assert is_model(out)
 
 
 # Overwriting.

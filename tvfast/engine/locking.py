@@ -12,11 +12,18 @@ from tvfast.errors import OutputError
 
 LOCK_NAME = "lock"
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 class FolderLock:
-    """An advisory lock on a file in `folder`; it ends with the process, however that ends."""
+    """An advisory lock on a file in `folder`; it ends with the process, however that ends.
+
+    Attributes:
+        is_held: False where the filesystem has no locks.
+    """
 
     def __init__(self, folder: str) -> None:
+        self.is_held = True
         self._path = os.path.join(folder, LOCK_NAME)
         self._fd = -1
 
@@ -45,7 +52,7 @@ class FolderLock:
         fd = -1
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._flock(fd)
             held, named = os.fstat(fd), os.stat(self._path)
             if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
                 os.truncate(fd, 0)
@@ -63,6 +70,14 @@ class FolderLock:
                 os.close(fd)
         return False
 
+    def _flock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self.is_held = False
+
     @staticmethod
     def _taken(folder: str, fd: int) -> OutputError:
         owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
@@ -71,11 +86,6 @@ class FolderLock:
             f"{os.path.dirname(folder)}: {who} is writing a merge here. Wait until it ends, stop it, or name "
             "another directory."
         )
-
-    def remove(self) -> None:
-        """Unlinks the lock's file, which must come last before its folder goes."""
-        if self._fd >= 0:
-            os.unlink(self._path)
 
     def release(self) -> None:
         """Gives the lock back; may be called twice."""

@@ -27,8 +27,8 @@ _SHOWN_CHARACTERS = 80
 Identity = dict[str, Any]
 """What the bytes of an output depend on, as JSON values.
 
-`version` of tvfast, `recipe`, `seed`, `inputs`: path -> a list of files with `name`, `size`, `mtime_ns` and
-more; any other key. `layout` is added here.
+`version` of tvfast, `recipe`, `seed`, `inputs`: path -> what `Checkpoint.identity` returns; any other key.
+`layout` is added here.
 """
 
 
@@ -107,12 +107,11 @@ def full_identity(identity: Mapping[str, Any], layout: Layout) -> Identity:
 
 
 def layout_digest(layout: Layout) -> str:
-    """One number for names, headers and sizes of all files."""
+    """One number for names, headers and sizes of all shards, from which the index follows."""
     digest = hashlib.sha256()
     for shard in layout.shards:
         digest.update(f"{shard.name}\0{shard.n_bytes}\0{len(shard.header)}\0".encode())
         digest.update(shard.header)
-    digest.update(layout.index or b"")
     return digest.hexdigest()
 
 
@@ -244,6 +243,8 @@ def _file_differences(path: str, old: Identity, new: Identity, ignore: frozenset
             continue
         if key == "mtime_ns":
             yield f"{path}: was last changed {_date(old.get(key))}, now {_date(new.get(key))}"
+        elif key == "crc32":
+            yield f"{path}: has another header, so other tensors, names or shapes"
         else:
             yield f"{path}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}"
 

@@ -114,12 +114,11 @@ def old_weights(out: str) -> tuple[str, ...]:
 
 
 def _index_files(out: str, name: str) -> set[str]:
-    """Weight files directly in `out` that an index names; it may say anything, so endings are checked."""
+    """Weight files that an index names; it may say anything, so endings are checked."""
     try:
         with open(os.path.join(out, name), "rb") as file:
             files = json.loads(file.read())["weight_map"].values()
-        names = {file for file in files if isinstance(file, str) and file.endswith(_WEIGHTS)}
-        return {name for name in names if os.path.basename(name) == name}
+        return {file for file in files if isinstance(file, str) and file.endswith(_WEIGHTS)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
 

@@ -108,11 +108,9 @@ class Staging:
         if not overwrite:
             self._check_startable(resume)
         missing = self._make_out()
-        try:
-            self._lock = FolderLock.acquire(self._folder)
-        except OutputError:
-            _remove_empty(missing)
-            raise
+        self._lock = FolderLock.acquire(self._folder)
+        if not self._lock.is_held:
+            self.warnings.append(f"{self.out}: this filesystem has no locks; let no other merge write there.")
         if overwrite:
             self._discard()
         else:
