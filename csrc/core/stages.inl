@@ -14,13 +14,17 @@ TVFAST_STAGE M in_band_ties(F a, F lo, F hi, M under_lo_cut, M under_hi_cut) {
          invert((a == hi) & under_hi_cut);
 }
 
-// Half a mixer: only the order of hashes is used. `addend` is made of the key and of the high word
-// of the index; the product with the low word is the same for every model.
-TVFAST_STAGE U tie_hash(U index_low, U addend) {
-  U h = index_low * 0x7FEB352Du + addend;
-  h ^= h >> 15;
-  return h * 0x846CA68Bu;
+// An index mixed, which is the same for every model; `scaled` is the index's two words times their
+// constants, see docs/numerics.md.
+TVFAST_STAGE U mixed_index(U scaled) {
+  U x = scaled;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  return x ^ (x >> 16);
 }
+
+// `multiplier` is made of the model's key and odd.
+TVFAST_STAGE U tie_hash(U mixed, U multiplier) { return mixed * multiplier; }
 
 // The lower end of a band whose ties are resolved: an entry that loses the tie has to exceed `lo`.
 TVFAST_STAGE M from_end_hashed(F a, F lo, F above_lo, M loses_tie) {

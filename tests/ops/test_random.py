@@ -44,8 +44,9 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
 
 def tie_hash(key: int, g: int) -> int:
     folded_key = key % 2**32 ^ (key >> 32) * 0x85EBCA6B % 2**32
-    h = (g % 2**32 + (g >> 32) * 0x9E3779B9 + folded_key) * 0x7FEB352D % 2**32
-    return (h ^ h >> 15) * 0x846CA68B % 2**32
+    x = (g % 2**32 + (g >> 32) * 0x9E3779B9) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return (x ^ x >> 16) * (folded_key | 1) % 2**32
 
 
 def kept(backend: Backend, program: Program, own: ModelScalars, n: int, offset: int = 0) -> np.ndarray:
@@ -145,3 +146,23 @@ def test_hash_ties_keep_the_density_of_16_mi_deltas(native: Backend, density: fl
     native.row_masks(table, Program(keep=Keep.BAND, tie=Tie.HASH), [TensorScalars(models=[own])])
     quarters = unpack_plane(table.entries[0].masks[0].owner, n).reshape(4, -1).mean(axis=1)
     assert np.abs(quarters - density).max() <= 0.001
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_tie_hashes_are_uncorrelated(share: float) -> None:
+    """Between models, between neighbours and at the distances of rows; five standard deviations at most."""
+    n = 2**20
+    rng = np.random.default_rng(5)
+    for first in (0, 2**33 + 12345):
+        index = torch.arange(first, first + n, dtype=torch.int64)
+        models = [
+            (_philox_torch.tie_hash(int(rng.integers(2**63)), index).numpy() < share * 2**32) - share
+            for _ in range(4)
+        ]
+        unit = share * (1 - share)
+        for k, model in enumerate(models):
+            assert abs(model.mean()) < 5 * math.sqrt(unit / n)
+            for other in models[:k]:
+                assert abs((model * other).mean()) < 5 * unit / math.sqrt(n)
+            for lag in (1, 2, 3, 4, 16, 64, 768, 1024, 4096):
+                assert abs((model[lag:] * model[:-lag]).mean()) < 5 * unit / math.sqrt(n - lag)

@@ -76,8 +76,9 @@ def philox(key: int, g: int) -> int:
 
 def tie_hash(key: int, g: int) -> int:
     folded_key = (key & MASK32) ^ ((key >> 32) * 0x85EBCA6B & MASK32)
-    h = ((g & MASK32) + (g >> 32) * 0x9E3779B9 + folded_key) * 0x7FEB352D & MASK32
-    return (h ^ h >> 15) * 0x846CA68B & MASK32
+    x = ((g & MASK32) + (g >> 32) * 0x9E3779B9) * 0x7FEB352D & MASK32
+    x = (x ^ x >> 15) * 0x846CA68B & MASK32
+    return (x ^ x >> 16) * (folded_key | 1) & MASK32
 
 
 def sign(x: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 
 import tvfast
 from tests.bounds import UNIT
+from tests.parity.parity_cases import Arc, wide_arc
 
 Array = npt.NDArray[Any]
 
 GOLDEN = Path(__file__).parent / "golden"
 N_ULPS = 1
 RECIPE_NAMES = {"weight": "weights", "lambda": "scale"}  # mergekit's name -> ours, where they differ
+WAYS = ("one", "two", "batch")  # in which the peer's float32 runs of an arc were made
 DROPPED = {"int8_mask"}  # changes only the dtype of mergekit's temporaries
 
 
@@ -120,6 +123,34 @@ def check_case(golden: Golden, case: Mapping[str, Any]) -> None:
         assert_within_rounding(found, expected, case["name"], [base, *models])
     else:
         assert_within_an_ulp(found, expected, case["name"])
+
+
+def check_arc(golden: Golden, recorded: Mapping[str, Any]) -> None:
+    """slerp on a wide arc: as near to the peer's formula as float32 can be, so never farther than the peer.
+
+    The peer sums in float32, and its coefficients differ from run to run of its own; see docs/methods.md.
+    """
+    arc = Arc(recorded["n"], recorded["degrees"], recorded["t"])
+    pair = wide_arc(arc)
+    assert [zlib.crc32(x.tobytes()) for x in pair] == recorded["crc32"], "numpy drew other inputs"
+    exact = golden.arrays[f"float64/{arc.name}"]
+    found = merged("slerp", {"x": pair[0]}, [{"x": pair[1]}], {"t": arc.t})["x"]
+    assert found[:2].tolist() == exact.astype(np.float32).tolist()
+    for way in WAYS:
+        peers = golden.arrays[f"float32/{arc.name}/{way}"].astype(np.float64)
+        assert (np.abs(found[:2] - exact) <= np.abs(peers - exact)).all(), f"{arc.name}, {way}"
+    wanted = exact[0] * pair[0].astype(np.float64) + exact[1] * pair[1].astype(np.float64)
+    assert_within_rounding({"x": found}, {"x": wanted}, arc.name, [{"x": x} for x in pair])
+
+
+def peer_spread(golden: Golden) -> int:
+    """Ulps between float32 coefficients of the peer's own runs on the same input, at most."""
+    spread = 0
+    for recorded in golden.record["arcs"]:
+        name = Arc(recorded["n"], recorded["degrees"], recorded["t"]).name
+        runs = [golden.arrays[f"float32/{name}/{way}"] for way in WAYS]
+        spread = max(spread, *(int(ulps(runs[0], run).max()) for run in runs[1:]))
+    return spread
 
 
 def check_checkpoint(golden: Golden, method: str) -> None:

@@ -2,9 +2,10 @@
 
     PEER/bin/python generate_mergekit.py OUT_DIRECTORY
 
-Writes deterministic.npz (every case, the merge methods called on tensors), random.npz (moments of the
-change over many draws) and checkpoint.npz (whole runs of mergekit-yaml on a tiny Llama). Each holds its
-inputs, and a JSON record of the peer, its version, the seed and the parameters.
+Writes deterministic.npz (every case, the merge methods called on tensors), arcs.npz (slerp's coefficients
+on wide arcs), random.npz (moments of the change over many draws) and checkpoint.npz (whole runs of
+mergekit-yaml on a tiny Llama). Each holds its inputs, arcs.npz their checksums, and a JSON record of the
+peer, its version, the seed and the parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,17 @@ import numpy as np
 import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorGroup
-from parity_cases import SEED, SLERP_T, Array, cases, make_families, random_cases, random_inputs
+from parity_cases import (
+    ARCS,
+    SEED,
+    SLERP_T,
+    Array,
+    cases,
+    make_families,
+    random_cases,
+    random_inputs,
+    wide_arc,
+)
 from safetensors.numpy import load_file, save_file
 
 WITHOUT_BASE = ("linear", "passthrough")
@@ -96,6 +108,29 @@ def write_random(path: Path) -> None:
         arrays[f"moments/{case.name}"] = powers / case.draws
         arrays[f"kept/{case.name}"] = kept
     np.savez_compressed(path, record=record(cases=listed), **arrays)
+
+
+def write_arcs(path: Path) -> None:
+    """slerp's two coefficients, as the probes show them: in float64, and in float32 three ways.
+
+    The three ways are one thread, two threads, and one thread with the tensor twice in a batch, which
+    mergekit sums in chunks of half the size.
+    """
+    arrays: dict[str, Any] = {}
+    listed = []
+    for arc in ARCS:
+        pair = wide_arc(arc)
+        parameters = {"t": arc.t}
+        listed.append({**vars(arc), "crc32": [zlib.crc32(x.tobytes()) for x in pair]})
+        arrays[f"float64/{arc.name}"] = merged("slerp", pair, parameters, torch.float64)[:2]
+        arrays[f"float32/{arc.name}/one"] = merged("slerp", pair, parameters)[:2]
+        torch.set_num_threads(2)
+        arrays[f"float32/{arc.name}/two"] = merged("slerp", pair, parameters)[:2]
+        torch.set_num_threads(1)
+        group = TensorGroup.from_tensors([torch.from_numpy(x) for x in pair], base_index=0)
+        twice = registry.get("slerp")((group, group), parameters=parameters)
+        arrays[f"float32/{arc.name}/batch"] = twice[0].numpy()[:2]
+    np.savez_compressed(path, record=record(arcs=listed), **arrays)
 
 
 LLAMA = {
@@ -210,6 +245,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     write_deterministic(out / "deterministic.npz")
+    write_arcs(out / "arcs.npz")
     write_random(out / "random.npz")
     write_checkpoint(out / "checkpoint.npz")
 

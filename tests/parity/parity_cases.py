@@ -21,6 +21,7 @@ SHAPES = {
     "conv": (6, 5, 3, 3),
 }
 N_MODELS = 3
+N_CROWD = 21
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ def _across(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
     return _probed(rng.normal(0, 1, shape), rng.normal(0, 2, shape))
 
 
+def _crowd(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
+    """More models than the peer's sum of weights has lanes."""
+    return [rng.normal(0, 1, shape) for _ in range(N_CROWD + 1)]
+
+
 def _short(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
     """bfloat16 values, whose products with weights of 16 bits are exact in float32."""
     return [_truncated(x) for x in _wide(rng, shape)]
@@ -94,7 +100,9 @@ _MAKERS = {
     "short": _short,
     "apart": _apart,
     "across": _across,
+    "crowd": _crowd,
 }
+_SHAPES_OF = {"crowd": ("vector", "row")}
 _RANKED = ("finetune", "wide", "dominant")
 
 
@@ -111,6 +119,8 @@ def make_families(accept: Callable[[str, list[Array]], bool]) -> dict[str, Famil
     for number, (family, make) in enumerate(_MAKERS.items()):
         tensors: Family = {}
         for place, (name, shape) in enumerate(SHAPES.items()):
+            if name not in _SHAPES_OF.get(family, SHAPES):
+                continue
             for attempt in range(5000):
                 rng = np.random.default_rng([SEED, number, place, attempt])
                 arrays = [np.ascontiguousarray(x, np.float32) for x in make(rng, shape)]
@@ -121,6 +131,33 @@ def make_families(accept: Callable[[str, list[Array]], bool]) -> dict[str, Famil
             tensors[name] = arrays
         families[family] = tensors
     return families
+
+
+@dataclass(frozen=True)
+class Arc:
+    """Two tensors of `n` entries about `degrees` apart, interpolated at `t`."""
+
+    n: int
+    degrees: int
+    t: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.n}-{self.degrees}-{self.t}"
+
+
+ARCS = tuple(
+    Arc(n, degrees, t) for n in (1000, 200_000, 3_000_000) for degrees in (45, 90, 135) for t in (0.3, 0.5)
+)
+
+
+def wide_arc(arc: Arc) -> list[Array]:
+    """[base, model]; entries uniform, with the two probes of `_probed`."""
+    rng = np.random.default_rng([SEED, arc.n, arc.degrees])
+    angle = np.deg2rad(arc.degrees)
+    base, other = rng.random(arc.n) - 0.5, rng.random(arc.n) - 0.5
+    model = np.cos(angle) * base + np.sin(angle) * other
+    return [x.astype(np.float32) for x in _probed(base, model)]
 
 
 SLERP_T = (0.0, 0.3, 0.5, 0.85, 1.0)
@@ -135,6 +172,9 @@ def cases() -> Iterator[Case]:
     yield Case("linear-wide", "linear", "wide", {"weight": [0.3, -0.7, 1.9]})
     yield Case("linear-wide-sum", "linear", "wide", {"weight": [1 / 3, 0.1, -0.6], "normalize": False})
     yield Case("linear-dominant", "linear", "dominant", {"weight": [0.61, 0.17, 0.22]})
+    for n in (5, 7, 8, 9, 13, 17, 21):
+        weights = [round(0.1 + 0.37 * k % 0.93, 3) for k in range(n)]
+        yield Case(f"linear-crowd-{n}", "linear", "crowd", {"weight": weights}, models=n)
     yield Case("linear-one", "linear", "short", {"weight": [3.0]}, models=1)
 
     yield Case("slerp-near", "slerp", "finetune", {"t": 0.3}, models=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity import random_draws
-from tests.parity.comparison import check_case, check_checkpoint, load
+from tests.parity.comparison import check_arc, check_case, check_checkpoint, load
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +34,12 @@ def test_merge_equals_mergekit(generated: Path) -> None:
     golden = load(generated / "deterministic.npz")
     for case in golden.record["cases"]:
         check_case(golden, case)
+
+
+def test_slerp_on_a_wide_arc_is_no_farther_from_the_formula_than_mergekit(generated: Path) -> None:
+    golden = load(generated / "arcs.npz")
+    for arc in golden.record["arcs"]:
+        check_arc(golden, arc)
 
 
 def test_merge_equals_mergekit_yaml(generated: Path) -> None:

@@ -49,9 +49,10 @@ def draws(key: int, start: int, n: int, device: torch.device) -> Tensor:
 def tie_hash(key: int, index: Tensor) -> Tensor:
     """The 32-bit tie hash of global element indices, int64 [n] -> int64 [n] in [0, 2^32).
 
-    Source: the inner steps of Wellons' "lowbias32" mixer.
+    The index is mixed by the inner steps of Wellons' "lowbias32"; the key is an odd multiplier.
     """
     low, high = index & _WORD, (index >> 32) & _WORD
     folded_key = (key & _WORD) ^ (((key >> 32) * 0x85EBCA6B) & _WORD)
-    h = (((low + high * 0x9E3779B9 + folded_key) & _WORD) * 0x7FEB352D) & _WORD
-    return ((h ^ (h >> 15)) * 0x846CA68B) & _WORD
+    x = (((low + high * 0x9E3779B9) & _WORD) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return ((x ^ (x >> 16)) * (folded_key | 1)) & _WORD

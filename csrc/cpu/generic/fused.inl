@@ -1,7 +1,7 @@
 // combine without scratch memory, for the common programs on tensors of one storage type:
-// everything stays in registers from load to store. A step takes two vectors at a time, because
-// 16-bit storage unpacks fastest into even and odd elements. Same stages in the same order as
-// combine.inl, so the same bits. No include guard on purpose.
+// everything stays in registers or on the stack from load to store. A step takes two vectors at a
+// time, because 16-bit storage unpacks fastest into even and odd elements. Same stages in the same
+// order as combine.inl, so the same bits. No include guard on purpose.
 
 struct Pair {
   F first, second;
@@ -85,53 +85,73 @@ struct TileBand {
 template <int n_models>
 struct FusedScalars {
   F weight[n_models], lo[n_models], above_lo[n_models], hi[n_models];
-  U addend[n_models], lo_last[n_models], hi_first[n_models];
+  U multiplier[n_models], lo_last[n_models], hi_first[n_models];
   F zero, scale, divisor_floor, divisor_fill;
 };
 
 template <Ends ends, int n_models>
-TVFAST_INLINE M fused_keep(const FusedScalars<n_models>& s, int k, F a, U index) {
-  if constexpr (ends == Ends::LOWER) return from_end(a, s.lo[k]);
-  const U hash = tie_hash(index, s.addend[k]);
-  const M kept = from_end_hashed(a, s.lo[k], s.above_lo[k], (M)(hash > s.lo_last[k]));
-  if constexpr (ends == Ends::LOWER_HASHED) return kept;
-  return kept & invert(a > s.hi[k]) & invert((a == s.hi[k]) & (M)(hash < s.hi_first[k]));
+TVFAST_INLINE F fused_keep(const FusedScalars<n_models>& s, int k, F tau, const U& mixed) {
+  const F a = magnitude(tau);
+  if constexpr (ends == Ends::LOWER) return masked(from_end(a, s.lo[k]), tau);
+  const U hash = tie_hash(mixed, s.multiplier[k]);
+  M kept = from_end_hashed(a, s.lo[k], s.above_lo[k], (M)(hash > s.lo_last[k]));
+  if constexpr (ends == Ends::BOTH_HASHED)
+    kept &= invert(a > s.hi[k]) & invert((a == s.hi[k]) & (M)(hash < s.hi_first[k]));
+  return masked(kept, tau);
 }
 
-template <class Choice, Ends ends, int n_models>
-TVFAST_INLINE F fused_vector(const FusedScalars<n_models>& s, const F* tau, const F* base,
-                             U index) {
+// Sums without a vote.
+template <class Choice, int n_models>
+TVFAST_INLINE F fused_sum(const FusedScalars<n_models>& s, const F* t, const F* base) {
   constexpr Program program = Choice::get(Program{});
-  F t[n_models], v[n_models];
-  for (int k = 0; k < n_models; ++k) {
-    t[k] = tau[k];
-    if constexpr (ends != Ends::NONE)
-      t[k] = masked(fused_keep<ends>(s, k, magnitude(tau[k]), index), tau[k]);
-    v[k] = Choice::kUnitWeights ? t[k] : t[k] * s.weight[k];
-  }
-  F sign = s.zero;
-  if constexpr (program.vote != Vote::NONE) {
-    F votes = splat(0.0f);
-    for (int k = 0; k < n_models; ++k) votes += program.ballot == Ballot::WEIGHTED ? v[k] : t[k];
-    sign = elected(votes, s.zero);
-  }
   F reduced = splat(-0.0f), divisor = splat(0.0f);
   for (int k = 0; k < n_models; ++k) {
-    M member = all_lanes();
-    if constexpr (program.vote != Vote::NONE)
-      member = agrees(program.ballot == Ballot::WEIGHTED ? v[k] : t[k], sign, true);
     if constexpr (program.reduce == Reduce::FUSED_SUM) {
       reduced = fused_add(t[k], s.weight[k], reduced);
     } else {
-      reduced += program.vote == Vote::NONE ? v[k] : masked(member, v[k]);
+      reduced += t[k] * s.weight[k];
     }
-    if constexpr (program.divisor == Divisor::COUNT) divisor += masked(member, splat(1.0f));
-    if constexpr (program.divisor == Divisor::WEIGHT) divisor += masked(member, s.weight[k]);
+    if constexpr (program.divisor == Divisor::WEIGHT) divisor += s.weight[k];
   }
   if constexpr (program.divisor != Divisor::NONE)
     reduced = reduced / safe_divisor(divisor, s.divisor_floor, s.divisor_fill);
   const F result = reduced * s.scale;
   return base == nullptr ? result : *base + result;
+}
+
+// Kept task vectors of a block, and the signs elected; a model's vectors lie together.
+template <int n_models>
+struct FusedBlock {
+  static constexpr int kVectors = 32;
+  F t[n_models][kVectors], reduced[kVectors];
+  U mixed[kVectors];
+};
+
+template <class Choice, int n_models>
+TVFAST_INLINE F fused_vote(const FusedScalars<n_models>& s, const FusedBlock<n_models>& block,
+                           int j) {
+  constexpr Program program = Choice::get(Program{});
+  constexpr bool weighted = program.ballot == Ballot::WEIGHTED && !Choice::kUnitWeights;
+  F votes = splat(0.0f);
+  for (int k = 0; k < n_models; ++k)
+    votes += weighted ? block.t[k][j] * s.weight[k] : block.t[k][j];
+  return elected(votes, s.zero);
+}
+
+// R / D under the elected sign.
+template <class Choice, int n_models>
+TVFAST_INLINE F fused_mean(const FusedScalars<n_models>& s, const FusedBlock<n_models>& block,
+                           F sign, int j) {
+  constexpr Program program = Choice::get(Program{});
+  F reduced = splat(-0.0f), divisor = splat(0.0f);
+  for (int k = 0; k < n_models; ++k) {
+    const F t = block.t[k][j], v = Choice::kUnitWeights ? t : t * s.weight[k];
+    const M member = agrees(program.ballot == Ballot::WEIGHTED ? v : t, sign, true);
+    reduced += masked(member, v);
+    const F share = program.divisor == Divisor::COUNT ? splat(1.0f) : s.weight[k];
+    divisor = select(member, divisor + share, divisor);
+  }
+  return reduced / safe_divisor(divisor, s.divisor_floor, s.divisor_fill);
 }
 
 // The tie cuts of a model as a band for this tile. False if they need the staged kernel: the cut of
@@ -166,15 +186,14 @@ static bool resolve_band(const TileCall& call, const ModelScalars& m, TileBand& 
   return true;
 }
 
-// Elements [begin, end), a multiple of a step, of streams whose element 0 has a global index of low
-// word `index`.
-template <class Choice, DType dtype, Ends ends, int n_models>
+// Elements [begin, end), a multiple of a step, of sums of models or task vectors.
+template <class Choice, DType dtype, int n_models>
 static void fused_steps(const FusedScalars<n_models>& scalars, const void* base,
                         const void* const* models, void* out, std::int64_t begin, std::int64_t end,
-                        std::uint32_t index, bool streaming) {
+                        std::uint32_t, bool streaming) {
   using S = Step<dtype>;
   const FusedScalars<n_models> s = scalars;  // a copy that no store can alias
-  const bool has_base = ends != Ends::NONE || base != nullptr;
+  const bool has_base = base != nullptr;
   for (std::int64_t i = begin; i < end; i += S::kElements) {
     for (int k = 0; k < n_models; ++k) prefetch<dtype>(models[k], i);
     if (has_base) prefetch<dtype>(base, i);
@@ -186,20 +205,69 @@ static void fused_steps(const FusedScalars<n_models>& scalars, const void* base,
       first[k] = has_base ? x.first - b.first : x.first;
       second[k] = has_base ? x.second - b.second : x.second;
     }
-    const std::uint32_t at = index + static_cast<std::uint32_t>(i);
     Pair result;
-    result.first = fused_vector<Choice, ends>(s, first, has_base ? &b.first : nullptr,
-                                              at + S::first_elements());
-    result.second = fused_vector<Choice, ends>(s, second, has_base ? &b.second : nullptr,
-                                               at + S::second_elements());
+    result.first = fused_sum<Choice>(s, first, has_base ? &b.first : nullptr);
+    result.second = fused_sum<Choice>(s, second, has_base ? &b.second : nullptr);
     S::store(out, i, result, streaming);
+  }
+}
+
+// The same for TIES; element 0 has the scaled index `index`, see mixed_index. In blocks, because
+// what one element needs is a chain of a hundred dependent instructions, too long for a core to
+// overlap with the next one's; iterations of short loops overlap.
+template <class Choice, DType dtype, Ends ends, int n_models>
+static void fused_ties_steps(const FusedScalars<n_models>& scalars, const void* base,
+                             const void* const* models, void* out, std::int64_t begin,
+                             std::int64_t end, std::uint32_t index, bool streaming) {
+  using S = Step<dtype>;
+  const FusedScalars<n_models> s = scalars;  // a copy that no store can alias
+  FusedBlock<n_models> block;
+  constexpr std::int64_t kSteps = FusedBlock<n_models>::kVectors / 2;
+  for (std::int64_t start = begin; start < end; start += kSteps * S::kElements) {
+    const int n_steps =
+        static_cast<int>(std::min<std::int64_t>(kSteps, (end - start) / S::kElements));
+    if constexpr (ends != Ends::LOWER) {
+      for (int j = 0; j < n_steps; ++j) {
+        const std::uint32_t at =
+            index + static_cast<std::uint32_t>(start + j * S::kElements) * kMixIndex;
+        block.mixed[2 * j] = mixed_index(at + S::first_elements() * kMixIndex);
+        block.mixed[2 * j + 1] = mixed_index(at + S::second_elements() * kMixIndex);
+      }
+    }
+    for (int k = 0; k < n_models; ++k) {
+      for (int j = 0; j < n_steps; ++j) {
+        const std::int64_t i = start + j * S::kElements;
+        prefetch<dtype>(models[k], i);
+        if (k == 0) prefetch<dtype>(base, i);
+        const Pair x = S::load(models[k], i), b = S::load(base, i);
+        block.t[k][2 * j] = fused_keep<ends>(s, k, x.first - b.first, block.mixed[2 * j]);
+        block.t[k][2 * j + 1] = fused_keep<ends>(s, k, x.second - b.second, block.mixed[2 * j + 1]);
+      }
+    }
+    for (int j = 0; j < 2 * n_steps; ++j) block.reduced[j] = fused_vote<Choice>(s, block, j);
+    for (int j = 0; j < 2 * n_steps; ++j)
+      block.reduced[j] = fused_mean<Choice>(s, block, block.reduced[j], j);
+    for (int j = 0; j < n_steps; ++j) {
+      const std::int64_t i = start + j * S::kElements;
+      const Pair b = S::load(base, i);
+      S::store(
+          out, i,
+          {b.first + block.reduced[2 * j] * s.scale, b.second + block.reduced[2 * j + 1] * s.scale},
+          streaming);
+    }
   }
 }
 
 template <class Choice, DType dtype, Ends ends, int n_models>
 static void fused_tile(const TileCall& call, bool streaming) {
   constexpr std::int64_t kElements = Step<dtype>::kElements;
-  constexpr auto steps = fused_steps<Choice, dtype, ends, n_models>;
+  constexpr auto steps = [] {
+    if constexpr (ends == Ends::NONE) {
+      return fused_steps<Choice, dtype, n_models>;
+    } else {
+      return fused_ties_steps<Choice, dtype, ends, n_models>;
+    }
+  }();
   const Entry& entry = call.entry;
   const TensorScalars& tensor = call.tensor;
   FusedScalars<n_models> s;
@@ -217,12 +285,15 @@ static void fused_tile(const TileCall& call, bool streaming) {
     s.lo[k] = splat(band.lo);
     s.above_lo[k] = splat(std::nextafter(band.lo, std::numeric_limits<float>::infinity()));
     s.hi[k] = splat(band.hi);
-    s.addend[k] =
-        splat_bits(hash_addend(m.key, static_cast<std::uint64_t>(entry.offset + call.begin)));
+    s.multiplier[k] = splat_bits(hash_multiplier(m.key));
     s.lo_last[k] = splat_bits(band.lo_last);
     s.hi_first[k] = splat_bits(band.hi_first);
   }
-  const std::uint32_t index = static_cast<std::uint32_t>(entry.offset);
+  // Scaled for the tie hash: the high word is the same throughout a tile.
+  const std::uint32_t index =
+      static_cast<std::uint32_t>(entry.offset) * kMixIndex +
+      static_cast<std::uint32_t>(static_cast<std::uint64_t>(entry.offset + call.begin) >> 32) *
+          kMixHigh;
   // Vectors that stream have to be aligned.
   const auto address = reinterpret_cast<std::uintptr_t>(entry.out) +
                        static_cast<std::uintptr_t>(call.begin) * size_of(dtype);
@@ -241,7 +312,7 @@ static void fused_tile(const TileCall& call, bool streaming) {
     if (base != nullptr)
       base = std::memcpy(padded[n_models], static_cast<const unsigned char*>(base) + skip, n_bytes);
     steps(s, base, models, padded[n_models + 1], 0, kElements,
-          index + static_cast<std::uint32_t>(whole), false);
+          index + static_cast<std::uint32_t>(whole) * kMixIndex, false);
     std::memcpy(static_cast<unsigned char*>(entry.out) + skip, padded[n_models + 1], n_bytes);
   }
 }

@@ -75,11 +75,12 @@ static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, s
   return out + (index & 3);
 }
 
-// The key, and the high word of an index that all lanes share, as one operand of the tie hash.
-static std::uint32_t hash_addend(std::uint64_t key, std::uint64_t index) {
-  const std::uint32_t folded =
-      static_cast<std::uint32_t>(key) ^ static_cast<std::uint32_t>(key >> 32) * 0x85EBCA6Bu;
-  return (folded + static_cast<std::uint32_t>(index >> 32) * 0x9E3779B9u) * 0x7FEB352Du;
+// Words of an index in the tie hash, and what its key becomes.
+inline constexpr std::uint32_t kMixIndex = 0x7FEB352Du, kMixHigh = 0x9E3779B9u * kMixIndex;
+
+static std::uint32_t hash_multiplier(std::uint64_t key) {
+  return (static_cast<std::uint32_t>(key) ^ static_cast<std::uint32_t>(key >> 32) * 0x85EBCA6Bu) |
+         1u;
 }
 
 // Which of the tie ranks of consecutive elements are below a cut.
@@ -100,8 +101,9 @@ struct TieCut {
                         high = static_cast<std::uint32_t>(at >> 32);
     const U index_low = low + iota();
     const U index_high = high + ((index_low < low) ? splat_bits(1u) : splat_bits(0u));
-    const U addend = index_high * (0x9E3779B9u * 0x7FEB352Du) + hash_addend(key, 0);
-    return (M)(tie_hash(index_low, addend) < static_cast<std::uint32_t>(cut));
+    const U hash = tie_hash(mixed_index(index_low * kMixIndex + index_high * kMixHigh),
+                            splat_bits(hash_multiplier(key)));
+    return (M)(hash < static_cast<std::uint32_t>(cut));
   }
 };
 
