@@ -81,7 +81,9 @@ LAYERS = {
     # `inspect` shows what is in files, which is what the checkpoint layer's reading module tells.
     # `bench` times torch tensors.
     "tvfast.cli": Layer(
-        inside=("tvfast.demo",), exactly=(*PUBLIC, "tvfast.checkpoint.reading"), outside=("torch",)
+        inside=("tvfast.demo",),
+        exactly=(*PUBLIC, "tvfast.recipe", "tvfast.checkpoint.reading"),
+        outside=("torch",),
     ),
 }
 

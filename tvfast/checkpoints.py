@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -19,6 +20,7 @@ from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
 from tvfast.engine.binding import Binding, bind
 from tvfast.engine.companions import companions
 from tvfast.engine.inputs import FileState
+from tvfast.engine.output import check_report_folder
 from tvfast.engine.plan import Plan, make_plan
 from tvfast.engine.run import Progress, Run, Silence
 from tvfast.engine.staging import Staging
@@ -138,23 +140,25 @@ def merge_checkpoints(
     """
     began = time.perf_counter()
     _check(device, device_memory, nonfinite, resume, overwrite)
+    _check_progress(progress)
+    folder, report_folder = _path(out, "out"), None if report is None else _path(report, "report")
     prepared = _prepare(config, memory=memory, threads=threads, seed=seed)
-    planned = prepared.plan
+    planned, inputs = prepared.plan, prepared.inputs
     nonfinite = nonfinite or prepared.recipe.nonfinite
+    identity = prepared.identity()
+    if report_folder is not None:
+        check_report_folder(report_folder, inputs)
     # Made twice, because they would take memory while tensors are merged: a file that cannot be copied is
     # refused before hours of work.
     companions(prepared.recipe, prepared.binding)
     read_bytes = written_bytes = resumed_bytes = 0
     finished = False
     warnings = planned.warnings
-    if not dry_run:
+    if dry_run:
+        Staging.check(folder, planned.layout, identity, resume=resume, overwrite=overwrite, inputs=inputs)
+    else:
         with Staging.open(
-            os.fspath(out),
-            planned.layout,
-            prepared.identity(),
-            resume=resume,
-            overwrite=overwrite,
-            inputs=[c.directory or c.path for c in prepared.checkpoints.values()],
+            folder, planned.layout, identity, resume=resume, overwrite=overwrite, inputs=inputs
         ) as staging:
             finished = staging.finished
             resumed_bytes = staging.n_resumed_bytes
@@ -173,7 +177,7 @@ def merge_checkpoints(
                 staging.commit()
             warnings += tuple(staging.warnings)
     result = Report(
-        out=os.fspath(out),
+        out=folder,
         dry_run=dry_run,
         n_tensors=len(planned.binding.tasks),
         read_bytes=read_bytes,
@@ -187,9 +191,9 @@ def merge_checkpoints(
         shards=tuple(shard.name for shard in planned.layout.shards),
         warnings=warnings,
     )
-    if report is not None:
-        Path(report).mkdir(parents=True, exist_ok=True)
-        (Path(report) / "report.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
+    if report_folder is not None:
+        Path(report_folder).mkdir(parents=True, exist_ok=True)
+        (Path(report_folder) / "report.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
     return result
 
 
@@ -201,7 +205,13 @@ class _Prepared:
     checkpoints: dict[str, Checkpoint]
     binding: Binding
     plan: Plan
-    seed: int | None
+    seed: int
+
+    @property
+    def inputs(self) -> list[str]:
+        """Directories and files that are read and must not be written to."""
+        found = [checkpoint.directory or checkpoint.path for checkpoint in self.checkpoints.values()]
+        return found if self.binding.tokenizer is None else [*found, self.binding.tokenizer]
 
     @property
     def files(self) -> dict[str, FileState]:
@@ -223,8 +233,11 @@ class _Prepared:
 
 
 def _prepare(config: Config, *, memory: int | None, threads: int, seed: int | None) -> _Prepared:
-    if threads < 0:
-        raise ArgumentError(f"threads is {threads}; expected 0 for all cores, or more.")
+    _check_integer("threads", threads, 0, "0 for all cores, or more")
+    if memory is not None:
+        _check_integer("memory", memory, 1, "a positive number of bytes")
+    if seed is not None:
+        _check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
     recipe = config if isinstance(config, Recipe) else load_recipe(config)
     checkpoints = {path: open_checkpoint(path) for path in recipe.model_paths()}
     binding = bind(recipe, checkpoints, seed=seed)
@@ -232,22 +245,48 @@ def _prepare(config: Config, *, memory: int | None, threads: int, seed: int | No
         [(task.name, task.dtype, task.shape) for task in binding.tasks], recipe.shard_bytes, {}
     )
     planned = make_plan(binding, layout, memory=memory, n_threads=threads)
-    return _Prepared(recipe, checkpoints, binding, planned, seed)
+    return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed)
 
 
 def _check(
     device: str, device_memory: int | None, nonfinite: str | None, resume: bool, overwrite: bool
 ) -> None:
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ArgumentError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or for example 'cuda:1'.")
     if device not in ("auto", "cpu"):
         raise BackendError(
             f"device {device!r}: this build merges checkpoints on the CPU only; expected 'auto' or 'cpu'."
         )
-    if device_memory is not None and device_memory <= 0:
-        raise ArgumentError(f"device_memory is {device_memory}; expected a positive number of bytes.")
+    if device_memory is not None:
+        _check_integer("device_memory", device_memory, 1, "a positive number of bytes")
     if nonfinite not in (None, "error", "propagate"):
         raise ArgumentError(f"nonfinite is {nonfinite!r}; expected 'error' or 'propagate'.")
     if resume and overwrite:
         raise ArgumentError("resume and overwrite exclude each other: continue what is there, or replace it.")
+
+
+def _check_integer(name: str, value: object, least: int, expected: str, end: int | None = None) -> None:
+    """Raise unless `value` is an integer in [least, end)."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not fits or (end is not None and isinstance(value, int) and value >= end):
+        raise ArgumentError(f"{name} is {value!r}; expected {expected}.")
+
+
+def _check_progress(progress: object) -> None:
+    lacking = [name for name in ("start", "read", "wrote", "finish") if not hasattr(progress, name)]
+    if progress is not None and lacking:
+        raise ArgumentError(
+            f"progress is a {type(progress).__name__} without {', '.join(lacking)}; expected an object with "
+            "the methods of tvfast.checkpoints.Progress."
+        )
+
+
+def _path(value: object, name: str) -> str:
+    """A directory's name as text."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or "\0" in path:
+        raise ArgumentError(f"{name} is {value!r}; expected the path of a directory.")
+    return path
 
 
 def _resident_peak() -> int:

@@ -392,3 +392,16 @@ def test_a_directory_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: 
     write(tmp_path, GOOD)
     monkeypatch.setattr(os, "listdir", refuse)
     assert message_of(tmp_path).startswith(f"{tmp_path}: cannot be read: Permission denied")
+
+
+def test_home_is_expanded_and_a_local_path_has_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "model", ONE)
+    write(tmp_path / "model@v2", {**ONE, "two": ONE["one"]} if "one" in ONE else ONE)
+    for path in ("~/model", f"{tmp_path}/model@main", "~/model@main"):
+        found = open_checkpoint(path)
+        assert found.path == path
+        assert found.directory == str(tmp_path / "model")
+    assert open_checkpoint(f"{tmp_path}/model@v2").directory == str(tmp_path / "model@v2")

@@ -81,6 +81,15 @@ def test_one_method_in_full(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert [p["name"] for p in found["parameters"]] == [p.name for p in info.parameters]
 
 
+def test_a_method_gives_the_names_that_recipes_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "ties", "--json"]) == 0
+    names = {p["name"]: p["in_recipe"] for p in json.loads(capsys.readouterr().out)["parameters"]}
+    assert (names["weights"], names["scale"], names["seed"]) == ("weight", "lambda", "tvfast.seed")
+    assert main(["methods", "slerp", "--json"]) == 0
+    names = {p["name"]: p["in_recipe"] for p in json.loads(capsys.readouterr().out)["parameters"]}
+    assert (names["t"], names["scale"]) == ("t", None)
+
+
 def test_an_unknown_method_is_one_message_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "tise"]) == 2
     shown = capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,6 +196,32 @@ def test_missing_tensors_can_be_taken_from_the_base() -> None:
     assert len(found.warnings) == 2
     assert "b lacks 1 tensor (model.norm.weight): copied from o" in found.warnings[0]
     assert "b has 1 tensor (extra) and o has not: left out" in found.warnings[1]
+
+
+def test_one_checkpoint_under_two_paths_is_noted() -> None:
+    again = replace(checkpoint("a"), path="a/")
+    found = bound(TIES.replace("model: b", "model: a/"), **{"a/": again})
+    assert found.warnings == ("a/ and a are the same files; they count as two models.",)
+    assert len(found.tasks[0].models) == 2
+
+
+def test_a_base_without_configuration_takes_that_of_a_model() -> None:
+    bare = replace(checkpoint("o"), config=None)
+    found = bound(TIES, o=bare, a=checkpoint("a", config={"from": "a"}, directory="a"))
+    assert found.config is not None
+    assert found.config["from"] == "a"
+    assert found.donor == "a"
+    assert found.warnings == ("o has no config.json; the output takes that of a.",)
+    none = {name: replace(checkpoint(name), config=None) for name in "oab"}
+    found = bound(TIES, **none)
+    assert found.config is None
+    assert found.warnings == ("no model has a config.json, so the output has none.",)
+
+
+def test_a_revision_of_a_local_path_is_noted() -> None:
+    local = replace(checkpoint("a"), path="a@v2", directory="a")
+    found = bound(TIES.replace("model: a", "model: a@v2"), **{"a@v2": local})
+    assert found.warnings == ("a@v2: a is a local path, which has no revisions; 'v2' is ignored.",)
 
 
 def test_warnings_of_the_recipe_come_first() -> None:

@@ -273,3 +273,15 @@ def test_no_recipe_breaks_out_of_its_block(models: dict[str, Path]) -> None:
 def test_a_name_with_backticks_stays_code(models: dict[str, Path]) -> None:
     text = card(recipe_of({**models, "x": Path("a`b")}))
     assert "* ``a`b``" in text
+
+
+def test_a_tokenizers_own_code_and_ranks_go_along(models: dict[str, Path]) -> None:
+    folder = models["y"]
+    (folder / "tokenization_y.py").write_text("code")
+    (folder / "y.tiktoken").write_text("ranks")
+    recipe = recipe_of(models)
+    found = companions(recipe, binding_of(models["base"], folder))
+    assert found["y.tiktoken"] == b"ranks"
+    assert "tokenization_y.py" not in found
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["t.Y", None]}}))
+    assert companions(recipe, binding_of(models["base"], folder))["tokenization_y.py"] == b"code"

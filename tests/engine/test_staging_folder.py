@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -261,3 +262,73 @@ def test_overwriting_starts_anew(out: Path) -> None:
 def test_overwriting_works_without_anything_to_overwrite(out: Path) -> None:
     merge(out, small_layout(), overwrite=True)
     assert files_in(out).items() >= expected(small_layout()).items()
+
+
+# -- what can be told without a change --------------------------------------------------------------------
+
+
+def check(out: Path | str, *, inputs: Sequence[str] = (), **options: Any) -> None:
+    flags = {"resume": False, "overwrite": False, "identity": IDENTITY, **options}
+    Staging.check(str(out), small_layout(), flags.pop("identity"), inputs=inputs, **flags)
+
+
+def test_a_check_refuses_what_a_run_would_and_changes_nothing(tmp_path: Path) -> None:
+    full, file, link = tmp_path / "full", tmp_path / "file", tmp_path / "link"
+    full.mkdir()
+    (full / "precious").write_text("mine")
+    file.write_text("")
+    link.symlink_to(full)
+    cases: list[tuple[Path | str, dict[str, Any], str]] = [
+        (full, {}, "is not empty: it holds precious"),
+        (full, {"resume": True}, "no merge that could be continued"),
+        (file, {}, "is a file"),
+        (file / "below", {}, "Not a directory"),
+        (link, {}, "symbolic link"),
+        ("", {}, "empty"),
+        (full, {"overwrite": True, "inputs": [str(full)]}, "is the input"),
+        (full / "new" / "deep", {"inputs": [str(full)]}, "lies inside the input"),
+    ]
+    for out, options, message in cases:
+        with pytest.raises(OutputError, match=message):
+            check(out, **options)
+    with pytest.raises(ArgumentError):
+        check(tmp_path / "new", resume=True, overwrite=True)
+    check(tmp_path / "new" / "deep")
+    check(tmp_path / "new", resume=True)
+    check(full, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["file", "full", "link"]
+    assert files_in(full) == {"precious": b"mine"}
+
+
+def test_a_check_knows_what_was_begun_and_what_is_finished(out: Path) -> None:
+    other = {**IDENTITY, "seed": "another"}
+    for make, message in (
+        (lambda: begin(out, small_layout(), 3), "an unfinished merge of something else"),
+        (lambda: merge(out, small_layout(), resume=True), "a finished merge of something else"),
+    ):
+        make()
+        before = files_in(out)
+        check(out, resume=True)
+        check(out, overwrite=True, identity=other)
+        with pytest.raises(OutputError, match=message):
+            check(out, resume=True, identity=other)
+        with pytest.raises(OutputError, match="is not empty"):
+            check(out)
+        assert files_in(out) == before
+
+
+def test_a_check_looks_for_room_and_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match=r"the merge needs \d+ bytes"):
+        Staging.check(
+            str(tmp_path / "out"), small_layout(), IDENTITY, resume=False, overwrite=False, spare_bytes=2**62
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match=f"{tmp_path}: cannot make or write .* writable for this user"):
+        check(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_made_is_not_one_that_vanished() -> None:
+    with pytest.raises(OutputError, match="cannot make the output directory") as caught:
+        merge("/proc/no/such", small_layout())
+    assert "--resume" not in str(caught.value)

@@ -187,3 +187,9 @@ def test_no_file(source: str, words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(source)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, 3, ["merge_method"], b"recipe.yml", object()])
+def test_what_is_neither_path_nor_mapping(source: Any) -> None:
+    with pytest.raises(RecipeError, match=f"got a {type(source).__name__}; expected the path"):
+        load_recipe(source)

@@ -277,6 +277,16 @@ def test_parameters_without_effect_are_one_warning(text: str, key: str) -> None:
     assert "ignored" in recipe.warnings[0]
 
 
+def test_our_names_are_told_apart_from_those_of_recipes() -> None:
+    (warning,) = parse(TIES.replace("weight: 1", "weight: 1, scale: 2")).warnings
+    assert "'scale' has no effect with 'ties', whose 'scale' is 'lambda' in a recipe" in warning
+
+
+def test_the_nearest_name_in_any_case() -> None:
+    assert "did you mean 'ties'?" in refused(TIES.replace("merge_method: ties", "merge_method: TIES"))
+    assert "Did you mean 'weight'?" in refused(TIES.replace("weight: 1", "Weight: 1"))
+
+
 def test_one_warning_however_often() -> None:
     text = "merge_method: ties\nbase_model: o\nparameters: {weight: 1, int8_mask: 1}\nmodels:\n"
     text += "".join(f"  - {{model: m{k}, parameters: {{int8_mask: 1}}}}\n" for k in range(5))

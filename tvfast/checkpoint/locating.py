@@ -48,6 +48,8 @@ class Location:
 def locate(path: str) -> Location:
     """The files of the checkpoint at `path`: a directory, one file, or a hub id that is in the local cache.
 
+    Of `name@revision` where `name` is a local path, the revision is not looked at.
+
     Raises:
         CheckpointError: nothing there, no weights there, an incomplete set of shards, or a broken index.
     """
@@ -58,12 +60,21 @@ def locate(path: str) -> Location:
             return _locate_in(path)
         if os.path.lexists(path):
             return _one_file(path)
+        if (local := _written_otherwise(path)) is not None:
+            return locate(local)
         cached = _cached_snapshot(path)
     except OSError as error:
         raise unreadable(path, error) from None
     if cached is None:
         raise _nothing_at(path)
     return _locate_in(cached)
+
+
+def _written_otherwise(path: str) -> str | None:
+    """What is there for `~/name`, which no shell has expanded, or for `path@revision`, which has none."""
+    expanded = os.path.expanduser(path) if path.startswith("~") else path
+    candidates = (expanded, expanded.rpartition("@")[0])
+    return next((found for found in candidates if found != path and os.path.lexists(found)), None)
 
 
 def _one_file(path: str) -> Location:

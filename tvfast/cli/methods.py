@@ -44,7 +44,10 @@ def run(options: argparse.Namespace) -> int:
 
 def as_json(info: MethodInfo) -> dict[str, Any]:
     """A method as plain data."""
+    from tvfast.recipe import names_in_recipes
+
     fewest, most = info.n_models
+    names = names_in_recipes(info.name)
     return {
         "name": info.name,
         "formula": info.formula,
@@ -53,7 +56,13 @@ def as_json(info: MethodInfo) -> dict[str, Any]:
         "needs_base": info.needs_base,
         "n_models": {"min": fewest, "max": most},
         "parameters": [
-            {"name": one.name, "default": one.default, "meaning": one.meaning} for one in info.parameters
+            {
+                "name": one.name,
+                "in_recipe": names.get(one.name),
+                "default": one.default,
+                "meaning": one.meaning,
+            }
+            for one in info.parameters
         ],
     }
 
@@ -62,9 +71,13 @@ def describe(info: MethodInfo) -> str:
     """A method in full, as text."""
     import inspect
 
+    from tvfast.recipe import names_in_recipes
+
     fewest, most = info.n_models
     count = str(fewest) if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
     width = max(len(one.name) for one in info.parameters)
+    names = names_in_recipes(info.name)
+    recipe_width = max(map(len, names.values()))
     return "\n".join(
         [
             info.name,
@@ -75,7 +88,11 @@ def describe(info: MethodInfo) -> str:
             f"dialects  {', '.join(info.dialects)}",
             f"models    {count} besides the base{'' if info.needs_base else ', whose values are not read'}",
             "",
-            "parameters",
-            *(f"  {one.name:{width}}  {one.meaning} [{one.default}]" for one in info.parameters),
+            "parameters, what a recipe calls them, meaning [default]",
+            *(
+                f"  {one.name:{width}}  {names.get(one.name, '-'):{recipe_width}}  "
+                f"{one.meaning} [{one.default}]"
+                for one in info.parameters
+            ),
         ]
     )

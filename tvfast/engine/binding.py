@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
-from tvfast.engine.configuration import patched_config, ties_embeddings
+from tvfast.engine.configuration import donor_of, patched_config, ties_embeddings
 from tvfast.engine.rows import Row, Rows
 from tvfast.engine.tasks import Task
 from tvfast.engine.vocabulary import check_same_vocabulary, vocabulary_file
@@ -26,7 +26,7 @@ class Binding:
 
     Attributes:
         tasks: one per tensor of the output, in its order.
-        config: `config.json` of the output; None: the donor has none.
+        config: `config.json` of the output; None: no model has one.
         donor: directory of the model whose companion files are copied; its path if it is one file.
         tokenizer: directory whose tokenizer files are copied; None: nothing to copy.
         warnings: of recipe and files.
@@ -62,13 +62,13 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     rows = Rows(recipe, checkpoints)
     binder = _Binder(recipe, checkpoints, recipe.seed if seed is None else seed)
     tasks, ties = binder.tied([(row, binder.task(row)) for row in rows.all()])
-    donor = checkpoints[recipe.donor]
+    donor = checkpoints[donor_of(recipe, checkpoints)]
     return Binding(
         tasks=tuple(tasks),
         config=patched_config(recipe, checkpoints, _most_common_dtype(tasks)),
         donor=donor.directory or donor.path,
         tokenizer=_tokenizer(recipe, checkpoints),
-        warnings=(*recipe.warnings, *rows.warnings),
+        warnings=(*recipe.warnings, *_doubts(recipe, checkpoints), *rows.warnings),
         ties=ties,
     )
 
@@ -130,7 +130,7 @@ class _Binder:
         second name is left out.
         """
         rows = {row.name: row for row, _ in pairs}
-        leave_out = ties_embeddings(self.checkpoints[self.recipe.donor].config)
+        leave_out = ties_embeddings(self.checkpoints[donor_of(self.recipe, self.checkpoints)].config)
         tasks: list[Task] = []
         ties: dict[str, str] = {}
         for row, task in pairs:
@@ -195,6 +195,23 @@ def _places(row: Row) -> list[tuple[str, int, int] | None]:
     return [None if stored is None else (stored.path, stored.offset, stored.n_bytes) for stored in row.inputs]
 
 
+def _doubts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """What may not be meant: no configuration, a revision of a local path, one checkpoint under two paths."""
+    donor = donor_of(recipe, checkpoints)
+    if checkpoints[donor].config is None:
+        yield "no model has a config.json, so the output has none."
+    elif donor != recipe.donor:
+        yield f"{recipe.donor} has no config.json; the output takes that of {donor}."
+    first: dict[tuple[str, ...], str] = {}
+    for path, checkpoint in checkpoints.items():
+        name, _, revision = path.rpartition("@")
+        if name and os.path.expanduser(name) in (checkpoint.directory, checkpoint.files[0]):
+            yield f"{path}: {name} is a local path, which has no revisions; {revision!r} is ignored."
+        other = first.setdefault(tuple(map(os.path.realpath, checkpoint.files)), path)
+        if other != path:
+            yield f"{path} and {other} are the same files; they count as two models."
+
+
 def _most_common_dtype(tasks: list[Task]) -> str | None:
     """The storage type of most elements of the output, as `config.json` calls it."""
     counts: Counter[str] = Counter()
@@ -216,7 +233,7 @@ def _tokenizer(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str | N
         paths = [recipe.donor, *(path for path in directories if path != recipe.donor)]
         return next((directories[path] for path in paths if vocabulary_file(directories[path])), None)
     model = recipe.donor if wanted in ("union", "base") else wanted
-    source = directories.get(model, model)
+    source = directories.get(model, os.path.expanduser(model))
     if source is None or not os.path.isdir(source):
         raise RecipeError(
             f"{recipe.where}: tokenizer_source: {wanted}: {model} is no directory; expected one that has a "

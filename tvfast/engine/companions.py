@@ -28,6 +28,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+    "vocab.bpe",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -67,10 +72,12 @@ def companions(recipe: Recipe, binding: Binding) -> dict[str, bytes]:
     files = _copied(binding.donor, DONOR_FILES)
     if binding.config is not None:
         if "auto_map" in binding.config:  # the model's own code; without it, the output does not load
-            files |= _copied(binding.donor, _modules(binding.donor))
+            files |= _copied(binding.donor, _named(binding.donor, ".py"))
         files["config.json"] = _json(binding.config)
     if binding.tokenizer is not None:
-        files |= _copied(binding.tokenizer, TOKENIZER_FILES)
+        files |= _copied(binding.tokenizer, (*TOKENIZER_FILES, *_named(binding.tokenizer, ".tiktoken")))
+        if b'"auto_map"' in files.get("tokenizer_config.json", b""):
+            files |= _copied(binding.tokenizer, _named(binding.tokenizer, ".py"))
     if recipe.chat_template is not None:
         files |= _with_template(files, _template(recipe.chat_template, recipe.model_paths()))
     files["README.md"] = card(recipe).encode()
@@ -138,9 +145,9 @@ def _copied(path: str, names: Iterable[str]) -> dict[str, bytes]:
     return {name: _read(file) for name, file in found.items() if os.path.lexists(file)}
 
 
-def _modules(path: str) -> list[str]:
+def _named(path: str, suffix: str) -> list[str]:
     directory = _directory(path)
-    return [] if directory is None else sorted(n for n in os.listdir(directory) if n.endswith(".py"))
+    return [] if directory is None else sorted(n for n in os.listdir(directory) if n.endswith(suffix))
 
 
 def _directory(path: str) -> str | None:

@@ -14,6 +14,12 @@ _DTYPES = ("torch_dtype", "dtype")
 _PER_LAYER = ("layer", "block")  # in the names of lists with one entry per layer
 
 
+def donor_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """The model whose configuration the output takes: the base, or the first input, that has one."""
+    paths = (path for path in recipe.model_paths() if checkpoints[path].config is not None)
+    return next(paths, recipe.donor)
+
+
 def patched_config(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], dtype: str | None
 ) -> dict[str, Any] | None:
@@ -23,9 +29,9 @@ def patched_config(
         dtype: most of the output's storage type, as `config.json` calls it; None: leave it.
 
     Returns:
-        A new dict; None where the donor has no configuration.
+        A new dict; None where no model has a configuration.
     """
-    config = checkpoints[recipe.donor].config
+    config = checkpoints[donor_of(recipe, checkpoints)].config
     if config is None:
         return None
     config = copy.deepcopy(config)

@@ -130,6 +130,19 @@ def verify_finished(out: str, identity: Identity, layout: Layout) -> list[str]:
     Raises:
         OutputError: it is of something else, or damaged.
     """
+    made_by, crcs = check_finished(out, identity, layout)
+    _verify_files(out, layout, crcs)
+    if made_by == identity.get("version"):
+        return []
+    return [f"{out} was made by tvfast {made_by}; this is {identity.get('version')}. It is left as it is."]
+
+
+def check_finished(out: str, identity: Identity, layout: Layout) -> tuple[object, dict[str, tuple[int, int]]]:
+    """The release that made a finished output, and size and checksum of its shards, which are not read.
+
+    Raises:
+        OutputError: it is of something else than `identity`, or its manifest is damaged.
+    """
     path = os.path.join(out, FINISHED_NAME)
     content = _read_json(path) or {}
     _check_format(content, path)
@@ -145,10 +158,7 @@ def verify_finished(out: str, identity: Identity, layout: Layout) -> list[str]:
         raise changed(out, "a finished merge of something else", changes)
     if set(crcs) != {shard.name for shard in layout.shards}:
         raise _not_understood(path)
-    _verify_files(out, layout, crcs)
-    if made_by == identity.get("version"):
-        return []
-    return [f"{out} was made by tvfast {made_by}; this is {identity.get('version')}. It is left as it is."]
+    return made_by, crcs
 
 
 def _verify_files(out: str, layout: Layout, crcs: Mapping[str, tuple[int, int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -40,6 +41,36 @@ def checked_output(out: str, inputs: Sequence[str]) -> str:
     for source in inputs:
         _check_apart(out, path, source)
     return path
+
+
+def check_report_folder(folder: str, inputs: Sequence[str]) -> None:
+    """Raise unless a folder for a report is there or can be made, apart from the inputs; changes nothing.
+
+    Raises:
+        OutputError: it is no directory, cannot be written to, or it is, or lies in, one of the inputs.
+    """
+    path = os.path.realpath(folder)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise OutputError(f"{folder} is a file; a report is written to a directory. Name another one.")
+    for source in inputs:
+        _check_apart(folder, path, source)
+    check_writable(path)
+
+
+def check_writable(path: str) -> None:
+    """Raise unless the directory `path` can be written to, or be made; changes nothing.
+
+    Raises:
+        OutputError: the first directory above it that exists is none, or not writable.
+    """
+    present = next(above for above in _above(path) if os.path.lexists(above))
+    code = 0
+    if not os.path.isdir(present):
+        code = errno.ENOTDIR
+    elif not os.access(present, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    if code:
+        raise output_error(OSError(code, os.strerror(code)), "make or write a directory in it", present)
 
 
 def _key(path: str) -> tuple[int, int] | None:

@@ -61,16 +61,25 @@ class ShardFiles:
     def path(self, shard: int) -> str:
         return os.path.join(self._folder, self._layout.shards[shard].name)
 
+    def check_room(self, spare_bytes: int) -> int:
+        """How many bytes the files still need on the disk, with `spare_bytes` more; changes nothing.
+
+        Raises:
+            OutputError: there is no room for them.
+        """
+        needed = sum(self._missing_bytes(shard) for shard in range(len(self._layout.shards))) + spare_bytes
+        free = free_bytes(self._folder)
+        if free is not None and needed > free:
+            raise self._no_room(needed, free)
+        return needed
+
     def prepare(self, spare_bytes: int) -> None:
         """Makes or completes every file: its size, blocks on the disk, its header.
 
         Raises:
             OutputError: there is no room for them and `spare_bytes` more, or they cannot be made.
         """
-        missing = sum(self._missing_bytes(shard) for shard in range(len(self._layout.shards)))
-        free = free_bytes(self._folder)
-        if free is not None and missing + spare_bytes > free:
-            raise self._no_room(missing + spare_bytes, free)
+        needed = self.check_room(spare_bytes)
         for number, shard in enumerate(self._layout.shards):
             path = self.path(number)
             try:
@@ -83,7 +92,7 @@ class ShardFiles:
                     os.close(fd)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise self._no_room(missing + spare_bytes, free_bytes(self._folder)) from error
+                    raise self._no_room(needed, free_bytes(self._folder)) from error
                 raise output_error(error, f"allocate {shard.n_bytes} bytes", path) from error
 
     def _missing_bytes(self, shard: int) -> int:

@@ -22,12 +22,20 @@ from tvfast.engine.manifest import (
     Manifest,
     State,
     changed,
+    check_finished,
     differences,
     finished_manifest,
     full_identity,
     verify_finished,
 )
-from tvfast.engine.output import STAGING_NAME, checked_output, entries, listed, old_weights
+from tvfast.engine.output import (
+    STAGING_NAME,
+    check_writable,
+    checked_output,
+    entries,
+    listed,
+    old_weights,
+)
 from tvfast.engine.shards import ShardFiles
 from tvfast.errors import ArgumentError, MergeError, OutputError
 
@@ -88,18 +96,58 @@ class Staging:
             OutputError: `out` cannot be used: no directory, an input, not empty, locked, of another merge,
                 damaged, without room. Then nothing in it has changed.
         """
-        if resume and overwrite:
-            raise ArgumentError(
-                "resume and overwrite are both set; --resume continues, --overwrite starts anew."
-            )
-        path = checked_output(out, inputs)
-        staging = cls(path, layout, full_identity(identity, layout))
+        staging = cls._unopened(out, layout, identity, resume, overwrite, inputs)
         try:
             staging._begin(resume, overwrite, spare_bytes)
         except BaseException:
             staging.abandon()
             raise
         return staging
+
+    @classmethod
+    def check(
+        cls,
+        out: str,
+        layout: Layout,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        spare_bytes: int = 0,
+        inputs: Sequence[str] = (),
+    ) -> None:
+        """Raises what `open` would, as far as it can be told without a change and without reading tensors.
+
+        Arguments and errors are those of `open`. Another process that writes there is not looked for: it may
+        have ended before the real run begins.
+        """
+        staging = cls._unopened(out, layout, identity, resume, overwrite, inputs)
+        if resume and staging._is_complete():
+            check_finished(staging.out, staging._manifest.identity, layout)
+            return
+        if not overwrite:
+            staging._check_startable(resume)
+            found = Manifest.read(staging._folder)
+            if found is not None:
+                staging._check_same(found)
+        check_writable(staging.out)
+        staging._shards.check_room(spare_bytes)
+
+    @classmethod
+    def _unopened(
+        cls,
+        out: str,
+        layout: Layout,
+        identity: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
+        inputs: Sequence[str],
+    ) -> Staging:
+        if resume and overwrite:
+            raise ArgumentError(
+                "resume and overwrite are both set; --resume continues, --overwrite starts anew."
+            )
+        return cls(checked_output(out, inputs), layout, full_identity(identity, layout))
 
     def _begin(self, resume: bool, overwrite: bool, spare_bytes: int) -> None:
         if resume and self._is_complete():
@@ -171,6 +219,10 @@ class Staging:
             for made in reversed(missing):
                 with suppress(PermissionError):  # one may make a directory where one may not list
                     sync_folder(os.path.dirname(made))
+        except FileNotFoundError as error:  # as in /proc: nothing was removed, so --resume would not help
+            raise OutputError(
+                f"{self.out}: cannot make the output directory: {error.strerror}. Name one elsewhere."
+            ) from error
         except OSError as error:
             raise output_error(error, "make the output directory", self.out) from error
         return missing
@@ -198,10 +250,13 @@ class Staging:
             _remove_empty(made)
             raise
 
-    def _continue(self, found: Manifest, spare_bytes: int) -> None:
+    def _check_same(self, found: Manifest) -> None:
         changes = list(differences(found.identity, self._manifest.identity))
         if changes:
             raise changed(self.out, "an unfinished merge of something else", changes)
+
+    def _continue(self, found: Manifest, spare_bytes: int) -> None:
+        self._check_same(found)
         self._manifest = found
         if found.state is State.COMMITTING:
             self._complete()

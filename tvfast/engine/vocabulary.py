@@ -9,7 +9,15 @@ from typing import Any
 
 from tvfast.errors import CheckpointError, RecipeError
 
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 """A tokenizer's vocabulary, the first of these that a directory has."""
 
 _MAX_BYTES = 512 * 1000**2

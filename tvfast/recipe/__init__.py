@@ -9,11 +9,12 @@ from typing import Any
 
 from tvfast.errors import RecipeError
 from tvfast.recipe.document import MAX_CHARACTERS, Value, compose, from_mapping
+from tvfast.recipe.keys import OWN_KEYS, method_keys
 from tvfast.recipe.parsing import read_recipe
 from tvfast.recipe.recipe import Recipe, Slice, Source
 from tvfast.recipe.resolution import Resolver
 
-__all__ = ["Recipe", "Resolver", "Slice", "Source", "load_recipe", "parse_recipe"]
+__all__ = ["Recipe", "Resolver", "Slice", "Source", "load_recipe", "names_in_recipes", "parse_recipe"]
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
@@ -35,7 +36,11 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     if isinstance(source, Mapping):
         document = from_mapping(source, "recipe")
         return read_recipe(document, json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n")
-    path = os.fspath(source)
+    path = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(path, str):
+        raise RecipeError(
+            f"load_recipe got a {type(path).__name__}; expected the path of a YAML file, or a mapping."
+        )
     return parse_recipe(_read(path), path)
 
 
@@ -51,6 +56,16 @@ def parse_recipe(text: str, where: str) -> Recipe:
         UnknownNameError: a method or dialect does not exist.
     """
     return read_recipe(compose(text.removeprefix("\ufeff"), where), text)
+
+
+def names_in_recipes(method: str) -> dict[str, str]:
+    """What a recipe calls the parameters of a method, by our names; it cannot give those that are missing.
+
+    Raises:
+        KeyError: no such method.
+    """
+    names = {key.keyword: key.name for key in method_keys(method, "mergekit").values()}
+    return {**names, **{name: f"tvfast.{name}" for name in sorted(OWN_KEYS)}}
 
 
 def _read(path: str) -> str:

@@ -125,9 +125,10 @@ class Value:
 
 
 def nearest(found: str, known: Sequence[str]) -> str:
-    """ " Did you mean 'x'?" for the nearest known word, or nothing."""
-    matches = get_close_matches(found[:SHOWN], known, n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    """ " Did you mean 'x'?" for the nearest known word, in upper or lower case, or nothing."""
+    words = {word.lower(): word for word in known}
+    matches = get_close_matches(found[:SHOWN].lower(), words, n=1)
+    return f" Did you mean {words[matches[0]]!r}?" if matches else ""
 
 
 def shortened(text: str, most: int = SHOWN) -> str:

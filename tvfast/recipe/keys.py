@@ -48,7 +48,9 @@ PEER_KEYS = frozenset(
 """Parameters of any method of mergekit 0.1.5."""
 
 _OUR_NAMES = {"lambda": "scale", "weight": "weights"}
-_ELSEWHERE = frozenset({"seed", "tie", "dialect"})  # under `tvfast`
+OWN_KEYS = frozenset({"seed", "tie", "dialect"})
+"""Parameters that a recipe has under `tvfast`."""
+
 _PASSTHROUGH = "passthrough"
 
 # Parameters that our methods have and mergekit's of the same names have not, so that it ignores them.
@@ -93,7 +95,7 @@ def method_keys(method: str, dialect: str) -> dict[str, Key]:
 
 
 def _names(info: MethodInfo) -> list[str]:
-    return [parameter.name for parameter in info.parameters if parameter.name not in _ELSEWHERE]
+    return [parameter.name for parameter in info.parameters if parameter.name not in OWN_KEYS]
 
 
 def _key(info: MethodInfo, keyword: str, dialect: str) -> Key:

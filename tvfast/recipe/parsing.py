@@ -157,7 +157,9 @@ class _Reader:
         if name not in known:
             takes = f"Method {self.method!r} takes {', '.join(self.keys)}."
             raise value.error(f"no such parameter.{nearest(name, known)} {takes}")
-        self._ignore(name, f"has no effect with {self.method!r}")
+        ours = {key.keyword: key.name for key in self.keys.values()}
+        hint = f", whose {name!r} is {ours[name]!r} in a recipe" if name in ours else ""
+        self._ignore(name, f"has no effect with {self.method!r}{hint}")
 
     def _ignore(self, topic: str, reason: str, place: str = "", name: str = "") -> None:
         prefix = f"{place}: " if place else ""
