@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tvfast
+from tvfast.errors import UnknownNameError
 from tvfast.methods.base import float32
 
 # -- ties at the threshold -------------------------------------------------------------------------
@@ -45,6 +46,23 @@ def test_index_ties_over_the_whole_model_run_in_order_of_name() -> None:
     out = tvfast.merge(base, [model], method="ties", dialect="paper", density=0.5, tie="index")
     assert out["a"].tolist() == [1.0] * 7  # int(17 * 0.5) + 1 = 9 in all
     assert out["b"].tolist() == [1.0] * 2 + [0.0] * 8
+
+
+def test_scope_takes_the_place_of_the_dialect_s() -> None:
+    base = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    model = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
+
+    def kept(**arguments: str) -> list[list[float]]:
+        out = tvfast.merge(base, [model], method="ties", density=0.5, **arguments)
+        return [out["a"].tolist(), out["b"].tolist()]
+
+    by_tensor = [[0.0, 0.0, 3.0, 4.0], [0.0, 0.0, 7.0, 8.0]]
+    assert kept() == kept(scope="tensor") == by_tensor
+    assert kept(scope="model") == [[0.0] * 4, [5.0, 6.0, 7.0, 8.0]]
+    assert kept(dialect="paper") == [[0.0, 0.0, 0.0, 4.0], [5.0, 6.0, 7.0, 8.0]]  # int(d n) + 1
+    assert kept(dialect="paper", scope="tensor") == [[0.0, 2.0, 3.0, 4.0], [0.0, 6.0, 7.0, 8.0]]
+    with pytest.raises(UnknownNameError, match="did you mean 'model'"):
+        kept(scope="models")
 
 
 @pytest.mark.parametrize("tie", ["ge", "index", "hash"])

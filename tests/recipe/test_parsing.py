@@ -60,6 +60,14 @@ tvfast: {seed: 7, tie: index, dialect: peft, out_shard_size: 2GB, nonfinite: pro
     assert inputs(recipe) == ["a", "b", "o"]
 
 
+def test_scope_is_of_ties_only() -> None:
+    recipe = parse(TIES + "tvfast: {scope: model}\n")
+    assert recipe.scope == "model"
+    assert Resolver(recipe, 0).method(recipe.slices[0], ["w"] * 3, "w", 0.0).whole_model
+    assert "belongs to method 'ties'" in refused(LINEAR + "tvfast: {scope: model}\n")
+    assert "one of tensor, model" in refused(TIES + "tvfast: {scope: layer}\n")
+
+
 def test_defaults() -> None:
     recipe = parse(LINEAR)
     assert (recipe.base_model, recipe.donor, recipe.output_dtype) == (None, "a", None)

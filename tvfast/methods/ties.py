@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tvfast.methods.base import TIES, PerModel, parameter, register_method
+from tvfast.methods.base import TIES, PerModel, check_name, parameter, register_method
 from tvfast.methods.dialects import TIES_DIALECTS, TiesDialect
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.task_vectors import (
@@ -17,6 +17,8 @@ from tvfast.methods.task_vectors import (
 )
 from tvfast.program import Program, TensorScalars, Tie, ZeroSign
 
+SCOPES = ("tensor", "model")
+
 
 @register_method("ties", source="Yadav et al. 2023, arXiv:2306.01708", dialects=tuple(TIES_DIALECTS))
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +28,17 @@ class Ties(TaskVectorMethod):
     density: PerModel = parameter(1.0, "share kept, in [0, 1]; one, or one per model")
     normalize: bool | None = parameter(None, "False: sum instead of mean; None: as the dialect does")
     rescale: bool = parameter(False, "restore the L1 norm of each task vector after the trim")
+    scope: str | None = parameter(
+        None, "what is ranked together: 'tensor' or the whole 'model'; by dialect if None"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_fractions("density")
         self._check_flag("normalize")
         self._check_flag("rescale")
+        if self.scope is not None:
+            check_name("scope", self.scope, SCOPES, "method 'ties'")
 
     @property
     def _row(self) -> TiesDialect:
@@ -43,7 +50,7 @@ class Ties(TaskVectorMethod):
 
     @property
     def whole_model(self) -> bool:
-        return self._row.scope == "model"
+        return (self.scope or self._row.scope) == "model"
 
     def program(self) -> Program:
         program = replace(self._row.program, tie=self.tie_rule)

@@ -48,7 +48,7 @@ PEER_KEYS = frozenset(
 """Parameters of any method of mergekit 0.1.5."""
 
 _OUR_NAMES = {"lambda": "scale", "weight": "weights"}
-OWN_KEYS = frozenset({"seed", "tie", "dialect"})
+OWN_KEYS = frozenset({"seed", "tie", "dialect", "scope"})
 """Parameters that a recipe has under `tvfast`."""
 
 _PASSTHROUGH = "passthrough"

@@ -33,7 +33,7 @@ _TOP = (
     "name",
     "tvfast",
 )
-_OWN = ("dialect", "seed", "tie", "out_shard_size", "nonfinite", "on_missing")
+_OWN = ("dialect", "seed", "tie", "scope", "out_shard_size", "nonfinite", "on_missing")
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
 _MOST_BYTES = 2**62
@@ -96,6 +96,7 @@ class _Reader:
             shard_bytes=self._shard_bytes(),
             seed=self._seed(),
             tie=self._word("tie", tuple(TIES)),
+            scope=self._scope(),
             nonfinite=self._word("nonfinite", _NONFINITE) or "error",
             on_missing=self._word("on_missing", _ON_MISSING) or "error",
             warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
@@ -342,6 +343,14 @@ class _Reader:
             raise value.expected("an integer of 64 bits")
         return seed
 
+    def _scope(self) -> str | None:
+        scope = self._word("scope", _SCOPES)
+        if scope is not None and all(parameter.name != "scope" for parameter in self.info.parameters):
+            raise self.own["scope"].error(
+                f"belongs to method 'ties'; method {self.method!r} ranks as its dialect does. Remove it."
+            )
+        return scope
+
     def _word(self, key: str, known: tuple[Word, ...]) -> Word | None:
         value = self.own.get(key)
         if value is None or value.plain is None:
@@ -352,6 +361,7 @@ class _Reader:
         raise value.expected(f"one of {', '.join(known)}")
 
 
+_SCOPES = ("tensor", "model")
 _NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate")
 _ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
 

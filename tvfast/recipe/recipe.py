@@ -79,6 +79,7 @@ class Recipe:
         shard_bytes: most bytes of tensors in an output file.
         seed: of random draws and tie hashes.
         tie: rule for entries equal to a threshold; None: the dialect's.
+        scope: what is ranked together, "tensor" or "model"; None: the dialect's.
         nonfinite: what a NaN or an infinity in an input means.
         on_missing: what a tensor means that the base has and another model has not.
         warnings: what was ignored.
@@ -99,6 +100,7 @@ class Recipe:
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
     tie: str | None = None
+    scope: str | None = None
     nonfinite: Literal["error", "propagate"] = "error"
     on_missing: Literal["error", "base"] = "error"
     warnings: tuple[str, ...] = ()

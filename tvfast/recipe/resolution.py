@@ -24,6 +24,8 @@ class Resolver:
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
         self._fixed = {"seed": seed, "tie": recipe.tie, "dialect": recipe.dialect}
+        if recipe.scope is not None:
+            self._fixed["scope"] = recipe.scope
         self._keys = tuple(method_keys(recipe.method, recipe.dialect).values())
         self._needs_base = METHODS[recipe.method].needs_base
         self._methods: dict[Arguments, ProgramMethod] = {}
