@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tvfast.engine.binding import Binding
 
 from tvfast import dtypes
 from tvfast.checkpoint.layout import make_layout
 from tvfast.checkpoint.stored import Stored
 from tvfast.engine.arrange import Part, arrange
+from tvfast.engine.binding import Binding
 from tvfast.engine.memory import PAGE
 from tvfast.engine.passes import count_passes
 from tvfast.engine.plan import CUT, MiB, Plan, make_plan

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvfast.engine.memory import PAGE, Buffer
@@ -16,6 +20,9 @@ REQUEST = 4 * 2**20
 
 N_READERS = 8
 """Reads in flight; a virtio disk is saturated by four, NVMe wants more."""
+
+MAX_OPEN = 128
+"""Input files that are open at a time; a family of large models has a thousand, a process may have fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,17 @@ class FileState:
         return FileState(status.st_size, status.st_mtime_ns)
 
 
+@dataclass(slots=True)
+class _Open:
+    """One input file's descriptor."""
+
+    descriptor: int
+    direct: bool
+    n_users: int = 0
+
+
 class Inputs:
-    """The input files of a merge, opened once each and never written.
+    """The input files of a merge, never written.
 
     Args:
         files: the state of every file when its header was read.
@@ -55,7 +71,7 @@ class Inputs:
         self._files = files
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._on_read = on_read
-        self._descriptors: dict[str, tuple[int, bool]] = {}
+        self._open: OrderedDict[str, _Open] = OrderedDict()  # used last at the end
         self._lock = threading.Lock()
         self._stopped = False
         self._readers = ThreadPoolExecutor(N_READERS, "tvfast-read")
@@ -92,22 +108,32 @@ class Inputs:
     def close(self) -> None:
         """Stop reading and close every file."""
         self._readers.shutdown(wait=True, cancel_futures=True)
-        for descriptor, _ in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        while self._open:
+            os.close(self._open.popitem()[1].descriptor)
 
-    def _open(self, path: str) -> tuple[int, bool]:
+    @contextmanager
+    def _borrowed(self, path: str) -> Iterator[_Open]:
         with self._lock:
-            if path not in self._descriptors:
+            file = self._open.get(path)
+            if file is None:
                 try:
-                    self._descriptors[path] = self._open_one(path)
+                    file = self._open[path] = self._open_one(path)
                 except OSError as error:
                     raise MergeError(
                         f"{path}: input cannot be opened ({error.strerror}). {_AGAIN}"
                     ) from error
-            return self._descriptors[path]
+            self._open.move_to_end(path)
+            file.n_users += 1
+            idle = [name for name, other in self._open.items() if not other.n_users]
+            for name in idle[: max(0, len(self._open) - MAX_OPEN)]:
+                os.close(self._open.pop(name).descriptor)
+        try:
+            yield file
+        finally:
+            with self._lock:
+                file.n_users -= 1
 
-    def _open_one(self, path: str) -> tuple[int, bool]:
+    def _open_one(self, path: str) -> _Open:
         flags = os.O_RDONLY | os.O_CLOEXEC
         direct = self._direct
         try:
@@ -117,34 +143,53 @@ class Inputs:
                 raise
             direct = False  # the file system has no direct reads
             descriptor = os.open(path, flags)
-        _same(path, self._files[path], FileState.of(os.fstat(descriptor)))
-        return descriptor, direct
+        try:
+            _same(path, self._files[path], FileState.of(os.fstat(descriptor)))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return _Open(descriptor, direct)
 
     def _read(self, piece: Extent, block: Buffer) -> None:
         if self._stopped:
             raise MergeError("stopped")
-        descriptor, direct = self._open(piece.path)
-        begin, end, at = piece.offset, piece.offset + piece.n_bytes, piece.at
-        if direct:  # whole pages; the bytes around the piece belong to this extent's own pages
-            at -= begin % PAGE
-            begin -= begin % PAGE
-            last = -(-end // PAGE) * PAGE
-        else:
-            last = end
-        done = begin
-        while done < end:
-            try:
-                n = os.preadv(descriptor, [block.view[at + done - begin : at + last - begin]], done)
-            except OSError as error:
-                raise MergeError(
-                    f"{piece.path}: reading at byte {done} failed ({error.strerror}). {_AGAIN}"
-                ) from error
-            if n == 0:
-                raise MergeError(f"{piece.path}: ends at byte {done}, expected {end} or more. {_AGAIN}")
-            done += n
-            if direct and done < end and done % PAGE:
-                done -= done % PAGE  # a short direct read ends anywhere; the next must start at a page
+        with self._borrowed(piece.path) as file:
+            _fill(piece, block, file)
         self._on_read(piece.n_bytes)
+
+
+def _fill(piece: Extent, block: Buffer, file: _Open) -> None:
+    """Read one piece.
+
+    Raises:
+        MergeError: the file ends before it, or the system cannot read it.
+    """
+    begin, end, at = piece.offset, piece.offset + piece.n_bytes, piece.at
+    direct = file.direct
+    if direct:  # whole pages; the bytes around the piece belong to this extent's own pages
+        at -= begin % PAGE
+        begin -= begin % PAGE
+        last = -(-end // PAGE) * PAGE
+    else:
+        last = end
+    done = begin
+    while done < end:
+        try:
+            n = os.preadv(file.descriptor, [block.view[at + done - begin : at + last - begin]], done)
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:  # opened so, but not read so, by this file system
+                flags = fcntl.fcntl(file.descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(file.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                direct = False
+                continue
+            raise MergeError(
+                f"{piece.path}: reading at byte {done} failed ({error.strerror}). {_AGAIN}"
+            ) from error
+        # A short direct read ends anywhere, and the next must start at a page; less than one is the end.
+        whole = n - n % PAGE if direct and done + n < end else n
+        if whole == 0:
+            raise MergeError(f"{piece.path}: ends at byte {done + n}, expected {end} or more. {_AGAIN}")
+        done += whole
 
 
 _AGAIN = "What is merged so far is kept: restore the file and run again with --resume."

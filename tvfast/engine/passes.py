@@ -52,7 +52,8 @@ def count_passes(tasks: Sequence[Task]) -> int:
     if first.method is None:
         return 1
     short = all(stored.dtype != "F32" for task in tasks for stored in task.inputs)
-    return _count(first.method, len(first.models), first.n_elements, first.shape, short)
+    n = sum(task.n_elements for task in tasks)  # ranks of few elements need no pass, those of many do
+    return _count(first.method, len(first.models), n, first.shape, short)
 
 
 @lru_cache(maxsize=4096)

@@ -33,6 +33,10 @@ CUT = 65536
 PROGRAM_BYTES = 56 * MiB
 """Resident memory of the interpreter, the extension and their threads, before any tensor is read."""
 
+TENSOR_BYTES = 512
+"""What is known of one tensor of one file, as objects of the interpreter; three times that where a whole
+model is streamed together."""
+
 SCRATCH_BYTES = 24 * MiB
 """What kernels and bit planes take for one unit, at most."""
 
@@ -150,22 +154,30 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
     threads = n_threads or len(os.sched_getaffinity(0))
     n_workers = threads + 1  # one more: while one waits for the disk, the others keep the cores busy
     whole, single = _split_by_scope(binding.tasks)
-    scratch = max([SCRATCH_BYTES, *(_rank_scratch(task, threads) for task in single)])
-    fixed = PROGRAM_BYTES + n_workers * scratch
     least = max([_smallest(t) for t in single] + [CHUNKS_IN_FLIGHT * _least_chunk(t) for t in whole])
-    held = [block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1]
-    wanted = max((n_workers + 1) * UNIT_BYTES, least, max(held, default=0) + 2 * UNIT_BYTES)
-    if whole or max(held, default=0) > (_free_memory() // 2 if memory is None else memory - fixed):
-        fixed += STREAM_BYTES
-    if memory is None:
-        arena = max(least, min(wanted, _free_memory() // 2))
-    elif memory - fixed < least:
+    largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1), default=0)
+    wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES)
+    scratch = _Scratch.of(single, n_workers, threads)
+    known = TENSOR_BYTES * (
+        sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
+    )
+    free = _free_memory() // 2
+    fixed = arena = 0
+    for stream in (STREAM_BYTES,) if whole else (0, STREAM_BYTES):
+        fixed = PROGRAM_BYTES + known + stream
+        if memory is None:
+            arena = max(least, min(wanted, free))
+        else:  # scratch grows with the arena: what is left beside the least of it is too much at most
+            arena = min(wanted, memory - fixed - scratch.beside(least))
+            arena = max(least, min(arena, memory - fixed - scratch.beside(arena)))
+        fixed += scratch.beside(arena)
+        if largest <= arena:
+            break
+    if memory is not None and fixed + arena > memory:
         raise ArgumentError(
-            f"--memory {memory} bytes is too little for this merge; it needs at least {fixed + least} "
-            f"({math.ceil((fixed + least) / MiB)}M)."
+            f"--memory {memory} bytes is too little for this merge; it needs at least {fixed + arena} "
+            f"({math.ceil((fixed + arena) / MiB)}M)."
         )
-    else:
-        arena = min(memory - fixed, wanted)
     unit_bytes = min(UNIT_BYTES, arena // (n_workers + 1))
     units: list[Unit] = []
     if whole:
@@ -275,10 +287,39 @@ def _smallest(task: Task) -> int:
     return min(whole, CHUNKS_IN_FLIGHT * _least_chunk(task))
 
 
-def _rank_scratch(task: Task, n_threads: int) -> int:
-    """Ranks take 12 + 4 K bytes per element of a row for each thread."""
-    row = row_elements(task)
-    return n_threads * row * (12 + 4 * len(task.models)) + RANK_BYTES if row else 0
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    """What all workers take beside the arena. Ranks take 12 + 4 K bytes per element of a row for each thread.
+
+    Attributes:
+        least: without ranks.
+        most: ranks of the longest row, in all threads of all workers; 0: nothing is ranked.
+        share: ranks of everything that is in the arena, as a share of it.
+    """
+
+    least: int
+    most: int
+    share: float
+    n_workers: int
+
+    @staticmethod
+    def of(tasks: Iterable[Task], n_workers: int, n_threads: int) -> _Scratch:
+        most, share = 0, 0.0
+        for task in tasks:
+            row = row_elements(task)
+            if row and task.n_elements:
+                n_bytes = 12 + 4 * len(task.models)
+                part = Part(task, 0, task.n_elements)
+                most = max(most, n_workers * n_threads * row * n_bytes)
+                share = max(share, part.n * n_bytes / (part.input_bytes + part.output_bytes))
+        return _Scratch(n_workers * SCRATCH_BYTES, most, share, n_workers)
+
+    def beside(self, arena: int) -> int:
+        """Bytes, at most, where tensors take `arena`."""
+        if not self.most:
+            return self.least
+        ranks = min(self.most, math.ceil(self.share * arena))
+        return max(self.least, self.n_workers * RANK_BYTES + ranks)
 
 
 def _reasons(units: Sequence[Unit], whole: Sequence[Task], arena: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Protocol
 from tvfast import dtypes
 from tvfast.engine.arrange import Part, Span, arrange
 from tvfast.engine.inputs import FileState, Inputs
-from tvfast.engine.memory import Arena, Slots
+from tvfast.engine.memory import Arena, Block, Slots
 from tvfast.engine.passes import logical_table
 from tvfast.engine.plan import CHUNKS_IN_FLIGHT, UNIT_BYTES, Plan, Unit
 from tvfast.engine.source import Loaded, StreamSource, entry_of
@@ -145,21 +145,37 @@ class Run:
                         return
                     block = self._arena.acquire(unit.n_bytes)
                 with block:
-                    if self._failed:
-                        return
-                    if unit.chunk_bytes:
-                        with self._streaming:  # kernels use every core, and a selection much memory
-                            self._stream(unit, Slots(block, CHUNKS_IN_FLIGHT))
-                    else:
-                        loaded = Loaded(unit.parts, arrange(unit.parts, self._plan.layout), block)
-                        for read in self._inputs.read(loaded.arrangement.extents, block):
-                            read.result()
-                        self._check_finite(loaded)
-                        self._merge(loaded, self._plan.n_threads if unit.n_bytes > UNIT_BYTES else 1)
-                        self._write(loaded)
+                    try:
+                        self._process(unit, block)
+                    except BaseException as error:
+                        # Known before the block is free: other reads and writes of this unit may still be
+                        # under way in it, so nobody may use it any more.
+                        self._fail(error)
         except BaseException as error:
-            self._failed.append(error)
-            self._inputs.stop()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed.append(error)
+        self._inputs.stop()
+
+    def _go_on(self) -> None:
+        """Raise if the run has failed or was interrupted: a large unit takes seconds between its steps."""
+        if self._failed:
+            raise MergeError("stopped")
+
+    def _process(self, unit: Unit, block: Block) -> None:
+        self._go_on()
+        if unit.chunk_bytes:
+            with self._streaming:  # kernels use every core, and a selection much memory
+                self._stream(unit, Slots(block, CHUNKS_IN_FLIGHT))
+            return
+        loaded = Loaded(unit.parts, arrange(unit.parts, self._plan.layout), block)
+        for read in self._inputs.read(loaded.arrangement.extents, block):
+            read.result()
+        self._check_finite(loaded)
+        self._merge(loaded, self._plan.n_threads if unit.n_bytes > UNIT_BYTES else 1)
+        self._go_on()
+        self._write(loaded)
 
     def _merge(self, loaded: Loaded, n_threads: int) -> None:
         """Parts in memory: copy what is copied, merge what has the same method together."""
@@ -175,7 +191,9 @@ class Run:
                 entry.group = group
             table = WorkTable(entries, len(entries[0].models))
             backend = self._backend(table)
+            self._go_on()
             program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
+            self._go_on()
             backend.combine(table, program, scalars, n_threads)
 
     def _stream(self, unit: Unit, slots: Slots) -> None:
@@ -209,8 +227,9 @@ class Run:
     def _write(self, loaded: Loaded) -> None:
         for span in loaded.arrangement.spans:
             if self._staging.is_done(span.shard, span.offset, span.n_bytes):
-                continue
-            self._write_span(span, loaded)
+                self._progress.wrote(span.n_bytes)  # by an earlier run
+            else:
+                self._write_span(span, loaded)
 
     def _write_span(self, span: Span, loaded: Loaded) -> None:
         address = loaded.block.address + span.at

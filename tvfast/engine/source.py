@@ -160,10 +160,13 @@ def _samples(parts: Sequence[Part]) -> Iterator[Part]:
     step = max(SAMPLE_ELEMENTS, total * SAMPLE_ELEMENTS // max(wanted, 1))
     next_at, position = 0, 0
     for part in parts:
-        while next_at < position + part.n:
-            start = next_at - position
-            yield Part(part.task, start, min(SAMPLE_ELEMENTS, part.n - start))
-            next_at += step
+        start = max(position, next_at)
+        while start < position + part.n:  # a run goes on in the next part: small ones count like large ones
+            stop = min(next_at + SAMPLE_ELEMENTS, position + part.n)
+            yield Part(part.task, start - position, stop - start)
+            if stop == next_at + SAMPLE_ELEMENTS:
+                next_at += step
+            start = max(stop, next_at)
         position += part.n
 
 
