@@ -101,6 +101,14 @@ def test_the_least_memory_that_is_named_is_enough() -> None:
         plan_of(tasks, memory=least - 1, n_threads=2)
 
 
+def test_little_memory_means_fewer_workers_on_a_machine_with_many_cores() -> None:
+    tasks = tasks_of([(128256, 2048), (2048, 2048)], TIES)
+    plan = plan_of(tasks, memory=600 * MiB, n_threads=64)
+    assert plan.peak_bytes <= 600 * MiB
+    assert 1 <= plan.n_workers < 65
+    check_complete(plan, tasks)
+
+
 def test_a_tensor_that_does_not_fit_is_streamed_with_a_reason() -> None:
     tasks = tasks_of([(128256, 2048), (2048, 2048)], TIES)
     plan = plan_of(tasks, memory=600 * MiB, n_threads=2)

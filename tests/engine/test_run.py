@@ -129,6 +129,19 @@ def test_a_value_that_is_not_finite_is_named_and_may_go_through(
     assert merged.isnan().nonzero().tolist() == [[2_000_003]]
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("memory", [None, 5 * 2**20])
+def test_a_result_that_its_type_cannot_hold_is_named(
+    family: Path, tmp_path: Path, memory: int | None
+) -> None:
+    config = recipe(family, "ties", {"density": 0.3, "lambda": 3e7}) | {"out_dtype": "float16"}
+    says = r"tensor '(embed|norm|proj|tail).weight': element \d+ of the result .* too large for float16"
+    with pytest.raises(MergeError, match=says):
+        tvfast.merge_checkpoints(config, tmp_path / "out", memory=memory)
+    tvfast.merge_checkpoints(config, tmp_path / "out", memory=memory, nonfinite="propagate", resume=True)
+    assert load_file(tmp_path / "out" / "model.safetensors")["embed.weight"].isinf().any()
+
+
 def test_integers_that_differ_are_refused(family: Path, tmp_path: Path) -> None:
     other = members()["ft1"]
     other["steps"][1] = 5

@@ -152,32 +152,9 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
         RecipeError: a method ranks the whole model, and its numbers differ between tensors.
     """
     threads = n_threads or len(os.sched_getaffinity(0))
-    n_workers = threads + 1  # one more: while one waits for the disk, the others keep the cores busy
     whole, single = _split_by_scope(binding.tasks)
-    least = max([_smallest(t) for t in single] + [CHUNKS_IN_FLIGHT * _least_chunk(t) for t in whole])
-    largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1), default=0)
-    wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES)
-    scratch = _Scratch.of(single, n_workers, threads)
-    known = TENSOR_BYTES * (
-        sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
-    )
-    free = _free_memory() // 2
-    fixed = arena = 0
-    for stream in (STREAM_BYTES,) if whole else (0, STREAM_BYTES):
-        fixed = PROGRAM_BYTES + known + stream
-        if memory is None:
-            arena = max(least, min(wanted, free))
-        else:  # scratch grows with the arena: what is left beside the least of it is too much at most
-            arena = min(wanted, memory - fixed - scratch.beside(least))
-            arena = max(least, min(arena, memory - fixed - scratch.beside(arena)))
-        fixed += scratch.beside(arena)
-        if largest <= arena:
-            break
-    if memory is not None and fixed + arena > memory:
-        raise ArgumentError(
-            f"--memory {memory} bytes is too little for this merge; it needs at least {fixed + arena} "
-            f"({math.ceil((fixed + arena) / MiB)}M)."
-        )
+    budget = _budget(whole, single, threads, memory)
+    arena, n_workers = budget.arena, budget.n_workers
     unit_bytes = min(UNIT_BYTES, arena // (n_workers + 1))
     units: list[Unit] = []
     if whole:
@@ -192,12 +169,58 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
         n_workers=n_workers,
         n_threads=threads,
         arena_bytes=arena,
-        peak_bytes=fixed + min(arena, sum(u.n_bytes for u in units)),
+        peak_bytes=budget.fixed + min(arena, sum(u.n_bytes for u in units)),
         read_bytes=sum(unit.input_bytes * unit.n_passes for unit in units),
         write_bytes=layout.n_bytes,
         reasons=tuple(_reasons(units, whole, arena)),
         warnings=binding.warnings,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """How memory is divided: `arena` for tensors, `fixed` for everything else."""
+
+    n_workers: int
+    arena: int
+    fixed: int
+
+
+def _budget(whole: Sequence[Task], single: Sequence[Task], n_threads: int, memory: int | None) -> _Budget:
+    """As many workers as memory allows; one more than threads keeps cores busy while one waits for the disk.
+
+    Raises:
+        ArgumentError: even one worker needs more than `memory`.
+    """
+    least = max([_smallest(t) for t in single] + [CHUNKS_IN_FLIGHT * _least_chunk(t) for t in whole])
+    largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1), default=0)
+    known = TENSOR_BYTES * (
+        sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
+    )
+    free = _free_memory() // 2
+    n_workers = n_threads + 1
+    while True:
+        wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES)
+        scratch = _Scratch.of(single, n_workers, n_threads)
+        fixed = arena = 0
+        for stream in (STREAM_BYTES,) if whole else (0, STREAM_BYTES):
+            fixed = PROGRAM_BYTES + known + stream
+            if memory is None:
+                arena = max(least, min(wanted, free))
+            else:  # scratch grows with the arena: what is left beside the least of it is too much at most
+                arena = min(wanted, memory - fixed - scratch.beside(least))
+                arena = max(least, min(arena, memory - fixed - scratch.beside(arena)))
+            fixed += scratch.beside(arena)
+            if largest <= arena:
+                break
+        if memory is None or fixed + arena <= memory:
+            return _Budget(n_workers, arena, fixed)
+        if n_workers == 1:
+            raise ArgumentError(
+                f"a memory of {memory} bytes is too little for this merge; it needs at least {fixed + arena} "
+                f"({math.ceil((fixed + arena) / 1e6)}M)."
+            )
+        n_workers = (n_workers + 1) // 2
 
 
 def _split_by_scope(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:

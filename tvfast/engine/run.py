@@ -173,7 +173,9 @@ class Run:
         for read in self._inputs.read(loaded.arrangement.extents, block):
             read.result()
         self._check_finite(loaded)
-        self._merge(loaded, self._plan.n_threads if unit.n_bytes > UNIT_BYTES else 1)
+        plan = self._plan
+        alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
+        self._merge(loaded, plan.n_threads if alone else -(-plan.n_threads // plan.n_workers))
         self._go_on()
         self._write(loaded)
 
@@ -225,6 +227,7 @@ class Run:
         return self._writers.submit(finish)
 
     def _write(self, loaded: Loaded) -> None:
+        self._check_range(loaded)
         for span in loaded.arrangement.spans:
             if self._staging.is_done(span.shard, span.offset, span.n_bytes):
                 self._progress.wrote(span.n_bytes)  # by an earlier run
@@ -277,6 +280,26 @@ class Run:
                         f"{part.start + found} (shape {list(stored.shape)}); expected finite numbers. "
                         "Give another checkpoint, or pass --nonfinite propagate to let it through."
                     )
+
+    def _check_range(self, loaded: Loaded) -> None:
+        """Raise if a result of finite inputs does not fit its storage type.
+
+        Raises:
+            MergeError: naming the tensor, the element and what to do.
+        """
+        if self._propagate:
+            return
+        for part, at in zip(loaded.parts, loaded.arrangement.outputs, strict=True):
+            task = part.task
+            if task.method is None or task.dtype not in dtypes.MERGEABLE or part.n == 0:
+                continue
+            found = first_nonfinite(loaded.block.address + at, part.n, DType[task.dtype])
+            if found >= 0:
+                raise MergeError(
+                    f"tensor {task.name!r}: element {part.start + found} of the result (shape "
+                    f"{list(task.shape)}) is too large for {dtypes.RECIPE_NAMES[task.dtype]}. Choose another "
+                    "out_dtype, or pass --nonfinite propagate to store infinity."
+                )
 
 
 def new_plane(n_bits: int) -> View:
