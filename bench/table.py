@@ -90,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
         ]
     parts = []
     if len(lines) > 1:
-        parts.append(_aligned(lines))
+        parts.append(aligned(lines))
     if result["memory"]:
         parts.append(_memory(result["memory"]))
     parts += [f"! {note}" for note in notes]
@@ -132,10 +132,10 @@ def _memory(records: Sequence[dict[str, Any]]) -> str:
             continue
         mib = [f"{record[key] / 2**20:.1f}" for key in ("extra_bytes", "allowed_bytes")]
         lines.append((record["row"], str(record["threads"]), *mib, "yes" if record["met"] else "NO"))
-    return _aligned(lines)
+    return aligned(lines)
 
 
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+def aligned(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

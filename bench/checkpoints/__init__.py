@@ -1,0 +1,1 @@
+"""Whole checkpoints: families to merge, and merges timed as processes."""

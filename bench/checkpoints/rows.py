@@ -1,0 +1,76 @@
+"""What is timed on whole checkpoints: one recipe per method, and what is asked of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PEER, LIMIT = "mergekit", "cat + cp"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`at_least` times as fast as mergekit, or `at_most` times the seconds of cat + cp."""
+
+    against: str
+    ratio: float
+    otherwise_limit: float | None = None  # also met at most this many times cat + cp
+
+
+_SLOW = Goal(PEER, 10, otherwise_limit=2)
+_TWICE = Goal(LIMIT, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """One method: parameters of every model, of the recipe, the models it takes, and goals."""
+
+    method: str
+    per_model: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ("ft1", "ft2", "ft3")
+    base: bool = True
+    goals: tuple[Goal, ...] = (_SLOW,)
+
+    def recipe(self, family: Path, dtype: str) -> str:
+        """The recipe as both programs get it, with absolute paths; JSON is YAML."""
+        models = []
+        for model in self.models:
+            entry: dict[str, Any] = {"model": str(family / model)}
+            if self.per_model:
+                entry["parameters"] = dict(self.per_model)
+            models.append(entry)
+        recipe: dict[str, Any] = {"merge_method": self.method, "models": models, "dtype": dtype}
+        if self.base:
+            recipe["base_model"] = str(family / "base")
+        if self.parameters:
+            recipe["parameters"] = dict(self.parameters)
+        return json.dumps(recipe, indent=1) + "\n"
+
+    def inputs(self) -> tuple[str, ...]:
+        """Members that are read."""
+        return tuple(dict.fromkeys((("base",) if self.base else ()) + self.models))
+
+
+_TRIM = {"weight": 1.0, "density": 0.2}
+_RANDOM = {"weight": 0.4, "density": 0.5}
+_BAND = {"weight": 0.4, "density": 0.9, "gamma": 0.01}
+_RANKS = {**_RANDOM, "epsilon": 0.1}
+
+ROWS = (
+    MethodRow("task_arithmetic", {"weight": 0.4}, goals=(_SLOW, _TWICE)),
+    MethodRow("ties", _TRIM, goals=(Goal(PEER, 40), _TWICE)),
+    MethodRow("linear", {"weight": 1.0}, base=False),
+    MethodRow("slerp", parameters={"t": 0.5}, models=("ft1",)),
+    MethodRow("passthrough", models=("ft1",), base=False),
+    MethodRow("dare_linear", _RANDOM),
+    MethodRow("dare_ties", _RANDOM),
+    MethodRow("della", _RANKS, goals=(Goal(PEER, 20),)),
+    MethodRow("della_linear", _RANKS),
+    MethodRow("breadcrumbs", _BAND),
+    MethodRow("breadcrumbs_ties", _BAND),
+    MethodRow("sce", parameters={"select_topk": 0.5}),
+)
