@@ -1,1 +1,1 @@
-"""Home of the Triton kernels, imported as `tvfast.kernels`. It has none yet."""
+"""Triton kernels, imported as `tvfast.kernels`: the backend where no compiler was at hand at install."""

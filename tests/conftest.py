@@ -42,7 +42,8 @@ def _required(variant: str) -> bool:
     return variant.split("-")[0] in names and (variant in _EVERYWHERE or "-" not in variant)
 
 
-def _missing(variant: str, reason: str) -> None:
+def missing(variant: str, reason: str) -> None:
+    """Skips a test of a backend that is not here, or fails it where the backend is required."""
     if _required(variant):
         pytest.fail(f"TVFAST_REQUIRE demands {variant}, which is missing: {reason}")
     pytest.skip(f"{variant}: {reason}")
@@ -55,11 +56,11 @@ def load(variant: str, **options: Any) -> Backend:
         module = importlib.import_module(f"tvfast.ops.{name}")
     except ImportError as error:
         # A variant of a required backend must not hide that the backend itself is missing.
-        _missing(name if _required(name) else variant, str(error))
+        missing(name if _required(name) else variant, str(error))
     if not isa:
         return module.backend(**options)
     if isa not in module.isas():
-        _missing(variant, f"this machine or build runs {', '.join(module.isas())}")
+        missing(variant, f"this machine or build runs {', '.join(module.isas())}")
     return module.backend(isa=isa, **options)
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _ABSENT = {
     "cuda": "this version has no CUDA module",
-    "triton": "this version has no Triton kernels",
 }
 _VARIABLES = ("TVFAST_BACKEND", "TVFAST_ISA")
 

@@ -140,7 +140,12 @@ class BackendStatus:
     detail: str
 
 
-_MODULES = {"cpp": "tvfast.ops.cpp", "reference": "tvfast.ops.reference"}  # in order of preference
+# In order of preference. `cpp` refuses GPU tensors, and before `triton` it keeps torch out of CPU merges.
+_MODULES = {
+    "cpp": "tvfast.ops.cpp",
+    "triton": "tvfast.ops.triton",
+    "reference": "tvfast.ops.reference",
+}
 
 
 def _load(name: str) -> Backend:

@@ -1,0 +1,220 @@
+"""Compile the kernels for GPUs that are not here: registers, spills, and what the code must not hold.
+
+`python -m tvfast.kernels.compile_ahead` prints a line per kernel and architecture, and fails if one spills
+registers, flushes subnormals, approximates a division, or contracts a product and a sum that no stage fuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from tvfast.kernels import launch, measure, selection
+from tvfast.kernels.combine import combine_kernel
+from tvfast.kernels.ranks import LONGEST_ROW, ranks_kernel
+from tvfast.kernels.select import (
+    DIGITS,
+    count_equal_kernel,
+    find_equal_kernel,
+    histogram_kernel,
+    pick_kernel,
+)
+from tvfast.kernels.table import Kind
+
+from tvfast.program import (
+    Ballot,
+    Divisor,
+    DType,
+    Gain,
+    Keep,
+    Members,
+    Program,
+    Reduce,
+    Tie,
+    Vote,
+    ZeroSign,
+)
+
+ARCHITECTURES = (80, 90)
+
+_FIELDS = {
+    "keep": Keep,
+    "tie": Tie,
+    "gain": Gain,
+    "vote": Vote,
+    "ballot": Ballot,
+    "zero_sign": ZeroSign,
+    "members": Members,
+    "reduce": Reduce,
+    "divisor": Divisor,
+}
+_TIES = Program(keep=Keep.BAND, tie=Tie.HASH, vote=Vote.MASS, members=Members.STRICT, divisor=Divisor.COUNT)
+_USUAL = Kind(dtype=int(DType.BF16), out_dtype=int(DType.BF16), has_base=True, aligned=True)
+_INTEGERS = ("stride", "n_entries", "n_models", "width", "k")
+_REALS = ("tensors", "all_reals")
+
+
+def covering_programs() -> list[Program]:
+    """Programs in which every two values of different stages meet at least once, found greedily."""
+    names = list(_FIELDS)
+    pairs = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in _FIELDS[a] for y in _FIELDS[b]
+    }
+    found = []
+    while pairs:
+        (first, x), (second, y) = min(pairs, key=str)
+        chosen: dict[str, Any] = {first: x, second: y}
+        for name in names:
+            if name not in chosen:
+                chosen[name] = max(_FIELDS[name], key=lambda value: _n_met(pairs, chosen, name, value))
+        met = set(itertools.combinations([(name, chosen[name]) for name in names], 2))
+        pairs -= met
+        found.append(Program(**chosen))
+    return found
+
+
+def _n_met(pairs: set[Any], chosen: dict[str, Any], name: str, value: Any) -> int:
+    here = (name, value)
+    return sum(
+        (((other, taken), here) in pairs) + ((here, (other, taken)) in pairs)
+        for other, taken in chosen.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """One kernel with its compile-time arguments."""
+
+    label: str
+    kernel: Any
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a compiled specialisation needs, and what is wrong with its code."""
+
+    registers: int
+    n_spills: int  # instructions that store to or load from a thread's own memory
+    shared_bytes: int
+    ptx: str
+    faults: tuple[str, ...]
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Every kernel: all pairs of stages, every count of models, every kind of entry, all that is measured."""
+    for number, program in enumerate(covering_programs()):
+        yield _combine(f"pairs {number}", program, _USUAL, 3)
+    for n_models in (1, 2, 4, 8, 9):
+        yield _combine(f"ties, {n_models} models", _TIES, _USUAL, n_models)
+    for dtype in (DType.F32, DType.F16):
+        yield _combine(f"ties, {dtype.name}", _TIES, Kind(int(dtype), int(dtype), True, True), 3)
+    yield _combine("ties, unaligned", _TIES, Kind(int(DType.BF16), int(DType.BF16), True, False), 3)
+    yield _combine("ties, mixed", _TIES, Kind(-1, int(DType.F32), True, True), 3)
+    yield _combine("linear, no base", Program(), Kind(int(DType.BF16), int(DType.BF16), False, True), 3)
+    everything = 2 * measure.SQUARES.value - 1
+    for keep in Keep:
+        program = Program(keep=keep, tie=Tie.HASH, vote=Vote.MASS)
+        constants = launch.measure_constants(program, _USUAL, 3, everything)
+        yield Specialisation(f"measure {keep.name}", measure.measure_kernel, constants)
+        constants = {**launch.keep_constants(program, _USUAL), "BLOCK": launch.block_of(3)}
+        yield Specialisation(f"planes {keep.name}", measure.planes_kernel, constants)
+    for keep in (Keep.BAND, Keep.SCORE, Keep.VARIANCE):
+        constants = selection.key_constants(keep, _USUAL)
+        for shift, bits in DIGITS:
+            own = {**constants, "SHIFT": shift, "BITS": bits}
+            yield Specialisation(f"histogram {keep.name} {shift}", histogram_kernel, own)
+        yield Specialisation(f"count equal {keep.name}", count_equal_kernel, constants)
+        yield Specialisation(f"find equal {keep.name}", find_equal_kernel, constants)
+    for bits in sorted({bits for _, bits in DIGITS}):
+        yield Specialisation(f"pick {bits}", pick_kernel, {"BITS": bits})
+    width = 64
+    while width <= LONGEST_ROW:
+        constants = {"DTYPE": int(DType.BF16), "HAS_BASE": True, "ALIGNED": True, "BLOCK": width}
+        yield Specialisation(f"ranks {width}", ranks_kernel, constants)
+        width *= 2
+
+
+def _combine(label: str, program: Program, kind: Kind, n_models: int) -> Specialisation:
+    constants = launch.combine_constants(program, kind, n_models)
+    return Specialisation(f"combine {label}", combine_kernel, constants)
+
+
+def _type_of(name: str) -> str:
+    if name in _INTEGERS:
+        return "i32"
+    if name in _REALS:
+        return "*fp32"
+    return "*fp64" if name == "nonfinite_sums" else "*i64"
+
+
+def compile_one(one: Specialisation, architecture: int) -> Compiled:
+    """Compiles for `sm_<architecture>` and reads what it uses and the code."""
+    names = one.kernel.arg_names
+    signature = {name: "constexpr" if name in one.constants else _type_of(name) for name in names}
+    pointers = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    source = triton.compiler.ASTSource(one.kernel, signature, constexprs=one.constants, attrs=pointers)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.EXACT)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary)
+        code = _output(triton.knobs.nvidia.nvdisasm.path, binary)
+    (registers,) = re.findall(r"\bREG:(\d+)", usage)
+    n_spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return Compiled(
+        int(registers), n_spills, compiled.metadata.shared, ptx, tuple(_faults(one, ptx, n_spills))
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _faults(one: Specialisation, ptx: str, n_spills: int) -> Iterator[str]:
+    if n_spills:
+        yield "spills registers"
+    if ".ftz" in ptx:
+        yield "flushes subnormals"
+    if re.search(r"\b(div\.(full|approx)|rcp\.approx)", ptx):
+        yield "approximates a division"
+    if re.search(r"\bfma\.", ptx) and one.constants.get("REDUCE") != int(Reduce.FUSED_SUM):
+        yield "contracts a product and a sum"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles what `--only` selects, prints it, and returns 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", default="", help="compile the kernels whose label begins with this")
+    options = parser.parse_args(arguments)
+    chosen = [one for one in specialisations() if one.label.startswith(options.only)]
+    n_faulty = 0
+    for one, architecture in itertools.product(chosen, ARCHITECTURES):
+        found = compile_one(one, architecture)
+        n_faulty += bool(found.faults)
+        print(
+            f"sm_{architecture} {one.label:24} {found.registers:4} registers {found.n_spills:3} spills "
+            f"{found.shared_bytes:6} B shared {'; '.join(found.faults)}".rstrip(),
+            flush=True,
+        )
+    print(f"{len(chosen)} kernels for {len(ARCHITECTURES)} architectures, {n_faulty} with faults")
+    return 1 if n_faulty or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""`measure`: order-independent sums, counts and votes, and the bit planes of a keep stage.
+
+Sums follow `docs/adr/0003`: a tile keeps a window and two integers for each sum and adds them to that
+window's slot; the host merges the slots by the accumulator's own rule, which does not depend on the tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from tvfast.kernels import stages
+from tvfast.kernels.keeping import base_of, keep, model_of, rank_of, rescaled, shared_of
+from tvfast.kernels.stages import VOTE_NONE
+from tvfast.kernels.table import (
+    HEADER,
+    MASK,
+    MODEL_FIELDS,
+    OFFSET,
+    REALS,
+    TILE,
+    WEIGHT,
+    WHOLES,
+    N,
+    find_entry,
+)
+
+WINDOW_BITS = tl.constexpr(40)
+LOWEST_WINDOW = tl.constexpr(-8)  # of 2^-298, the smallest product of two float32
+WINDOWS = tl.constexpr(16)
+LIMBS = tl.constexpr(5)  # high and low integer, each as 32 low bits and the rest; whether the slot is used
+_NO_WINDOW = tl.constexpr(-1000)
+
+# Bits of `Wants`, which is above this layer; a test compares them.
+L1_BEFORE = tl.constexpr(1)
+L1 = tl.constexpr(2)
+GRAM = tl.constexpr(4)
+COUNTS = tl.constexpr(8)
+VOTES = tl.constexpr(16)
+SQUARES = tl.constexpr(32)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """2^exponent, float64; -1022 <= exponent <= 1023."""
+    return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _rounded(x):
+    """To the nearest integer, halves to even, for |x| < 2^51; float64."""
+    magic = 6755399441055744.0  # 1.5 * 2^52
+    return (x + magic) - magic
+
+
+@triton.jit
+def _take(windows, highs, lows, nonfinites, slot, addends, S: tl.constexpr):
+    """Adds float64 addends [n] to the sum of number `slot` among S states."""
+    at = tl.arange(0, S) == slot
+    magnitude = tl.abs(addends)
+    finite = magnitude < float("inf")
+    nonfinites += tl.where(at, tl.sum(tl.where(finite, 0.0, addends)), 0.0)
+    x = tl.where(finite, addends, 0.0)
+    largest = tl.max(tl.where(finite, magnitude, 0.0))
+    # magnitude = f * 2^exponent with 0.5 <= f < 1; never subnormal in float64
+    exponent = (largest.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
+    window = (exponent - LOWEST_WINDOW * WINDOW_BITS) // WINDOW_BITS + LOWEST_WINDOW
+    # Without an addend but zeros the integers below are zero in any window.
+    window = tl.where(largest > 0, window, LOWEST_WINDOW)
+    taken = tl.where(largest > 0, window, _NO_WINDOW)
+    high = _rounded(x * _power_of_two(window * -WINDOW_BITS))
+    rest = x - high * _power_of_two(window * WINDOW_BITS)
+    low = _rounded(rest * _power_of_two((window - 1) * -WINDOW_BITS))
+    block_window = tl.where(at, taken, _NO_WINDOW)
+    block_high = tl.where(at, tl.sum(high.to(tl.int64)), 0)
+    block_low = tl.where(at, tl.sum(low.to(tl.int64)), 0)
+    raised = tl.maximum(windows, block_window)
+    old, new = raised - windows, raised - block_window
+    lows = tl.where(old == 0, lows, tl.where(old == 1, highs, 0)) + tl.where(
+        new == 0, block_low, tl.where(new == 1, block_high, 0)
+    )
+    highs = tl.where(old == 0, highs, 0) + tl.where(new == 0, block_high, 0)
+    return raised, highs, lows, nonfinites
+
+
+@triton.jit
+def _count(counts, slot, flags, C: tl.constexpr):
+    """Adds the number of set flags [n] to count number `slot` of C."""
+    return counts + tl.where(tl.arange(0, C) == slot, tl.sum(flags.to(tl.int64)), 0)
+
+
+@triton.jit
+def _tau_and_kept(
+    row, reals, wholes, k, base, shared, first, i, inside,
+    KEEP: tl.constexpr, TIE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """m_k, d_k and kept_k; entries outside the tensor are +0 and not kept."""
+    model = model_of(row, k, i, inside, DTYPE, ALIGNED, True)
+    tau = model - base
+    rank = rank_of(row, k, i, inside, KEEP)
+    kept = keep(
+        row, reals, wholes, k, tau, shared, rank, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, True, BLOCK
+    )
+    return model, tau, kept & inside
+
+
+@triton.jit
+def measure_kernel(
+    fields,  # [n_entries, stride] int64
+    stride,
+    first_tiles,  # [n_entries + 1] int64
+    n_entries,
+    all_reals,  # [n_entries, n_models, REALS] float32
+    all_wholes,  # [n_entries, n_models, WHOLES] int64
+    n_models,
+    limbs,  # [n_entries, S, WINDOWS, LIMBS] int64, zero
+    nonfinite_sums,  # [n_entries, S] float64, zero
+    all_counts,  # [n_entries, C] int64, zero
+    WANTS: tl.constexpr,
+    S: tl.constexpr,  # sums: L1 before [K], L1 [K], Gram [K, K], padded to a power of two
+    C: tl.constexpr,  # kept, non-zero, non-finite [K] each; base non-finite, elected, conflict; padded
+    KEEP: tl.constexpr,
+    TIE: tl.constexpr,
+    GAIN: tl.constexpr,
+    VOTE: tl.constexpr,
+    BALLOT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of one tile, added to those of its entry."""
+    tile = tl.program_id(0).to(tl.int64)
+    entry = find_entry(first_tiles, n_entries, tile)
+    row = fields + entry * stride
+    reals = all_reals + entry * n_models * REALS
+    wholes = all_wholes + entry * n_models * WHOLES
+    n = tl.load(row + N)
+    begin = (tile - tl.load(first_tiles + entry)) * TILE
+    windows = tl.full([S], _NO_WINDOW, tl.int32)
+    highs = tl.zeros([S], tl.int64)
+    lows = tl.zeros([S], tl.int64)
+    nonfinites = tl.zeros([S], tl.float64)
+    counts = tl.zeros([C], tl.int64)
+    for start in range(begin, tl.minimum(begin + TILE, n), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < n
+        first = tl.load(row + OFFSET)
+        if ALIGNED:
+            first = tl.multiple_of(first, 4)
+        first += start
+        base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, True)
+        shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, True)
+        votes = tl.zeros([BLOCK], tl.float32)
+        positive = i < 0
+        negative = i < 0
+        for k in range(n_models):
+            model, tau, kept = _tau_and_kept(
+                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
+            )
+            value = tl.where(kept, tau, 0.0)
+            if L1_BEFORE & WANTS:
+                windows, highs, lows, nonfinites = _take(
+                    windows, highs, lows, nonfinites, k, tl.abs(tau).to(tl.float64), S
+                )
+            if L1 & WANTS:
+                windows, highs, lows, nonfinites = _take(
+                    windows, highs, lows, nonfinites, n_models + k, tl.abs(value).to(tl.float64), S
+                )
+            if GRAM & WANTS:
+                for j in range(k + 1):
+                    _, other_tau, other_kept = _tau_and_kept(
+                        row, reals, wholes, j, base, shared, first, i, inside,
+                        KEEP, TIE, DTYPE, ALIGNED, BLOCK,
+                    )  # fmt: skip
+                    other = tl.where(other_kept, other_tau, 0.0)
+                    windows, highs, lows, nonfinites = _take(
+                        windows, highs, lows, nonfinites, 2 * n_models + j * n_models + k,
+                        other.to(tl.float64) * value.to(tl.float64), S,
+                    )  # fmt: skip
+            elif SQUARES & WANTS:
+                windows, highs, lows, nonfinites = _take(
+                    windows, highs, lows, nonfinites, 2 * n_models + k * n_models + k,
+                    value.to(tl.float64) * value.to(tl.float64), S,
+                )  # fmt: skip
+            if COUNTS & WANTS:
+                counts = _count(counts, k, kept, C)
+                counts = _count(counts, n_models + k, value != 0, C)
+                unlike = (tl.abs(model) < float("inf")) == 0
+                counts = _count(counts, 2 * n_models + k, unlike & inside, C)
+            if VOTES & WANTS:
+                positive = positive | (value > 0)
+                negative = negative | (value < 0)
+                if VOTE != VOTE_NONE:
+                    t = rescaled(reals, k, value, rank_of(row, k, i, inside, KEEP), GAIN)
+                    ballot = stages.cast_ballot(t, tl.load(reals + k * REALS + WEIGHT), BALLOT)
+                    votes = stages.vote(votes, ballot, VOTE)
+        if COUNTS & WANTS:
+            counts = _count(counts, 3 * n_models, ((tl.abs(base) < float("inf")) == 0) & inside, C)
+        if VOTES & WANTS:
+            if VOTE != VOTE_NONE:
+                elected = (votes > 0).to(tl.int64) - (votes < 0).to(tl.int64)
+                counts = _count(counts, 3 * n_models + 1, tl.where(inside, elected, 0), C)
+            counts = _count(counts, 3 * n_models + 2, positive & negative, C)
+    if (L1_BEFORE | L1 | GRAM | SQUARES) & WANTS:
+        sums = tl.arange(0, S)
+        used = windows > _NO_WINDOW
+        slots = limbs + ((entry * S + sums) * WINDOWS + tl.where(used, windows - LOWEST_WINDOW, 0)) * LIMBS
+        tl.atomic_add(slots, highs & 0xFFFFFFFF, mask=used)
+        tl.atomic_add(slots + 1, highs >> 32, mask=used)
+        tl.atomic_add(slots + 2, lows & 0xFFFFFFFF, mask=used)
+        tl.atomic_add(slots + 3, lows >> 32, mask=used)
+        tl.atomic_or(slots + 4, used.to(tl.int64), mask=used)
+        tl.atomic_add(nonfinite_sums + entry * S + sums, nonfinites, mask=nonfinites != 0)
+    if (COUNTS | VOTES) & WANTS:
+        tl.atomic_add(all_counts + entry * C + tl.arange(0, C), counts, mask=counts != 0)
+
+
+@triton.jit
+def planes_kernel(
+    fields,
+    stride,
+    first_tiles,
+    n_entries,
+    all_reals,
+    all_wholes,
+    n_models,
+    KEEP: tl.constexpr,
+    TIE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,  # a multiple of 64
+):
+    """Writes kept_k of one tile into the entry's bit planes; padding bits are zero."""
+    tile = tl.program_id(0).to(tl.int64)
+    entry = find_entry(first_tiles, n_entries, tile)
+    row = fields + entry * stride
+    reals = all_reals + entry * n_models * REALS
+    wholes = all_wholes + entry * n_models * WHOLES
+    n = tl.load(row + N)
+    begin = (tile - tl.load(first_tiles + entry)) * TILE
+    for start in range(begin, tl.minimum(begin + TILE, n), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < n
+        first = tl.load(row + OFFSET)
+        if ALIGNED:
+            first = tl.multiple_of(first, 4)
+        first += start
+        base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, True)
+        shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, True)
+        for k in range(n_models):
+            _, _, kept = _tau_and_kept(
+                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
+            )
+            flags = tl.reshape(kept.to(tl.int64), [BLOCK // 64, 64])
+            # Distinct powers of two modulo 2^64: the sum is their bitwise or.
+            words = tl.sum(flags << tl.arange(0, 64).to(tl.int64)[None, :], axis=1)
+            word = (start >> 6) + tl.arange(0, BLOCK // 64)
+            plane = tl.load(row + HEADER + k * MODEL_FIELDS + MASK).to(tl.pointer_type(tl.int64))
+            tl.store(plane + word, words, mask=word < (n + 63) // 64)

@@ -1,0 +1,234 @@
+"""Adapter to the Triton kernels: work tables to launches, integers to dataclasses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from tvfast.errors import ArgumentError
+from tvfast.kernels import launch as kernels
+from tvfast.kernels import selection
+from tvfast.kernels.lanes import INTERPRETED
+from tvfast.kernels.ranking import ranked_launches
+from tvfast.kernels.table import Launch, launches
+from tvfast.ops.raw import Wants
+from tvfast.program import (
+    Keep,
+    Moments,
+    Program,
+    RankQuery,
+    TensorScalars,
+    Threshold,
+    WorkTable,
+)
+
+_QUIET_NAN = 0x7FC00000
+
+
+class TritonBackend:
+    """The Triton kernels, on a GPU or in Triton's interpreter."""
+
+    name = "triton"
+
+    @property
+    def detail(self) -> str:
+        where = "in its interpreter" if INTERPRETED.value else "on GPUs"
+        return f"triton {triton.__version__}, {where}"
+
+    def why_not(self, table: WorkTable) -> str | None:
+        """A reason if a tensor is not on the one GPU of the table, or is of another float type."""
+        if INTERPRETED.value and os.environ.get("TVFAST_BACKEND") != self.name:
+            return "the interpreter, which TRITON_INTERPRET chose, runs only where TVFAST_BACKEND=triton asks"
+        devices = set()
+        for entry in table.entries:
+            for view in (entry.base, entry.out, *entry.models, *entry.scores, *entry.masks):
+                if view is None:
+                    continue
+                if not isinstance(view.owner, Tensor):
+                    return f"tensor {entry.name!r} has no torch tensor as owner"
+                if view.owner.dtype == torch.float64:
+                    return f"tensor {entry.name!r} is float64"
+                devices.add(view.owner.device)
+        if len(devices) > 1:
+            return f"tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+        device = next(iter(devices), None)
+        return None if device is None else _why_not_on(device)
+
+    def thresholds(
+        self, table: WorkTable, keep: Keep, queries: Sequence[RankQuery], n_threads: int = 0
+    ) -> list[Threshold]:
+        """Exact k-th largest keys.
+
+        Raises:
+            ArgumentError: k is not in [1, number of entries of the group].
+        """
+        _check_keep(keep)
+        sizes = [0] * table.n_groups
+        for entry in table.entries:
+            sizes[entry.group] += entry.n_elements
+        for query in queries:
+            n = sizes[query.group] if 0 <= query.group < len(sizes) else 0
+            if not 1 <= query.k <= n:
+                raise ArgumentError(
+                    f"group {query.group}, model {query.model}: k must be in [1, {n}]; found {query.k}."
+                )
+        if not queries:
+            return []
+        device = _device(table)
+        with kernels.on_device(device):
+            found = selection.thresholds(_launches(table), keep, queries, len(sizes), device).tolist()
+        return [Threshold(_magnitude(key), greater, equal) for key, greater, equal in found]
+
+    def nth_equal(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, float, int]],
+        n_threads: int = 0,
+    ) -> list[int]:
+        """Group positions of the r-th entries whose key equals a value.
+
+        Raises:
+            ArgumentError: fewer than r + 1 entries equal the value.
+        """
+        _check_keep(keep)
+        if not queries:
+            return []
+        device = _device(table)
+        asked = [(group, model, _key(value), r) for group, model, value, r in queries]
+        n_groups = max(table.n_groups, 1 + max(group for group, *_ in queries))
+        with kernels.on_device(device):
+            positions: list[int]
+            positions, numbers = selection.nth_equal(
+                _launches(table), table.entries, keep, asked, n_groups, device
+            )
+        for (group, model, value, r), position, number in zip(queries, positions, numbers, strict=True):
+            if position < 0:
+                raise ArgumentError(
+                    f"group {group}, model {model}: {number} entries equal {value}; "
+                    f"expected more than r = {r}."
+                )
+        return positions
+
+    def measure(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> list[Moments]:
+        """One `Moments` per entry; fields that are not asked for are zero."""
+        n = table.n_models
+        blank = kernels.Measured([[0.0] * (2 * n + n * n)], [[0] * (3 * n + 3)])
+        found = [_moments(blank, 0, n) for _ in table.entries]
+        for launch in _ready(table, program):
+            with kernels.on_device(launch.fields.device):
+                measured = kernels.measure(launch, program, scalars, int(wants))
+            for place, number in enumerate(launch.numbers):
+                found[number] = _moments(measured, place, n)
+        return found
+
+    def row_masks(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None:
+        """Writes kept_k, NaN entries included, into the entries' bit planes; padding bits become zero."""
+        for launch in _ready(table, program):
+            with kernels.on_device(launch.fields.device):
+                kernels.planes(launch, program, scalars)
+
+    def combine(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None:
+        """Writes every entry's `out`; `out` may be the base or a model."""
+        for entry in table.entries:
+            if entry.out is None:
+                raise ArgumentError(f"tensor {entry.name!r}: combine needs an output; found out=None.")
+        for launch in _ready(table, program):
+            with kernels.on_device(launch.fields.device):
+                kernels.combine(launch, program, scalars)
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    if INTERPRETED.value:
+        return None if device.type == "cpu" else f"tensors are on {device}; the interpreter takes CPU tensors"
+    if device.type != "cuda":
+        return f"tensors are on {device}; expected a GPU, or TRITON_INTERPRET=1 for the interpreter"
+    return None
+
+
+def _check_keep(keep: Keep) -> None:
+    if keep not in (Keep.BAND, Keep.SCORE, Keep.VARIANCE):
+        raise ArgumentError(f"keep must be BAND, SCORE or VARIANCE to rank; found {keep.name}.")
+
+
+def _device(table: WorkTable) -> torch.device:
+    owner: Tensor = table.entries[0].models[0].owner
+    return owner.device
+
+
+def _launches(table: WorkTable) -> list[Launch]:
+    found: list[Launch] | None = table.cache.get("triton")
+    if found is None:
+        found = launches(table.entries, range(len(table.entries)), table.n_models, _device(table))
+        table.cache["triton"] = found
+    return found
+
+
+def _ready(table: WorkTable, program: Program) -> Iterator[Launch]:
+    if not table.entries:
+        return
+    if not program.ranks_rows:
+        yield from _launches(table)
+        return
+    for batch in ranked_launches(table.entries, table.n_models, _device(table)):
+        yield from batch
+
+
+def _magnitude(key: int) -> float:
+    return float(torch.tensor(key, dtype=torch.int32).view(torch.float32))
+
+
+def _key(value: float) -> int:
+    if value != value:
+        return _QUIET_NAN
+    return int(torch.tensor(abs(value), dtype=torch.float32).view(torch.int32))
+
+
+def _moments(measured: kernels.Measured, place: int, n: int) -> Moments:
+    sums, counts = measured.sums[place], measured.counts[place]
+    gram = [[sums[2 * n + min(j, k) * n + max(j, k)] for k in range(n)] for j in range(n)]
+    return Moments(
+        l1_before=sums[:n],
+        l1=sums[n : 2 * n],
+        gram=gram,
+        n_kept=counts[:n],
+        n_nonzero=counts[n : 2 * n],
+        n_nonfinite=counts[2 * n : 3 * n],
+        n_base_nonfinite=counts[3 * n],
+        elected=counts[3 * n + 1],
+        n_conflict=counts[3 * n + 2],
+    )
+
+
+def backend() -> TritonBackend:
+    """The Triton backend.
+
+    Raises:
+        ImportError: no GPU that torch can use, and not in the interpreter.
+    """
+    if not INTERPRETED.value and not torch.cuda.is_available():
+        raise ImportError("torch finds no GPU, and TRITON_INTERPRET=1 was not set for the interpreter")
+    return TritonBackend()
