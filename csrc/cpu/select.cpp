@@ -32,8 +32,12 @@ struct OpenQuery {
   double n_expected;  // candidates
 };
 
+// n^(2/3) elements, where sampling one and going through the candidates that it saves take equally
+// long; 8192 lines from 48 Mi elements on.
 std::int64_t n_sample_lines(std::int64_t n) {
-  return std::min(kSampleLines, n / (4 * kSampleLine));
+  const double root = std::cbrt(static_cast<double>(n));
+  return std::min({kSampleLines, n / (4 * kSampleLine),
+                   static_cast<std::int64_t>(root * root) / kSampleLine});
 }
 
 // Keys that a bracket of `n` holds at the median, where it is widest.

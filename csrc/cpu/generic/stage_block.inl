@@ -108,15 +108,16 @@ struct TieCut {
 };
 
 // Rank of |tau| within a row, ascending, equal magnitudes by index. Magnitudes are binned by their
-// leading bits, down to 32 octaves below the largest, and then sorted within bins: bins are small
-// or, for 16-bit storage, mostly of one value and already in order.
+// leading bits, down to 16 octaves below the largest, and then sorted within bins: bins are small
+// or, for 16-bit storage, mostly of one value and already in order. More octaves would leave fewer
+// bins for the three that hold most of a bell curve.
 static void rank_row(const float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
   const auto key_of = [row](std::int64_t i) {
     return std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu;
   };
   const int bin_bits =
-      std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))) - 1, 6, 16);
-  const int shift = 28 - bin_bits;
+      std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))), 6, 16);
+  const int shift = 27 - bin_bits;
   const std::uint32_t last_bin = (1u << bin_bits) - 1;
   std::uint32_t largest = 0;
   for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, key_of(i));
