@@ -36,8 +36,8 @@ struct OpenQuery {
 // long; 8192 lines from 48 Mi elements on.
 std::int64_t n_sample_lines(std::int64_t n) {
   const double root = std::cbrt(static_cast<double>(n));
-  return std::min({kSampleLines, n / (4 * kSampleLine),
-                   static_cast<std::int64_t>(root * root) / kSampleLine});
+  return std::min(
+      {kSampleLines, n / (4 * kSampleLine), static_cast<std::int64_t>(root * root) / kSampleLine});
 }
 
 // Keys that a bracket of `n` holds at the median, where it is widest.
