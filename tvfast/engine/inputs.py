@@ -19,7 +19,7 @@ REQUEST = 4 * 2**20
 """Bytes of one read. Smaller ones cost calls, larger ones leave threads idle at the end of a tensor."""
 
 N_READERS = 8
-"""Reads in flight; a virtio disk is saturated by four, NVMe wants more."""
+"""Reads in flight. A virtio disk gave 1.1 GB/s to two direct readers and 1.2 to eight."""
 
 MAX_OPEN = 128
 """Input files that are open at a time; a family of large models has a thousand, a process may have fewer."""
