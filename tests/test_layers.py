@@ -261,7 +261,7 @@ CPP_LAYERS = {
     "core": (re.compile(r"core/.*"), STANDARD_HEADER),
     "cpu": (re.compile(r"(core|cpu)/.*"), re.compile(rf"(?!{FOREIGN.pattern}).*")),
     "bindings": (
-        re.compile(r"(core/.*|bindings/.*|cpu/(api|table)\.hpp)"),
+        re.compile(r"(core/.*|bindings/.*|cpu/api\.hpp|cuda/api\.hpp)"),
         re.compile(r"([a-z_]+|pybind11/.*)"),
     ),
 }

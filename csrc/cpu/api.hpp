@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "../core/queries.hpp"
+#include "../core/table.hpp"
 #include "kernels.hpp"
-#include "table.hpp"
 
 namespace tvfast {
 
@@ -17,28 +18,6 @@ struct Options {
   std::string isa;        // empty: the best, or TVFAST_ISA
   int n_threads = 0;      // <= 0: every core the process may use
   std::int64_t tile = 0;  // elements a thread takes at a time; <= 0: chosen here
-};
-
-// Scalars of every entry, and of every model of every entry: models[entry * n_models + model].
-struct Scalars {
-  std::vector<TensorScalars> tensors;
-  std::vector<ModelScalars> models;
-};
-
-struct RankQuery {
-  int group, model;
-  std::int64_t k;  // 1-based, by descending magnitude
-};
-
-struct Threshold {
-  std::uint32_t key;  // bits of the magnitude
-  std::int64_t n_greater, n_equal;
-};
-
-struct EqualQuery {
-  int group, model;
-  std::uint32_t key;
-  std::int64_t r;  // 0-based
 };
 
 // Writes every entry's `out`, which may be its base or one of its models.
@@ -103,11 +82,6 @@ class ResumableSelection {
  private:
   struct State;
   std::unique_ptr<State> state_;
-};
-
-struct CountQuery {
-  int group, model;
-  std::uint32_t key;
 };
 
 // How many keys of each entry equal each query's: [entry * n_queries + query], 0 in other groups.

@@ -8,8 +8,9 @@
 #include <new>
 #include <vector>
 
-#include "../core/accumulate.hpp"
-#include "table.hpp"
+#include "../core/moments.hpp"
+#include "../core/queries.hpp"
+#include "../core/table.hpp"
 
 namespace tvfast {
 
@@ -61,17 +62,6 @@ struct TileCall {
   Scratch& scratch;
   int n_models() const { return static_cast<int>(entry.models.size()); }
 };
-
-struct Moments {
-  std::vector<BinnedSum> l1_before, l1, gram;  // [K], [K], [K * K] upper triangle
-  std::vector<std::int64_t> n_kept, n_nonzero, n_nonfinite;
-  std::int64_t n_base_nonfinite = 0, elected = 0, n_conflict = 0;
-};
-
-enum Wants : unsigned { L1_BEFORE = 1, L1 = 2, GRAM = 4, COUNTS = 8, VOTES = 16, SQUARES = 32 };
-
-// Bits of a magnitude, in which every NaN is this one.
-inline constexpr std::uint32_t kNanKey = 0x7f800001u;
 
 // Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between
 // are collected.
