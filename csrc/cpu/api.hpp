@@ -43,9 +43,9 @@ class Accumulation {
   std::mutex lock_;
 };
 
-// Sets the bit planes to the keep stage's answers.
-void row_masks(const Table& table, const Program& program, const Scalars& scalars,
-               const Options& options);
+// Sets the bit planes to the keep stage's answers, and measures in the same pass.
+std::vector<Moments> row_masks(const Table& table, const Program& program, const Scalars& scalars,
+                               unsigned wants, const Options& options);
 
 // The k-th largest key of each query: n_greater < k <= n_greater + n_equal.
 std::vector<Threshold> thresholds(const Table& table, Keep keep,

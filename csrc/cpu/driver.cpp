@@ -139,14 +139,12 @@ std::vector<Moments> measure(const Table& table, const Program& program, const S
   return all.moments();
 }
 
-void row_masks(const Table& table, const Program& program, const Scalars& scalars,
-               const Options& options) {
+std::vector<Moments> row_masks(const Table& table, const Program& program, const Scalars& scalars,
+                               unsigned wants, const Options& options) {
   for (const Entry& entry : table.entries)
     for (std::uint64_t* words : entry.masks)
       std::fill_n(words, (entry.n + 63) / 64, std::uint64_t{0});
-  Plan plan(table, ranks_rows(program.keep), options);
-  plan.run(table, program, scalars,
-           [&](const TileCall& call, const Tile&, int) { plan.kernels.row_masks(call); });
+  return measure(table, program, scalars, wants | kPlanes, options);
 }
 
 }  // namespace tvfast

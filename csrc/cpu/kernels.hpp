@@ -24,6 +24,15 @@ inline std::int64_t block_length(int n_models) {
 // Elements up to which a bin of magnitudes is sorted by insertion.
 inline constexpr std::uint32_t kInsertionSort = 256;
 
+// Rows of fewer elements are sorted: there are more bins to count in than elements.
+inline constexpr std::int64_t kFewToCount = 256;
+
+// Rows from here on have more octaves of bins, which more keys then share.
+inline constexpr std::int64_t kRowOfManyBins = 2048;
+
+// Rows are counted if at most one key in so many is longer than 16 bits.
+inline constexpr std::int64_t kLongerKeys = 8;
+
 // A growing array on 64-byte boundaries; never shrinks, contents are lost on growth.
 template <class T>
 class Buffer {
@@ -47,10 +56,9 @@ class Buffer {
 
 // One thread's memory.
 struct Scratch {
-  Buffer<float> base, taus, score, result;
-  Buffer<std::uint32_t> draws, keys, ranks, bins;
+  Buffer<float> base, taus, rows, score, result;
+  Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
   Buffer<std::uint64_t> sorted;
-  std::vector<float> row;
 };
 
 struct TileCall {
@@ -62,6 +70,9 @@ struct TileCall {
   Scratch& scratch;
   int n_models() const { return static_cast<int>(entry.models.size()); }
 };
+
+// Beside Wants: a measurement sets the bits of what is kept in the entries' planes of zeros.
+inline constexpr unsigned kPlanes = 64;
 
 // Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between
 // are collected.
@@ -85,7 +96,6 @@ struct Kernels {
   int lanes;
   void (*combine)(const TileCall& call, bool streaming);
   void (*measure)(const TileCall& call, unsigned wants, Moments& moments);
-  void (*row_masks)(const TileCall& call);
   // Magnitude bits of `n` keys of `model` from `begin`, where `keep` says which key: tau, score or
   // variance.
   void (*keys)(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n,

@@ -7,6 +7,7 @@ namespace {
 #include "lanes/portable.hpp"
 #include "lanes/convert.hpp"
 #include "../core/stages.inl"
+#include "generic/rank.inl"
 #include "generic/stage_block.inl"
 #include "generic/combine.inl"
 #include "generic/fused.inl"

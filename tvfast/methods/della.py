@@ -16,6 +16,7 @@ from tvfast.methods.task_vectors import (
     keeps_all,
     normalised,
     rescale_l1,
+    write_gains,
 )
 from tvfast.program import Gain, Keep, ModelScalars, Program, TensorScalars
 
@@ -77,9 +78,10 @@ class _Della(TaskVectorMethod):
         program, scalars = self.program(), self._probabilities(statistics)
         if self._measures(statistics.table.n_models):
             if statistics.planes_fit():
-                statistics.draw_masks(program, scalars)
+                write_gains(scalars, statistics.draw_masks(program, scalars))
                 program = replace(program, keep=Keep.MASK)
-            rescale_l1(statistics, program, scalars)
+            else:
+                rescale_l1(statistics, program, scalars)
         return program, scalars
 
     def scalars(self, statistics: TableStatistics) -> list[TensorScalars]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tvfast.errors import BackendError
-from tvfast.ops.raw import Backend, Wants
+from tvfast.ops.raw import Backend, MaskingBackend, Wants
 from tvfast.program import (
     OPEN_CUT,
     Keep,
@@ -52,6 +52,10 @@ Ranks = Callable[[int, int, int], tuple[int, int]]
 """(group, model, n) -> (first, last): descending ranks, 0 the largest, that survive among n entries."""
 
 
+Norms = list[list[tuple[float, float]]]
+"""[entry][model] L1 norm of the task vector before and after the keep stage."""
+
+
 @dataclass(slots=True)
 class TableStatistics:
     """Batched questions to one backend about one table.
@@ -79,10 +83,9 @@ class TableStatistics:
         """`Moments` per entry, after the program's keep stage and before gain and weight."""
         return self.backend.measure(self.table, program, scalars, wants, self.n_threads)
 
-    def l1(self, program: Program, scalars: Sequence[TensorScalars]) -> list[list[tuple[float, float]]]:
-        """[entry][model] L1 norm of the task vector before and after the keep stage."""
-        moments = self.measure(program, scalars, Wants.L1_BEFORE | Wants.L1)
-        return [list(zip(m.l1_before, m.l1, strict=True)) for m in moments]
+    def l1(self, program: Program, scalars: Sequence[TensorScalars]) -> Norms:
+        """L1 norms of the task vectors before and after the keep stage."""
+        return _norms(self.measure(program, scalars, _BOTH_NORMS))
 
     def gram(self, program: Program, scalars: Sequence[TensorScalars]) -> list[list[list[float]]]:
         """[entry][model][model] dot products of kept task vectors."""
@@ -162,8 +165,8 @@ class TableStatistics:
         wanted = sum(plane_bytes(e.n_elements, self.table.n_models) for e in self.table.entries)
         return self.new_plane is not None and wanted <= PLANE_BYTES
 
-    def draw_masks(self, program: Program, scalars: Sequence[TensorScalars]) -> None:
-        """Evaluate the keep stage once into new bit planes of every entry.
+    def draw_masks(self, program: Program, scalars: Sequence[TensorScalars]) -> Norms:
+        """Evaluate the keep stage once into new bit planes of every entry; L1 norms before and after it.
 
         Raises:
             BackendError: planes cannot be had; `planes_fit` says so first.
@@ -175,7 +178,19 @@ class TableStatistics:
             )
         for entry in self.table.entries:
             entry.masks = tuple(self.new_plane(entry.n_elements) for _ in entry.models)
+        if isinstance(self.backend, MaskingBackend):
+            return _norms(
+                self.backend.measured_masks(self.table, program, scalars, _BOTH_NORMS, self.n_threads)
+            )
         self.backend.row_masks(self.table, program, scalars, self.n_threads)
+        return self.l1(replace(program, keep=Keep.MASK), scalars)
+
+
+_BOTH_NORMS = Wants.L1_BEFORE | Wants.L1
+
+
+def _norms(moments: Sequence[Moments]) -> Norms:
+    return [list(zip(m.l1_before, m.l1, strict=True)) for m in moments]
 
 
 def plane_bytes(n_elements: int, n_models: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tvfast.methods.base import ProgramMethod, float32
-from tvfast.methods.statistics import Band, TableStatistics
+from tvfast.methods.statistics import Band, Norms, TableStatistics
 from tvfast.program import Ballot, Divisor, Members, Program, TensorScalars, Vote, ZeroSign
 
 SMALLEST_L1 = float32(1e-7)  # mergekit leaves task vectors below it unscaled
@@ -53,10 +53,13 @@ def write_bands(scalars: Sequence[TensorScalars], bands: Sequence[Sequence[Band]
 
 
 def rescale_l1(statistics: TableStatistics, keep: Program, scalars: Sequence[TensorScalars]) -> None:
-    """gain_k = |τ_k|₁ / |kept τ_k|₁ per tensor, measured on the very entries that are kept; 1 below 1e-7."""
-    for tensor, row in zip(
-        scalars, statistics.l1(Program(keep=keep.keep, tie=keep.tie), scalars), strict=True
-    ):
+    """Gains of the L1 norms, measured on the very entries that are kept."""
+    write_gains(scalars, statistics.l1(Program(keep=keep.keep, tie=keep.tie), scalars))
+
+
+def write_gains(scalars: Sequence[TensorScalars], norms: Norms) -> None:
+    """gain_k = |τ_k|₁ / |kept τ_k|₁ per tensor; 1 below 1e-7."""
+    for tensor, row in zip(scalars, norms, strict=True):
         for model, (before, after) in zip(tensor.models, row, strict=True):
             if before >= SMALLEST_L1 and after >= SMALLEST_L1:
                 model.gain = float32(before / after)

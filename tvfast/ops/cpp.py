@@ -160,14 +160,26 @@ class CppBackend:
         scalars: Sequence[TensorScalars],
         n_threads: int = 0,
     ) -> None:
-        _C_cpu.row_masks(
+        self.measured_masks(table, program, scalars, Wants(0), n_threads)
+
+    def measured_masks(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> list[Moments]:
+        found = _C_cpu.row_masks(
             _native_table(table),
             _native_program(program),
             _native_scalars(scalars),
+            int(wants),
             self._isa,
             n_threads,
             self._tile,
         )
+        return [_moments(answer, table.n_models) for answer in found]
 
     def combine(
         self,

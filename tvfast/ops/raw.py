@@ -131,6 +131,21 @@ class ResumableBackend(Backend, Protocol):
         """[entry][query] keys of `(group, model, value)` that equal the value; 0 in other groups."""
 
 
+@runtime_checkable
+class MaskingBackend(Backend, Protocol):
+    """A backend that can measure in the pass that evaluates the keep stage into bit planes."""
+
+    def measured_masks(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> list[Moments]:
+        """`row_masks`, and the `measure` of the same program."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
     """One line of `tvfast doctor`."""

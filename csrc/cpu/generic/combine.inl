@@ -212,37 +212,3 @@ static void combine_staged(const TileCall& call, bool streaming) {
     }
   });
 }
-
-// Sets `n` <= 64 bits of a plane from bit i on. Rows may begin anywhere in a word, and two threads
-// may share one.
-static void set_bits(std::uint64_t* words, std::int64_t i, std::uint64_t bits, std::int64_t n) {
-  const int at = static_cast<int>(i & 63);
-  if (at == 0 && n == 64) {
-    words[i >> 6] = bits;
-    return;
-  }
-  std::atomic_ref<std::uint64_t>(words[i >> 6]).fetch_or(bits << at, std::memory_order_relaxed);
-  if (at + n > 64)
-    std::atomic_ref<std::uint64_t>(words[(i >> 6) + 1])
-        .fetch_or(bits >> (64 - at), std::memory_order_relaxed);
-}
-
-static void row_masks_tile(const TileCall& call) {
-  for_each_block(call, [&](const BlockCall& block) {
-    const float* base = stage_base(call.entry, block.begin, block.n, call.scratch);
-    stage_taus(block, base, [](int, const float*) {});
-    const float* variance = stage_variance(block);
-    for (int k = 0; k < call.n_models(); ++k) {
-      const KeepBlock keep = keep_block(block, k, variance);
-      const float* tau = block.tau(k);
-      for (std::int64_t j = 0; j < block.n; j += 64) {
-        const std::int64_t n = std::min<std::int64_t>(64, block.n - j);
-        std::uint64_t bits = 0;
-        for (std::int64_t lane = 0; lane < n; lane += kLanes)
-          bits |= std::uint64_t{mask_bits(keep(j + lane, load<F>(tau + j + lane)))} << lane;
-        if (n < 64) bits &= (std::uint64_t{1} << n) - 1;
-        set_bits(call.entry.masks[k], block.begin + j, bits, n);
-      }
-    }
-  });
-}

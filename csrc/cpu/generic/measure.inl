@@ -1,29 +1,41 @@
 // measure: sums, counts and keys of a block. No include guard on purpose.
 
-// Adds `n` doubles given by value(j) to an order-independent sum: docs/numerics.md, "Sums".
+TVFAST_INLINE D widened(const float* p) { return __builtin_convertvector(load<HalfF>(p), D); }
+
+TVFAST_INLINE D widened_magnitude(const float* p) {
+  return (D)((Q)widened(p) & 0x7fffffffffffffffull);
+}
+
+// Adds `n` doubles to an order-independent sum: docs/numerics.md, "Sums". value(j) is kDoubles of
+// them from j on, zeros past `n`.
 template <class Value>
 TVFAST_INLINE void add_block(BinnedSum& sum, std::int64_t n, Value&& value) {
+  constexpr int kParts = kLanes / kDoubles;
   // At the window of the largest addend so far, two rounding constants split an addend into exact
   // high and low parts. If the block holds a larger addend, the window is raised and the block is
   // taken again.
   for (int window = sum.window == kNoWindow ? -9 : sum.window;;) {
     const double split_high = std::ldexp(1.5, 52 + kWindowBits * window);
     const double split_low = std::ldexp(1.5, 52 + kWindowBits * (window - 1));
-    D high = {}, low = {};
-    Q most = {};
+    D high[kParts] = {}, low[kParts] = {};
+    Q most[kParts] = {};
     for (std::int64_t j = 0; j < n; j += kLanes) {
-      const D x = value(j);
-      const D q = (x + split_high) - split_high;
-      high += q;
-      low += ((x - q) + split_low) - split_low;
-      const Q magnitude = (Q)x & 0x7fffffffffffffffull;
-      most = magnitude > most ? magnitude : most;
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        const D x = value(j + part * kDoubles);
+        const D q = (x + split_high) - split_high;
+        high[part] += q;
+        low[part] += ((x - q) + split_low) - split_low;
+        const Q magnitude = (Q)x & 0x7fffffffffffffffull;
+        most[part] = magnitude > most[part] ? magnitude : most[part];
+      }
     }
-    const std::uint64_t largest = lane_max(most);
+    std::uint64_t largest = 0;
+    for (const Q& part : most) largest = std::max<std::uint64_t>(largest, lane_max(part));
     if (largest >= 0x7ff0000000000000ull) {
-      for (std::int64_t j = 0; j < n; j += kLanes) {
+      for (std::int64_t j = 0; j < n; j += kDoubles) {
         const D x = value(j);
-        for (int lane = 0; lane < kLanes; ++lane) sum.add(x[lane]);
+        for (int lane = 0; lane < kDoubles; ++lane) sum.add(x[lane]);
       }
       return;
     }
@@ -36,13 +48,13 @@ TVFAST_INLINE void add_block(BinnedSum& sum, std::int64_t n, Value&& value) {
         continue;
       }
     }
-    sum.high += static_cast<Int128>(std::ldexp(lane_sum(high), -kWindowBits * window));
-    sum.low += static_cast<Int128>(std::ldexp(lane_sum(low), -kWindowBits * (window - 1)));
+    for (int part = 0; part < kParts; ++part) {
+      sum.high += static_cast<Int128>(std::ldexp(lane_sum(high[part]), -kWindowBits * window));
+      sum.low += static_cast<Int128>(std::ldexp(lane_sum(low[part]), -kWindowBits * (window - 1)));
+    }
     return;
   }
 }
-
-TVFAST_INLINE D widened(F x) { return __builtin_convertvector(x, D); }
 
 // The lanes from j on that lie before n.
 TVFAST_INLINE M first_lanes(std::int64_t j, std::int64_t n) {
@@ -88,6 +100,20 @@ static void count_votes(const BlockCall& block, const float* variance, Moments& 
   moments.elected += lane_sum(signs);
 }
 
+// Sets `n` <= 64 bits of a plane from bit i on. Rows may begin anywhere in a word, and two threads
+// may share one.
+static void set_bits(std::uint64_t* words, std::int64_t i, std::uint64_t bits, std::int64_t n) {
+  const int at = static_cast<int>(i & 63);
+  if (at == 0 && n == 64) {
+    words[i >> 6] = bits;
+    return;
+  }
+  std::atomic_ref<std::uint64_t>(words[i >> 6]).fetch_or(bits << at, std::memory_order_relaxed);
+  if (at + n > 64)
+    std::atomic_ref<std::uint64_t>(words[(i >> 6) + 1])
+        .fetch_or(bits >> (64 - at), std::memory_order_relaxed);
+}
+
 static void measure_tile(const TileCall& call, unsigned wants, Moments& moments) {
   const Entry& entry = call.entry;
   const int n_models = call.n_models();
@@ -101,16 +127,17 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
     }
     stage_taus(block, base, [&](int k, float* tau) {
       // What lies past the end must not count.
-      for (std::int64_t j = n; j < n + kLanes; ++j) tau[j] = 0.0f;
+      if (n % kLanes != 0) store(tau + n, F{});
       if (wants & L1_BEFORE)
         add_block(moments.l1_before[k], n,
-                  [tau](std::int64_t j) { return widened(magnitude(load<F>(tau + j))); });
+                  [tau](std::int64_t j) { return widened_magnitude(tau + j); });
     });
     const float* variance = stage_variance(block);
     for (int k = 0; k < n_models; ++k) {
       float* tau = block.tau(k);
       const KeepBlock keep = keep_block(block, k, variance);
       I kept_count = {}, nonzero_count = {};
+      std::uint64_t word = 0;
       for (std::int64_t j = 0; j < n; j += kLanes) {
         const F x = load<F>(tau + j);
         const M kept = keep(j, x) & first_lanes(j, n);
@@ -118,6 +145,12 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
         store(tau + j, t);
         kept_count -= kept;
         nonzero_count -= not_zero(t);
+        if (!(wants & kPlanes)) continue;
+        word |= std::uint64_t{mask_bits(kept)} << (j & 63);
+        if (((j + kLanes) & 63) != 0 && j + kLanes < n) continue;
+        const std::int64_t first = j & ~std::int64_t{63};
+        set_bits(entry.masks[k], block.begin + first, word, std::min<std::int64_t>(64, n - first));
+        word = 0;
       }
       if (wants & COUNTS) {
         moments.n_kept[k] += lane_sum(kept_count);
@@ -125,26 +158,20 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
       }
       if (wants & L1)
         add_block(moments.l1[k], n,
-                  [tau](std::int64_t j) { return widened(magnitude(load<F>(tau + j))); });
+                  [tau](std::int64_t j) { return widened_magnitude(tau + j); });
     }
     if (wants & (GRAM | SQUARES)) {
       for (int a = 0; a < n_models; ++a) {
         for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
           const float *x = block.tau(a), *y = block.tau(b);
           add_block(moments.gram[a * n_models + b], n, [x, y](std::int64_t j) {
-            return widened(load<F>(x + j)) * widened(load<F>(y + j));
+            return widened(x + j) * widened(y + j);
           });
         }
       }
     }
     if (wants & VOTES) count_votes(block, variance, moments);
   });
-}
-
-// Every NaN is one key, above infinity.
-TVFAST_INLINE U key_of(F x) {
-  const U key = bits(magnitude(x));
-  return key < kNanKey ? key : splat_bits(kNanKey);
 }
 
 static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n,
@@ -327,6 +354,6 @@ static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::
 }
 
 static constexpr Kernels kernels(const char* name) {
-  return {name,       kLanes,    combine_tile, measure_tile, row_masks_tile,
-          keys_block, scan_taus, scan_keys,    count_equal,  first_nonfinite_of};
+  return {name,       kLanes,    combine_tile, measure_tile, keys_block,
+          scan_taus,  scan_keys, count_equal,  first_nonfinite_of};
 }

@@ -107,59 +107,6 @@ struct TieCut {
   }
 };
 
-// Rank of |tau| within a row, ascending, equal magnitudes by index. Magnitudes are binned by their
-// leading bits, down to 16 octaves below the largest, and then sorted within bins: bins are small
-// or, for 16-bit storage, mostly of one value and already in order. More octaves would leave fewer
-// bins for the three that hold most of a bell curve.
-static void rank_row(const float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
-  const auto key_of = [row](std::int64_t i) {
-    return std::bit_cast<std::uint32_t>(row[i]) & 0x7fffffffu;
-  };
-  const int bin_bits =
-      std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))), 6, 16);
-  const int shift = 27 - bin_bits;
-  const std::uint32_t last_bin = (1u << bin_bits) - 1;
-  std::uint32_t largest = 0;
-  for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, key_of(i));
-  const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, last_bin);
-  const auto bin_of = [=](std::uint32_t key) { return std::max(key >> shift, lowest) - lowest; };
-  std::uint32_t* start = scratch.bins.get(std::size_t{last_bin} + 1);
-  std::fill_n(start, last_bin + 1, 0u);
-  for (std::int64_t i = 0; i < n; ++i) ++start[bin_of(key_of(i))];
-  std::uint64_t* sorted = scratch.sorted.get(n);  // (key, index), which orders as one number
-  std::uint32_t total = 0;
-  bool large_bins = false;
-  for (std::uint32_t bin = 0; bin <= last_bin; ++bin) {
-    const std::uint32_t here = start[bin];
-    large_bins = large_bins || here > kInsertionSort;
-    start[bin] = total;
-    total += here;
-  }
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t key = key_of(i);
-    sorted[start[bin_of(key)]++] = std::uint64_t{key} << 32 | static_cast<std::uint32_t>(i);
-  }
-  if (large_bins) {
-    // After the scatter, start[bin] is the end of that bin.
-    for (std::uint32_t bin = 0, from = 0; bin <= last_bin; from = start[bin++])
-      if (start[bin] - from > kInsertionSort && !std::is_sorted(sorted + from, sorted + start[bin]))
-        std::sort(sorted + from, sorted + start[bin]);
-  }
-  std::uint64_t previous = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint64_t moving = sorted[i];
-    if (moving >= previous) {
-      previous = moving;
-      continue;
-    }
-    std::int64_t to = i;
-    for (; to > 0 && sorted[to - 1] > moving; --to) sorted[to] = sorted[to - 1];
-    sorted[to] = moving;
-  }
-  for (std::int64_t i = 0; i < n; ++i)
-    rank[static_cast<std::uint32_t>(sorted[i])] = static_cast<std::uint32_t>(i);
-}
-
 // The keep test of one model on a block of task vector: lanes of `tau` at j to lanes of survivors.
 struct KeepBlock {
   const Program& program;
@@ -190,10 +137,14 @@ struct KeepBlock {
         return (M)(load<U>(draws + j) < static_cast<std::uint32_t>(scalars.limit)) | is_nan(tau);
       }
       case Keep::RANDOM_BY_RANK: {
-        const Q rank = __builtin_convertvector(load<U>(ranks + j), Q);
-        const Q limit = scalars.limit + ((rank * scalars.limit_step) >> 32);
-        const Q draw = __builtin_convertvector(load<U>(draws + j), Q);
-        return __builtin_convertvector((L)draw < (L)limit, M) | is_nan(tau);
+        // The 64-bit sum by its halves: what carries over is above every draw.
+        const U rank = load<U>(ranks + j);
+        const std::uint32_t low = static_cast<std::uint32_t>(scalars.limit_step),
+                            high = static_cast<std::uint32_t>(scalars.limit_step >> 32);
+        const U rise = rank * high + mul_high(rank, low);
+        const U limit = rise + static_cast<std::uint32_t>(scalars.limit);
+        const M always = scalars.limit >= kAlways ? all_lanes() : (M)(limit < rise);
+        return (M)(load<U>(draws + j) < limit) | always | is_nan(tau);
       }
       case Keep::BAND_BY_RANK: {
         const U rank = load<U>(ranks + j);
@@ -232,34 +183,45 @@ static void variance_block(const float* const* taus, int n_models, std::int64_t 
   }
 }
 
-// Ranks of every model for the rows of one tile: [K][row_length] of the row being processed.
-static void rank_tile_row(const TileCall& call, std::int64_t row_begin, std::int64_t row_length) {
-  Scratch& scratch = call.scratch;
-  std::uint32_t* ranks = scratch.ranks.get((row_length + 64) * call.n_models());
-  scratch.row.resize(row_length + 64);
-  for (int k = 0; k < call.n_models(); ++k) {
-    for (std::int64_t i = 0; i < row_length; i += kMaxBlock) {
-      const std::int64_t n = std::min(kMaxBlock, row_length - i);
-      const float* base = stage_base(call.entry, row_begin + i, n, scratch);
-      float* row = scratch.row.data() + i;
-      for_each_tau(call.entry.models[k], base, row_begin + i, n,
-                   [row](std::int64_t j, F tau) { store(row + j, tau); });
-    }
-    rank_row(scratch.row.data(), row_length, scratch, ranks + k * (row_length + 64));
-  }
-}
-
 // One block of a tile with everything that its keep stage needs.
 struct BlockCall {
   const TileCall& tile;
   std::int64_t begin, n;
   std::int64_t row_begin = 0, row_length = 0;  // set when the keep stage ranks rows
 
+  bool ranked() const { return row_length > 0; }
   std::int64_t stride() const { return kMaxBlock + 64; }
+  std::int64_t row_stride() const { return row_length + 64; }
+  // Task vector of model k; it is there already where rows are ranked.
   float* tau(int k) const {
-    return tile.scratch.taus.get(stride() * tile.n_models()) + k * stride();
+    Scratch& scratch = tile.scratch;
+    if (ranked()) return scratch.rows.get(0) + k * row_stride() + (begin - row_begin);
+    return scratch.taus.get(stride() * tile.n_models()) + k * stride();
+  }
+  const std::uint32_t* ranks(int k) const {
+    return tile.scratch.ranks.get(0) + k * row_stride() + (begin - row_begin);
   }
 };
+
+// Task vectors of one row and their ranks, of every model: [K][row length].
+static void rank_tile_row(const TileCall& call, std::int64_t row_begin, std::int64_t row_length) {
+  Scratch& scratch = call.scratch;
+  const BlockCall row{call, row_begin, row_length, row_begin, row_length};
+  const std::size_t n = row.row_stride() * call.n_models();
+  std::uint32_t* ranks = scratch.ranks.get(n);
+  scratch.rows.get(n);
+  for (std::int64_t i = 0; i < row_length; i += kMaxBlock) {
+    const std::int64_t length = std::min(kMaxBlock, row_length - i);
+    const float* base = stage_base(call.entry, row_begin + i, length, scratch);
+    for (int k = 0; k < call.n_models(); ++k) {
+      float* tau = row.tau(k) + i;
+      for_each_tau(call.entry.models[k], base, row_begin + i, length,
+                   [tau](std::int64_t j, F x) { store(tau + j, x); });
+    }
+  }
+  for (int k = 0; k < call.n_models(); ++k)
+    rank_row(row.tau(k), row_length, scratch, ranks + k * row.row_stride());
+}
 
 template <class Fn>
 static void for_each_block(const TileCall& call, Fn&& fn) {
@@ -303,9 +265,7 @@ static KeepBlock keep_block(const BlockCall& block, int k, const float* variance
   }
   if (keep == Keep::RANDOM_BY_RANK || (keep == Keep::RANDOM && scalars.limit < kAlways))
     result.draws = draw_block(scalars.key, index, block.n, call.scratch);
-  if (ranks_rows(keep))
-    result.ranks =
-        call.scratch.ranks.get(0) + k * (block.row_length + 64) + (block.begin - block.row_begin);
+  if (block.ranked()) result.ranks = block.ranks(k);
   if (keep == Keep::MASK) result.mask = call.entry.masks[k];
   return result;
 }
@@ -317,16 +277,16 @@ TVFAST_INLINE F probability(const KeepBlock& keep, std::int64_t j) {
   return prob + __builtin_convertvector(load<U>(keep.ranks + j), F) * splat(keep.scalars.prob_step);
 }
 
-// Writes t_k of every model, before gain, and calls seen(k, tau) on the untouched task vectors of
-// each block.
+// Stages the task vectors of every model, unless its rows were ranked, and calls seen(k, tau) on
+// each.
 template <class Seen>
 static void stage_taus(const BlockCall& block, const float* base, Seen&& seen) {
   const TileCall& call = block.tile;
-  const int n_models = call.n_models();
-  for (int k = 0; k < n_models; ++k) {
+  for (int k = 0; k < call.n_models(); ++k) {
     float* tau = block.tau(k);
-    for_each_tau(call.entry.models[k], base, block.begin, block.n,
-                 [tau](std::int64_t j, F x) { store(tau + j, x); });
+    if (!block.ranked())
+      for_each_tau(call.entry.models[k], base, block.begin, block.n,
+                   [tau](std::int64_t j, F x) { store(tau + j, x); });
     seen(k, tau);
   }
 }

@@ -3,18 +3,19 @@
 // include guard. Order of inclusion: types.hpp, the ISA's own hooks (portable.hpp, avx2.hpp,
 // avx512.hpp), then convert.hpp.
 //
-// F float, M comparison result (all bits set or none), U and I 32-bit integers, D double and Q
-// 64-bit integers of as many lanes, H 16-bit storage. Comparisons of F give M; `m ? a : b` selects
-// by lane.
+// F float, M comparison result (all bits set or none), U and I 32-bit integers, H 16-bit storage of
+// as many lanes. Comparisons of F give M; `m ? a : b` selects by lane. D double and Q 64-bit integers
+// fill one vector too, with half as many lanes; the compiler keeps larger ones in memory.
 
 inline constexpr int kLanes = TVFAST_LANES;
+inline constexpr int kDoubles = kLanes > 1 ? kLanes / 2 : 1;
 
 typedef float F __attribute__((vector_size(4 * TVFAST_LANES)));
 typedef std::int32_t I __attribute__((vector_size(4 * TVFAST_LANES)));
 typedef std::uint32_t U __attribute__((vector_size(4 * TVFAST_LANES)));
-typedef double D __attribute__((vector_size(8 * TVFAST_LANES)));
-typedef std::int64_t L __attribute__((vector_size(8 * TVFAST_LANES)));
-typedef std::uint64_t Q __attribute__((vector_size(8 * TVFAST_LANES)));
+typedef float HalfF __attribute__((vector_size(4 * kDoubles)));
+typedef double D __attribute__((vector_size(8 * kDoubles)));
+typedef std::uint64_t Q __attribute__((vector_size(8 * kDoubles)));
 typedef std::uint16_t H __attribute__((vector_size(2 * TVFAST_LANES)));
 using M = I;
 
@@ -45,17 +46,17 @@ TVFAST_INLINE void store(T* p, V v) {
 // Through memory: indexing a vector would keep it there for the whole loop before.
 template <class V>
 TVFAST_INLINE auto lane_sum(V v) {
-  std::remove_reference_t<decltype(v[0])> lanes[kLanes];
+  std::remove_reference_t<decltype(v[0])> lanes[sizeof v / sizeof v[0]];
   store(lanes, v);
   auto sum = lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) sum += lanes[lane];
+  for (std::size_t lane = 1; lane < std::size(lanes); ++lane) sum += lanes[lane];
   return sum;
 }
 template <class V>
 TVFAST_INLINE auto lane_max(V v) {
-  std::remove_reference_t<decltype(v[0])> lanes[kLanes];
+  std::remove_reference_t<decltype(v[0])> lanes[sizeof v / sizeof v[0]];
   store(lanes, v);
-  return *std::max_element(lanes, lanes + kLanes);
+  return *std::max_element(std::begin(lanes), std::end(lanes));
 }
 
 // { 0, 1, 2, ... }
