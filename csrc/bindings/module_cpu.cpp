@@ -40,17 +40,17 @@ PYBIND11_MODULE(_C_cpu, m) {
     const py::gil_scoped_release unlocked;
     combine(table, to_program(program), scalars, to_options(isa, n_threads, tile));
   });
-  m.def("row_masks",
-        [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
-           unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
-          std::vector<Moments> moments;
-          {
-            const py::gil_scoped_release unlocked;
-            moments = row_masks(table, to_program(program), scalars, wants,
-                                to_options(isa, n_threads, tile));
-          }
-          return to_python(moments);
-        });
+  m.def("row_masks", [](const Table& table, const std::array<int, 9>& program,
+                        const Scalars& scalars, unsigned wants, const std::string& isa,
+                        int n_threads, std::int64_t tile) {
+    std::vector<Moments> moments;
+    {
+      const py::gil_scoped_release unlocked;
+      moments =
+          row_masks(table, to_program(program), scalars, wants, to_options(isa, n_threads, tile));
+    }
+    return to_python(moments);
+  });
   m.def("measure", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
                       unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<Moments> moments;

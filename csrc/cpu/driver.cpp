@@ -1,7 +1,11 @@
 // The loops over tiles. Every result of a tile is an integer or an order-independent sum, so tiles
 // may run anywhere.
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <iterator>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -10,6 +14,7 @@
 #include "api.hpp"
 #include "isa.hpp"
 #include "parallel.hpp"
+#include "segment_ranks.hpp"
 
 namespace tvfast {
 
@@ -20,35 +25,94 @@ namespace {
 constexpr std::int64_t kTile = 65536;
 
 // Below this much output, lines are still cached when the next pass wants them.
-constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+constexpr std::size_t kStreamBytes = std::size_t{4} << 20;
+
+// Rows of more tiles are ranked a segment at a time, in so many bytes together with the bit planes
+// of the table; in at least so many, whatever those take. Both for tiles of the usual length.
+constexpr std::int64_t kTilesOfRow = 2;
+constexpr std::int64_t kRankBytes = std::int64_t{56} << 20,
+                       kLeastRankBytes = std::int64_t{12} << 20;
+
+std::int64_t plane_bytes(const Table& table) {
+  std::int64_t n_bytes = 0;
+  for (const Entry& entry : table.entries)
+    n_bytes += static_cast<std::int64_t>(entry.masks.size()) * ((entry.n + 63) / 64 * 8);
+  return n_bytes;
+}
 
 struct Plan {
+  const Table& table;
+  const Program& program;
+  const Scalars& scalars;
+  const Options& options;
   const Kernels& kernels;
-  std::vector<Tile> tiles;
+  std::int64_t tile;
+  std::vector<Tile> tiles, long_rows;
   int n_threads;
   std::vector<Scratch> scratch;
 
-  Plan(const Table& table, bool rows, const Options& options)
-      : kernels(kernels_for(options.isa)),
-        tiles(table.tiles(tile_length(options.tile, kTile), rows)),
-        n_threads(parallel_threads(static_cast<std::int64_t>(tiles.size()), options.n_threads)),
-        scratch(n_threads) {
-    for (const Entry& entry : table.entries)
-      if (rows && entry.row_length() > std::numeric_limits<std::uint32_t>::max())
-        throw std::invalid_argument("a row of " + std::to_string(entry.row_length()) +
-                                    " elements cannot be ranked; at most 2^32 - 1");
+  Plan(const Table& table, const Program& program, const Scalars& scalars, const Options& options)
+      : table(table),
+        program(program),
+        scalars(scalars),
+        options(options),
+        kernels(kernels_for(options.isa)),
+        tile(tile_length(options.tile, kTile)),
+        tiles(table.tiles(tile, ranks_rows(program.keep))) {
+    const auto is_long = [&](const Tile& rows) { return has_long_rows(table.entries[rows.entry]); };
+    std::copy_if(tiles.begin(), tiles.end(), std::back_inserter(long_rows), is_long);
+    std::erase_if(tiles, is_long);
+    std::int64_t n_tiles = std::ssize(tiles);
+    for (const Tile& row : long_rows) n_tiles += (row.end - row.begin + tile - 1) / tile;
+    n_threads = parallel_threads(n_tiles, options.n_threads);
+    scratch = std::vector<Scratch>(n_threads);
+  }
+
+  // Throws std::invalid_argument if they are too long for ranks of 32 bits.
+  bool has_long_rows(const Entry& entry) const {
+    if (!ranks_rows(program.keep) || entry.row_length() <= kTilesOfRow * tile) return false;
+    if (entry.row_length() > std::numeric_limits<std::uint32_t>::max())
+      throw std::invalid_argument("a row of " + std::to_string(entry.row_length()) +
+                                  " elements cannot be ranked; at most 2^32 - 1");
+    return true;
+  }
+
+  // fn(call, tile, thread) for every tile.
+  template <class Fn>
+  void run(Fn&& fn) {
+    run_tiles(tiles, {}, fn);
+    if (long_rows.empty()) return;
+    const std::int64_t length = segment_length();
+    SegmentRanks segment(table, options, n_threads, length);
+    for (const auto& [entry, row_begin, row_end] : long_rows) {
+      for (std::int64_t begin = row_begin; begin < row_end; begin += length) {
+        const std::int64_t end = std::min(begin + length, row_end);
+        segment.rank(table.entries[entry], row_begin, row_end, begin, end);
+        std::vector<Tile> parts;
+        for (std::int64_t i = begin; i < end; i += tile)
+          parts.push_back({entry, i, std::min(i + tile, end)});
+        run_tiles(parts, segment.ranks(), fn);
+      }
+    }
+  }
+
+ private:
+  std::int64_t segment_length() const {
+    const std::int64_t n_bytes = std::max(kRankBytes - plane_bytes(table), kLeastRankBytes);
+    const std::int64_t tile_bytes =
+        kTile * SegmentRanks::bytes_per_entry(table.n_models, n_threads);
+    return std::max<std::int64_t>(1, n_bytes / tile_bytes) * tile;
   }
 
   template <class Fn>
-  void run(const Table& table, const Program& program, const Scalars& scalars, Fn&& fn) {
-    parallel_for(static_cast<std::int64_t>(tiles.size()), n_threads,
-                 [&](std::int64_t task, int thread) {
-                   const Tile& tile = tiles[task];
-                   fn(TileCall{table.entries[tile.entry], program, scalars.tensors[tile.entry],
-                               scalars.models.data() + tile.entry * table.n_models, tile.begin,
-                               tile.end, scratch[thread]},
-                      tile, thread);
-                 });
+  void run_tiles(const std::vector<Tile>& parts, const RowRanks& ranks, Fn& fn) {
+    parallel_for(std::ssize(parts), n_threads, [&](std::int64_t task, int thread) {
+      const Tile& part = parts[task];
+      fn(TileCall{table.entries[part.entry], program, scalars.tensors[part.entry],
+                  scalars.models.data() + part.entry * table.n_models, part.begin, part.end,
+                  scratch[thread], ranks},
+         part, thread);
+    });
   }
 };
 
@@ -56,6 +120,10 @@ bool reads(const Entry& entry, const void* address) {
   if (entry.base.data == address) return true;
   return std::any_of(entry.models.begin(), entry.models.end(),
                      [&](const View& v) { return v.data == address; });
+}
+
+std::size_t out_bytes(const Entry& entry) {
+  return static_cast<std::size_t>(entry.n) * size_of(entry.out_dtype);
 }
 
 void add(Moments& to, const Moments& from) {
@@ -90,15 +158,24 @@ Moments empty_moments(int n_models) {
 
 }  // namespace
 
-void combine(const Table& table, const Program& program, const Scalars& scalars,
+void combine(const Table& asked, const Program& program, const Scalars& scalars,
              const Options& options) {
-  Plan plan(table, ranks_rows(program.keep), options);
-  plan.run(table, program, scalars, [&](const TileCall& call, const Tile&, int) {
+  Table table = asked;
+  Plan plan(table, program, scalars, options);
+  // A long row is read once more for every segment, so its inputs stay until all are written.
+  std::vector<std::unique_ptr<std::byte[]>> held(table.entries.size());
+  for (std::size_t e = 0; e < held.size(); ++e) {
+    Entry& entry = table.entries[e];
+    if (!plan.has_long_rows(entry) || !reads(entry, entry.out)) continue;
+    held[e] = std::make_unique_for_overwrite<std::byte[]>(out_bytes(entry));
+    entry.out = held[e].get();
+  }
+  plan.run([&](const TileCall& call, const Tile&, int) {
     const Entry& entry = call.entry;
-    const bool large =
-        entry.n * static_cast<std::int64_t>(size_of(entry.out_dtype)) >= kStreamBytes;
-    plan.kernels.combine(call, large && !reads(entry, entry.out));
+    plan.kernels.combine(call, out_bytes(entry) >= kStreamBytes && !reads(entry, entry.out));
   });
+  for (std::size_t e = 0; e < held.size(); ++e)
+    if (held[e]) std::memcpy(asked.entries[e].out, held[e].get(), out_bytes(asked.entries[e]));
 }
 
 Accumulation::Accumulation(std::size_t n_entries, int n_models)
@@ -107,7 +184,7 @@ Accumulation::Accumulation(std::size_t n_entries, int n_models)
 void Accumulation::measure(const Table& part, const Program& program, const Scalars& scalars,
                            unsigned wants, const std::vector<std::size_t>& rows,
                            const Options& options) {
-  Plan plan(part, ranks_rows(program.keep), options);
+  Plan plan(part, program, scalars, options);
   // A thread adds up the tiles of one entry by itself for as long as it gets tiles of that entry.
   struct Running {
     std::int64_t entry = -1;
@@ -119,7 +196,7 @@ void Accumulation::measure(const Table& part, const Program& program, const Scal
     const std::lock_guard<std::mutex> guard(lock_);
     add(moments_[rows[r.entry]], r.moments);
   };
-  plan.run(part, program, scalars, [&](const TileCall& call, const Tile& tile, int thread) {
+  plan.run([&](const TileCall& call, const Tile& tile, int thread) {
     Running& r = running[thread];
     if (r.entry != tile.entry) {
       flush(r);

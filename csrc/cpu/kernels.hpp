@@ -61,6 +61,15 @@ struct Scratch {
   Buffer<std::uint64_t> sorted;
 };
 
+// Ranks of consecutive entries within their rows, of every model.
+struct RowRanks {
+  const std::uint32_t* data = nullptr;  // of model k from k * stride on
+  std::int64_t begin = 0, stride = 0;   // the first entry
+  const std::uint32_t* of(int model, std::int64_t i) const {
+    return data + model * stride + (i - begin);
+  }
+};
+
 struct TileCall {
   const Entry& entry;
   const Program& program;
@@ -68,6 +77,7 @@ struct TileCall {
   const ModelScalars* models;  // [K]
   std::int64_t begin, end;     // within the entry
   Scratch& scratch;
+  RowRanks ranks = {};  // of the tile, where its rows are too long to be ranked as a whole
   int n_models() const { return static_cast<int>(entry.models.size()); }
 };
 
@@ -96,6 +106,9 @@ struct Kernels {
   int lanes;
   void (*combine)(const TileCall& call, bool streaming);
   void (*measure)(const TileCall& call, unsigned wants, Moments& moments);
+  // Ranks of the magnitudes of a row, ascending, equal ones by index and every NaN alike. The row
+  // has room for a vector of zeros, and so have the ranks for whatever.
+  void (*rank_row)(float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank);
   // Magnitude bits of `n` keys of `model` from `begin`, where `keep` says which key: tau, score or
   // variance.
   void (*keys)(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tvfast.errors import BackendError
 from tvfast.ops.raw import Backend, MaskingBackend, Wants
@@ -183,7 +183,7 @@ class TableStatistics:
                 self.backend.measured_masks(self.table, program, scalars, _BOTH_NORMS, self.n_threads)
             )
         self.backend.row_masks(self.table, program, scalars, self.n_threads)
-        return self.l1(replace(program, keep=Keep.MASK), scalars)
+        return self.l1(Program(keep=Keep.MASK), scalars)
 
 
 _BOTH_NORMS = Wants.L1_BEFORE | Wants.L1

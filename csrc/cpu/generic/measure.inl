@@ -119,9 +119,10 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
   const int n_models = call.n_models();
   for_each_block(call, [&](const BlockCall& block) {
     const std::int64_t n = block.n;
-    const float* base = stage_base(entry, block.begin, n, call.scratch);
+    const float* base = block.staged() ? nullptr : stage_base(entry, block.begin, n, call.scratch);
     if (wants & COUNTS) {
-      if (base != nullptr) count_nonfinite(entry.base, block.begin, n, moments.n_base_nonfinite);
+      if (entry.base.data != nullptr)
+        count_nonfinite(entry.base, block.begin, n, moments.n_base_nonfinite);
       for (int k = 0; k < n_models; ++k)
         count_nonfinite(entry.models[k], block.begin, n, moments.n_nonfinite[k]);
     }
@@ -157,16 +158,14 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
         moments.n_nonzero[k] += lane_sum(nonzero_count);
       }
       if (wants & L1)
-        add_block(moments.l1[k], n,
-                  [tau](std::int64_t j) { return widened_magnitude(tau + j); });
+        add_block(moments.l1[k], n, [tau](std::int64_t j) { return widened_magnitude(tau + j); });
     }
     if (wants & (GRAM | SQUARES)) {
       for (int a = 0; a < n_models; ++a) {
         for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
           const float *x = block.tau(a), *y = block.tau(b);
-          add_block(moments.gram[a * n_models + b], n, [x, y](std::int64_t j) {
-            return widened(x + j) * widened(y + j);
-          });
+          add_block(moments.gram[a * n_models + b], n,
+                    [x, y](std::int64_t j) { return widened(x + j) * widened(y + j); });
         }
       }
     }
@@ -354,6 +353,6 @@ static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::
 }
 
 static constexpr Kernels kernels(const char* name) {
-  return {name,       kLanes,    combine_tile, measure_tile, keys_block,
-          scan_taus,  scan_keys, count_equal,  first_nonfinite_of};
+  return {name,       kLanes,    combine_tile, measure_tile, rank_row,
+          keys_block, scan_taus, scan_keys,    count_equal,  first_nonfinite_of};
 }

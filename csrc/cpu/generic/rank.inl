@@ -122,8 +122,7 @@ static void rank_by_sorting(const std::uint32_t* keys, std::int64_t n, std::uint
     total += here;
   }
   for (std::int64_t i = 0; i < n; ++i)
-    sorted[start[bin_of(keys[i])]++] =
-        std::uint64_t{keys[i]} << 32 | static_cast<std::uint32_t>(i);
+    sorted[start[bin_of(keys[i])]++] = std::uint64_t{keys[i]} << 32 | static_cast<std::uint32_t>(i);
   if (large_bins) {
     // After the scatter, start[bin] is the end of that bin.
     for (std::uint32_t bin = 0, from = 0; bin <= last_bin; from = start[bin++])

@@ -187,56 +187,51 @@ static void variance_block(const float* const* taus, int n_models, std::int64_t 
 struct BlockCall {
   const TileCall& tile;
   std::int64_t begin, n;
-  std::int64_t row_begin = 0, row_length = 0;  // set when the keep stage ranks rows
+  RowRanks ranks = {};        // set when the keep stage ranks rows
+  float* row_taus = nullptr;  // task vectors, strided as the ranks are, if ranking has staged them
 
-  bool ranked() const { return row_length > 0; }
+  bool staged() const { return row_taus != nullptr; }
   std::int64_t stride() const { return kMaxBlock + 64; }
-  std::int64_t row_stride() const { return row_length + 64; }
-  // Task vector of model k; it is there already where rows are ranked.
   float* tau(int k) const {
-    Scratch& scratch = tile.scratch;
-    if (ranked()) return scratch.rows.get(0) + k * row_stride() + (begin - row_begin);
-    return scratch.taus.get(stride() * tile.n_models()) + k * stride();
-  }
-  const std::uint32_t* ranks(int k) const {
-    return tile.scratch.ranks.get(0) + k * row_stride() + (begin - row_begin);
+    if (staged()) return row_taus + k * ranks.stride + (begin - ranks.begin);
+    return tile.scratch.taus.get(stride() * tile.n_models()) + k * stride();
   }
 };
 
-// Task vectors of one row and their ranks, of every model: [K][row length].
-static void rank_tile_row(const TileCall& call, std::int64_t row_begin, std::int64_t row_length) {
+// Stages the task vectors of one row, of every model, and ranks them.
+static BlockCall rank_tile_row(const TileCall& call, std::int64_t row_begin,
+                               std::int64_t row_length) {
   Scratch& scratch = call.scratch;
-  const BlockCall row{call, row_begin, row_length, row_begin, row_length};
-  const std::size_t n = row.row_stride() * call.n_models();
-  std::uint32_t* ranks = scratch.ranks.get(n);
-  scratch.rows.get(n);
+  const std::int64_t stride = row_length + 64;
+  std::uint32_t* ranks = scratch.ranks.get(stride * call.n_models());
+  float* taus = scratch.rows.get(stride * call.n_models());
   for (std::int64_t i = 0; i < row_length; i += kMaxBlock) {
-    const std::int64_t length = std::min(kMaxBlock, row_length - i);
-    const float* base = stage_base(call.entry, row_begin + i, length, scratch);
+    const std::int64_t n = std::min(kMaxBlock, row_length - i);
+    const float* base = stage_base(call.entry, row_begin + i, n, scratch);
     for (int k = 0; k < call.n_models(); ++k) {
-      float* tau = row.tau(k) + i;
-      for_each_tau(call.entry.models[k], base, row_begin + i, length,
+      float* tau = taus + k * stride + i;
+      for_each_tau(call.entry.models[k], base, row_begin + i, n,
                    [tau](std::int64_t j, F x) { store(tau + j, x); });
     }
   }
   for (int k = 0; k < call.n_models(); ++k)
-    rank_row(row.tau(k), row_length, scratch, ranks + k * row.row_stride());
+    rank_row(taus + k * stride, row_length, scratch, ranks + k * stride);
+  return {call, row_begin, row_length, {ranks, row_begin, stride}, taus};
 }
 
 template <class Fn>
 static void for_each_block(const TileCall& call, Fn&& fn) {
-  const std::int64_t length = block_length(call.n_models());
-  if (!ranks_rows(call.program.keep)) {
-    for (std::int64_t i = call.begin; i < call.end; i += length)
-      fn(BlockCall{call, i, std::min(length, call.end - i)});
-    return;
-  }
+  const auto cut = [&](const BlockCall& whole) {
+    const std::int64_t length = block_length(call.n_models()), end = whole.begin + whole.n;
+    for (std::int64_t i = whole.begin; i < end; i += length)
+      fn(BlockCall{call, i, std::min(length, end - i), whole.ranks, whole.row_taus});
+  };
+  if (!ranks_rows(call.program.keep) || call.ranks.data != nullptr)
+    return cut({call, call.begin, call.end - call.begin, call.ranks});
   std::int64_t row = call.entry.row_length();
   for (std::int64_t start = call.begin; start < call.end; start += row) {
     row = std::min(row, call.end - start);  // the last row of a tensor may be short
-    rank_tile_row(call, start, row);
-    for (std::int64_t i = start; i < start + row; i += length)
-      fn(BlockCall{call, i, std::min(length, start + row - i), start, row});
+    cut(rank_tile_row(call, start, row));
   }
 }
 
@@ -265,7 +260,7 @@ static KeepBlock keep_block(const BlockCall& block, int k, const float* variance
   }
   if (keep == Keep::RANDOM_BY_RANK || (keep == Keep::RANDOM && scalars.limit < kAlways))
     result.draws = draw_block(scalars.key, index, block.n, call.scratch);
-  if (block.ranked()) result.ranks = block.ranks(k);
+  if (ranks_rows(keep)) result.ranks = block.ranks.of(k, block.begin);
   if (keep == Keep::MASK) result.mask = call.entry.masks[k];
   return result;
 }
@@ -277,14 +272,14 @@ TVFAST_INLINE F probability(const KeepBlock& keep, std::int64_t j) {
   return prob + __builtin_convertvector(load<U>(keep.ranks + j), F) * splat(keep.scalars.prob_step);
 }
 
-// Stages the task vectors of every model, unless its rows were ranked, and calls seen(k, tau) on
+// Stages the task vectors of every model, unless they are, and calls seen(k, tau) on
 // each.
 template <class Seen>
 static void stage_taus(const BlockCall& block, const float* base, Seen&& seen) {
   const TileCall& call = block.tile;
   for (int k = 0; k < call.n_models(); ++k) {
     float* tau = block.tau(k);
-    if (!block.ranked())
+    if (!block.staged())
       for_each_tau(call.entry.models[k], base, block.begin, block.n,
                    [tau](std::int64_t j, F x) { store(tau + j, x); });
     seen(k, tau);

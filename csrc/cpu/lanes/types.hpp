@@ -4,8 +4,8 @@
 // avx512.hpp), then convert.hpp.
 //
 // F float, M comparison result (all bits set or none), U and I 32-bit integers, H 16-bit storage of
-// as many lanes. Comparisons of F give M; `m ? a : b` selects by lane. D double and Q 64-bit integers
-// fill one vector too, with half as many lanes; the compiler keeps larger ones in memory.
+// as many lanes. Comparisons of F give M; `m ? a : b` selects by lane. D double and Q 64-bit
+// integers fill one vector too, with half as many lanes; the compiler keeps larger ones in memory.
 
 inline constexpr int kLanes = TVFAST_LANES;
 inline constexpr int kDoubles = kLanes > 1 ? kLanes / 2 : 1;
