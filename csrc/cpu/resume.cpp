@@ -14,6 +14,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 
 #include "key_passes.hpp"
 
@@ -21,11 +22,13 @@ namespace tvfast {
 
 namespace {
 
-// All queries together: 32 MiB, 8 MiB, and 16 MiB with the sorted copy.
-constexpr std::int64_t kBinsOfAll = std::int64_t{4} << 20, kFewestBins = 4096;
+// All queries together: 48 MiB, 8 MiB, and 16 MiB with the sorted copy; that of more than 16
+// streams is larger. Twenty queries then have windows of 5 standard deviations to either side.
+constexpr std::int64_t kBinsOfAll = std::int64_t{24} << 20, kFewestBins = 4096;
 constexpr int kCoarseBits = 12;
 constexpr std::int64_t kCandidatesOfAll = std::int64_t{2} << 20, kFewestCandidates = 4096;
-constexpr std::int64_t kSampleOfAll = std::int64_t{2} << 20, kFewestSample = 4096,
+constexpr std::int64_t kSampleOfAll = std::int64_t{2} << 20,
+                       kFewestSample = std::int64_t{128} << 10,
                        kLargestSample = std::int64_t{512} << 10;
 constexpr std::int64_t kSampleLine = 16;  // consecutive elements of one sample
 // Half-width of a bracket in standard deviations, the second time a multiple of it. A miss costs a
@@ -96,7 +99,9 @@ struct Progress {
   Bracket counts;
   // The keys strictly inside the bracket, counted in bins of 2^shift, and one by one in a window of
   // whole bins around the key that the sample suggests.
-  std::vector<std::int64_t> bins, window;
+  std::vector<std::int64_t> bins;
+  std::vector<std::uint16_t> window;
+  std::unordered_map<std::uint32_t, std::int64_t> carried;  // from counts of the window: few keys
   int shift = 0;
   std::uint32_t n_bins_inside = 0, window_bin = 0;  // the first in the window
   // Those keys themselves, as long as they are few and the window is not everything: in the tails a
@@ -106,6 +111,10 @@ struct Progress {
   std::mutex lock;
 
   std::uint32_t first_inside() const { return counts.lo + 1; }
+  std::int64_t n_in_window(std::uint32_t at) const {
+    const auto found = carried.find(at);
+    return window[at] + (found == carried.end() ? 0 : found->second);
+  }
   bool in_window(std::uint32_t bin) const { return bin - window_bin < window.size() >> shift; }
 
   void set_bracket(std::uint32_t lo, std::uint32_t hi, std::uint32_t suggested, std::int64_t n_bins,
@@ -121,6 +130,7 @@ struct Progress {
     window_bin = static_cast<std::uint32_t>(
         std::clamp<std::int64_t>(centre - n_window / 2, 0, n_all - n_window));
     window.assign(n_window << shift, 0);
+    carried.clear();
     bins.assign(n_window < n_all ? n_all : 0, 0);
     n_bins_inside = static_cast<std::uint32_t>(n_all);
     n_inside = 0;
@@ -133,7 +143,7 @@ struct Progress {
     for (std::size_t i = 0; i < n; ++i) {
       const std::uint32_t at = keys[i] - first_in_window;
       if (at < window.size()) {
-        ++window[at];
+        if (++window[at] == 0) carried[at] += std::int64_t{1} << 16;
       } else {
         ++bins[(keys[i] - first) >> shift];
       }
@@ -147,7 +157,8 @@ struct Progress {
   }
 
   void clear() {
-    bins = window = {};
+    bins = {};
+    window = {};
     candidates = {};
   }
 };
@@ -296,9 +307,12 @@ struct ResumableSelection::State {
       for (std::uint32_t bin = now.n_bins_inside; bin-- > 0;) {
         const std::uint32_t first = now.first_inside() + (bin << now.shift);
         if (now.in_window(bin)) {
-          const std::int64_t* n_equal = &now.window[(bin - now.window_bin) << now.shift];
-          for (std::uint32_t at = width; at-- > 0; n_greater += n_equal[at])
-            if (holds(n_equal[at])) return answer(first + at, n_equal[at]);
+          const std::uint32_t in_window = (bin - now.window_bin) << now.shift;
+          for (std::uint32_t at = width; at-- > 0;) {
+            const std::int64_t n_equal = now.n_in_window(in_window + at);
+            if (holds(n_equal)) return answer(first + at, n_equal);
+            n_greater += n_equal;
+          }
         } else if (holds(now.bins[bin])) {
           now.floor = first;
           now.ceiling = std::min(b.hi - 1, first + (width - 1));
