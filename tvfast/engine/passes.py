@@ -48,22 +48,33 @@ def logical_table(tasks: Sequence[Task]) -> WorkTable:
 
 def count_passes(tasks: Sequence[Task]) -> int:
     """Passes over the inputs of tasks with one method, the writing one included."""
+    return _count(tasks)[0]
+
+
+def count_samples(tasks: Sequence[Task]) -> int:
+    """How often the inputs of tasks with one method are sampled before a pass."""
+    return _count(tasks)[1]
+
+
+def _count(tasks: Sequence[Task]) -> tuple[int, int]:
     first = tasks[0]
     if first.method is None:
-        return 1
+        return 1, 0
     short = all(stored.dtype != "F32" for task in tasks for stored in task.inputs)
     n = sum(task.n_elements for task in tasks)  # ranks of few elements need no pass, those of many do
-    return _count(first.method, len(first.models), n, first.shape, short)
+    return _asked(first.method, len(first.models), n, first.shape, short)
 
 
 @lru_cache(maxsize=4096)
-def _count(method: ProgramMethod, n_models: int, n: int, shape: tuple[int, ...], short: bool) -> int:
+def _asked(
+    method: ProgramMethod, n_models: int, n: int, shape: tuple[int, ...], short: bool
+) -> tuple[int, int]:
     view = View(0, n, DType.BF16)
     operand, operands = method.operands(view, (view,) * n_models)
     entry = Entry(name="", models=operands, base=operand, row=method.row_elements(shape))
     counter = _Counter(method.program(), short)
     method.resolve(TableStatistics(counter, WorkTable([entry], len(operands)), None))
-    return counter.n_passes + 1
+    return counter.n_passes + 1, counter.n_samples
 
 
 class _Counter:
@@ -73,6 +84,7 @@ class _Counter:
 
     def __init__(self, program: Program, short: bool) -> None:
         self.n_passes = 0
+        self.n_samples = 0
         # StreamedBackend counts votes together with thresholds, if a sample can guess these to the bit: where
         # 16-bit storage makes ties heavy.
         self._foreseen = (
@@ -89,6 +101,7 @@ class _Counter:
         self, table: WorkTable, keep: Keep, queries: Sequence[RankQuery], n_threads: int = 0
     ) -> list[Threshold]:
         self.n_passes += 1
+        self.n_samples += 1
         return [Threshold(1.0, max(0, query.k - 2), 3) for query in queries]
 
     def nth_equal(

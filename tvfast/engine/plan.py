@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from tvfast.checkpoint.layout import Layout
 from tvfast.engine.arrange import Part, block_bytes
-from tvfast.engine.passes import count_passes
-from tvfast.engine.tasks import Task
+from tvfast.engine.passes import count_passes, count_samples
+from tvfast.engine.sampling import samples
+from tvfast.engine.tasks import Task, row_elements
 from tvfast.errors import ArgumentError, RecipeError
 from tvfast.methods.base import ProgramMethod
 
@@ -60,12 +61,14 @@ class Unit:
             asks, in chunks of so many bytes.
         n_bytes: memory held while it runs, scratch not counted.
         n_passes: how often its inputs are read, usually.
+        sampled_bytes: of its inputs that are read besides, for the first brackets of thresholds.
     """
 
     parts: tuple[Part, ...]
     chunk_bytes: int
     n_bytes: int
     n_passes: int
+    sampled_bytes: int = 0
 
     @property
     def input_bytes(self) -> int:
@@ -82,7 +85,7 @@ class Plan:
         n_threads: threads of one kernel call.
         arena_bytes: memory for tensors.
         peak_bytes: bound of the resident memory of the process.
-        read_bytes, write_bytes: over all passes.
+        read_bytes, write_bytes: over all passes, with the samples that come before them.
         reasons: for every pass beyond the first.
         warnings: of the recipe and of the files.
     """
@@ -159,8 +162,7 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
     units: list[Unit] = []
     if whole:
         chunk = min(2 * UNIT_BYTES, arena // CHUNKS_IN_FLIGHT)
-        parts = tuple(Part(task, 0, task.n_elements) for task in whole)
-        units.append(Unit(parts, chunk, CHUNKS_IN_FLIGHT * chunk, count_passes(whole)))
+        units.append(_streamed(whole, chunk))
     units += _units(single, unit_bytes, arena)
     return Plan(
         binding=binding,
@@ -170,7 +172,7 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
         n_threads=threads,
         arena_bytes=arena,
         peak_bytes=budget.fixed + min(arena, sum(u.n_bytes for u in units)),
-        read_bytes=sum(unit.input_bytes * unit.n_passes for unit in units),
+        read_bytes=sum(unit.input_bytes * unit.n_passes + unit.sampled_bytes for unit in units),
         write_bytes=layout.n_bytes,
         reasons=tuple(_reasons(units, whole, arena)),
         warnings=binding.warnings,
@@ -264,7 +266,7 @@ def _units(tasks: Sequence[Task], unit_bytes: int, arena: int) -> Iterator[Unit]
                 yield Unit((whole,), 0, size, 1)
             else:
                 chunk = max(min(2 * unit_bytes, arena // CHUNKS_IN_FLIGHT), _least_chunk(task))
-                yield Unit((whole,), chunk, CHUNKS_IN_FLIGHT * chunk, count_passes([task]))
+                yield _streamed([task], chunk)
             continue
         for piece in pieces:
             size = block_bytes(piece)
@@ -273,6 +275,13 @@ def _units(tasks: Sequence[Task], unit_bytes: int, arena: int) -> Iterator[Unit]
             parts.append(piece)
             used += size
     yield from flush()
+
+
+def _streamed(tasks: Sequence[Task], chunk_bytes: int) -> Unit:
+    """Tasks with one method, of which no more than a few chunks are in memory."""
+    parts = tuple(Part(task, 0, task.n_elements) for task in tasks)
+    sampled = count_samples(tasks) * sum(run.input_bytes for run in samples(parts))
+    return Unit(parts, chunk_bytes, CHUNKS_IN_FLIGHT * chunk_bytes, count_passes(tasks), sampled)
 
 
 def _pieces(task: Task, unit_bytes: int) -> Iterator[Part]:
@@ -290,13 +299,6 @@ def elements_within(task: Task, n_bytes: int) -> int:
     if row:
         return max(1, n // row) * row
     return max(1, n // CUT) * CUT
-
-
-def row_elements(task: Task) -> int:
-    """Elements of a row that must be in memory together; 0: none."""
-    if task.method is None or not task.method.program().ranks_rows:
-        return 0
-    return task.method.row_elements(task.shape) or task.n_elements
 
 
 def _least_chunk(task: Task) -> int:

@@ -11,19 +11,11 @@ from tvfast.checkpoint.layout import Layout
 from tvfast.engine.arrange import Arrangement, Part, arrange, block_bytes
 from tvfast.engine.inputs import Inputs
 from tvfast.engine.memory import Buffer, Slots
-from tvfast.engine.plan import CHUNKS_IN_FLIGHT, Unit, elements_within, row_elements
+from tvfast.engine.plan import CHUNKS_IN_FLIGHT, Unit, elements_within
+from tvfast.engine.sampling import samples
 from tvfast.engine.streamed import Chunk
 from tvfast.engine.tasks import Task
 from tvfast.program import DType, Entry, View, WorkTable
-
-SAMPLE_ELEMENTS = 32768
-"""Of one tensor, read together for a sample."""
-
-SAMPLE_SHARE = 64
-"""One element of so many is sampled; at least `SAMPLE_LEAST` of a unit, at most `SAMPLE_MOST`."""
-
-SAMPLE_LEAST = 2**20
-SAMPLE_MOST = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +56,7 @@ class StreamSource:
         self._rows = {part.task.name: row for row, part in enumerate(unit.parts)}
         pieces = [piece for part in unit.parts for piece in _pieces(part.task, unit.chunk_bytes)]
         self._chunks = list(_gathered(pieces, unit.chunk_bytes))
-        self._samples = list(_gathered(list(_samples(unit.parts)), unit.chunk_bytes))
+        self._samples = list(_gathered(list(samples(unit.parts)), unit.chunk_bytes))
 
     def chunks(self, *, write: bool) -> Iterator[Chunk]:
         """Every chunk once, in order; with `write`, results are written when the next is asked for."""
@@ -149,25 +141,6 @@ def _pieces(task: Task, chunk_bytes: int) -> Iterator[Part]:
     n = elements_within(task, chunk_bytes)
     for start in range(0, task.n_elements, n):
         yield Part(task, start, min(n, task.n_elements - start))
-
-
-def _samples(parts: Sequence[Part]) -> Iterator[Part]:
-    """Runs of `SAMPLE_ELEMENTS` at equal distances over all parts together."""
-    total = sum(part.n for part in parts)
-    if any(row_elements(part.task) for part in parts):
-        return  # nothing is thresholded where rows are ranked
-    wanted = min(max(total // SAMPLE_SHARE, SAMPLE_LEAST), SAMPLE_MOST, total)
-    step = max(SAMPLE_ELEMENTS, total * SAMPLE_ELEMENTS // max(wanted, 1))
-    next_at, position = 0, 0
-    for part in parts:
-        start = max(position, next_at)
-        while start < position + part.n:  # a run goes on in the next part: small ones count like large ones
-            stop = min(next_at + SAMPLE_ELEMENTS, position + part.n)
-            yield Part(part.task, start - position, stop - start)
-            if stop == next_at + SAMPLE_ELEMENTS:
-                next_at += step
-            start = max(stop, next_at)
-        position += part.n
 
 
 def _gathered(runs: Sequence[Part], chunk_bytes: int) -> Iterator[tuple[Part, ...]]:

@@ -40,3 +40,10 @@ class Task:
     def inputs(self) -> tuple[Stored, ...]:
         """Everything that is read, the base first."""
         return self.models if self.base is None else (self.base, *self.models)
+
+
+def row_elements(task: Task) -> int:
+    """Elements of a row that must be in memory together; 0: none."""
+    if task.method is None or not task.method.program().ranks_rows:
+        return 0
+    return task.method.row_elements(task.shape) or task.n_elements
