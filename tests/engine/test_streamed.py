@@ -327,6 +327,30 @@ def test_passes_over_an_ordinary_model(
     assert_same_bits([item.out for item in items], expected, name)
 
 
+def test_the_thresholds_of_twenty_models_take_one_pass() -> None:
+    """Continuous float32 task vectors, whose scale differs between tensors: no window of keys is sure."""
+    n, n_models, run = 8_000_000, 20, 32768
+    rng = np.random.default_rng(0)
+    tau = torch.from_numpy(rng.standard_normal(n, dtype=np.float32))
+    for tensor in tau.split(n // 16):
+        tensor *= float(np.exp(0.5 * rng.standard_normal()))
+
+    def part(start: int, length: int) -> WorkTable:  # every model is the same memory
+        view = view_of(tau[start : start + length])
+        return WorkTable([Entry(name="t", models=(view,) * n_models, base=None, offset=start)], n_models)
+
+    queries = [RankQuery(0, k, int((0.1 + 0.03 * k) * n)) for k in range(n_models)]
+    selection = load("cpp").select(Keep.BAND, queries, [n])
+    for start in range(0, n, 8 * run):
+        selection.sample(part(start, run))
+    for start in range(0, n, 2**20):
+        selection.count(part(start, 2**20))
+    answers = selection.finish()
+    assert answers is not None
+    ordered = tau.abs().sort(descending=True).values
+    assert [answer.value for answer in answers] == [float(ordered[query.k - 1]) for query in queries]
+
+
 def test_a_sample_that_misleads_costs_passes_and_nothing_else() -> None:
     """The sample is sure of a threshold, of the votes with it, and wrong."""
     method = make_method("ties", density=0.2, dialect="paper")
