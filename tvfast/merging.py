@@ -72,8 +72,9 @@ def merge_(
     Notes:
         float32 arithmetic, rounded once per output; float64 tensors are merged in float64 by the reference
         backend. NaN propagates. The same bytes for any number of threads. Tied tensors are merged once. Extra
-        memory: at most 64 MiB; where a method ranks rows, at least 12 + 4 K bytes per entry of a row for each
-        thread. Not safe while another thread writes the tensors.
+        memory: at most 64 MiB; where a method ranks rows, 20 + 8 K bytes per entry of a row of up to 131072
+        for each thread; for longer rows 64 MiB, and in the `paper` dialect the size of the tensor. Not safe
+        while another thread writes the tensors.
     """
     chosen = make_method(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters

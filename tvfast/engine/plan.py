@@ -42,10 +42,19 @@ SCRATCH_BYTES = 24 * MiB
 """What kernels and bit planes take for one unit, at most."""
 
 RANK_BYTES = 8 * MiB
-"""What ranking takes besides the ranks."""
+"""What ranking takes besides its rows."""
 
-STREAM_BYTES = 64 * MiB
+LONG_ROW = 2**17
+"""Rows up to this length are ranked as a whole, 20 + 8 K bytes per element for each thread."""
+
+SEGMENT_BYTES = 56 * MiB
+"""What ranking longer rows takes, in segments, for each worker."""
+
+STREAM_BYTES = 80 * MiB
 """What the selection of thresholds takes where tensors are streamed; one unit is at a time."""
+
+STREAM_MODELS = 16
+"""Each further model's sample adds MiB."""
 
 CHUNKS_IN_FLIGHT = 4
 """Of a streamed unit: one is merged, one written, two are read."""
@@ -199,13 +208,15 @@ def _budget(whole: Sequence[Task], single: Sequence[Task], n_threads: int, memor
     known = TENSOR_BYTES * (
         sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
     )
+    n_models = max((len(task.models) for task in (*single, *whole)), default=0)
+    streamed = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
     free = _free_memory() // 2
     n_workers = n_threads + 1
     while True:
         wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES)
         scratch = _Scratch.of(single, n_workers, n_threads)
         fixed = arena = 0
-        for stream in (STREAM_BYTES,) if whole else (0, STREAM_BYTES):
+        for stream in (streamed,) if whole else (0, streamed):
             fixed = PROGRAM_BYTES + known + stream
             if memory is None:
                 arena = max(least, min(wanted, free))
@@ -314,36 +325,40 @@ def _smallest(task: Task) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Scratch:
-    """What all workers take beside the arena. Ranks take 12 + 4 K bytes per element of a row for each thread.
+    """What all workers take beside the arena.
 
     Attributes:
         least: without ranks.
-        most: ranks of the longest row, in all threads of all workers; 0: nothing is ranked.
-        share: ranks of everything that is in the arena, as a share of it.
+        most: the longest row that is ranked as a whole, in all threads of all workers; 0: nothing is ranked.
+        share: ranking everything that is in the arena, as a share of it.
+        segments: of rows that are longer.
     """
 
     least: int
     most: int
     share: float
+    segments: int
     n_workers: int
 
     @staticmethod
     def of(tasks: Iterable[Task], n_workers: int, n_threads: int) -> _Scratch:
-        most, share = 0, 0.0
+        most, share, segments = 0, 0.0, 0
         for task in tasks:
             row = row_elements(task)
             if row and task.n_elements:
-                n_bytes = 12 + 4 * len(task.models)
+                n_bytes = 20 + 8 * len(task.models)
                 part = Part(task, 0, task.n_elements)
-                most = max(most, n_workers * n_threads * row * n_bytes)
+                most = max(most, n_workers * n_threads * min(row, LONG_ROW) * n_bytes)
                 share = max(share, part.n * n_bytes / (part.input_bytes + part.output_bytes))
-        return _Scratch(n_workers * SCRATCH_BYTES, most, share, n_workers)
+                if row > LONG_ROW:
+                    segments = n_workers * SEGMENT_BYTES
+        return _Scratch(n_workers * SCRATCH_BYTES, most, share, segments, n_workers)
 
     def beside(self, arena: int) -> int:
         """Bytes, at most, where tensors take `arena`."""
         if not self.most:
             return self.least
-        ranks = min(self.most, math.ceil(self.share * arena))
+        ranks = min(self.most, math.ceil(self.share * arena)) + self.segments
         return max(self.least, self.n_workers * RANK_BYTES + ranks)
 
 
