@@ -14,12 +14,25 @@ namespace {
 // Keys that a thread takes at a time.
 constexpr std::int64_t kChunk = 65536;
 
-// Bins of the distinct keys: 16 octaves below the largest, as many bins as keys, at most 4 MiB.
-constexpr int kOctaveBits = 27, kFewestBinBits = 6, kMostBinBits = 20;
+// Bins of the distinct keys: 8 octaves below the largest, as many bins as keys, at most 4 MiB.
+constexpr int kOctaveBits = 26, kFewestBinBits = 6, kMostBinBits = 20;
 
 constexpr int kDigitBits = 11, kKeyBits = 31;
 
 std::uint32_t key_of(std::uint64_t pair) { return static_cast<std::uint32_t>(pair >> 32); }
+
+// How many of `n` ascending keys are below one; std::lower_bound would branch on what is not known
+// in advance.
+std::uint32_t first_not_below(const std::uint32_t* keys, std::uint32_t n, std::uint32_t key) {
+  std::uint32_t first = 0;
+  while (n > 0) {
+    const std::uint32_t half = n / 2;
+    const bool below = keys[first + half] < key;
+    first = below ? first + half + 1 : first;
+    n = below ? n - half - 1 : half;
+  }
+  return first;
+}
 
 // Stable, by the keys alone. What is in `spare` afterwards has no meaning.
 void sort_by_key(std::vector<std::uint64_t>& pairs, std::vector<std::uint64_t>& spare) {
@@ -105,11 +118,12 @@ void SegmentRanks::index_distinct() {
   const int bin_bits =
       std::clamp(static_cast<int>(std::bit_width(distinct_.size())), kFewestBinBits, kMostBinBits);
   shift_ = kOctaveBits - bin_bits;
-  const std::uint32_t n_bins = 1u << bin_bits, highest = distinct_.back() >> shift_;
-  lowest_bin_ = highest - std::min(highest, n_bins - 1);
-  first_of_bin_.resize(n_bins + 1);
+  n_bins_ = 1u << bin_bits;
+  const std::uint32_t highest = distinct_.back() >> shift_;
+  lowest_bin_ = highest - std::min(highest, n_bins_ - 1);
+  first_of_bin_.resize(n_bins_ + 1);
   std::uint32_t d = 0;
-  for (std::uint32_t bin = 0; bin <= n_bins; ++bin) {
+  for (std::uint32_t bin = 0; bin <= n_bins_; ++bin) {
     while (d < distinct_.size() &&
            std::max(distinct_[d] >> shift_, lowest_bin_) - lowest_bin_ < bin)
       ++d;
@@ -123,20 +137,26 @@ void SegmentRanks::count(const Entry& entry, int model, std::int64_t begin, std:
   // A key after the segment is below equal keys of the segment, one before it is not.
   const std::uint32_t later = begin >= end_ ? 1 : 0;
   std::uint32_t* counts = counts_[thread].data();
-  const std::uint32_t *first = first_of_bin_.data(), *distinct = distinct_.data();
-  const std::uint32_t largest = distinct_.back(), lowest = lowest_bin_;
-  const std::uint32_t beyond = static_cast<std::uint32_t>(distinct_.size());
+  const std::uint32_t *first_of_bin = first_of_bin_.data(), *distinct = distinct_.data();
+  const std::uint32_t lowest = lowest_bin_, n_bins = n_bins_;
+  const int shift = shift_;
+  std::uint32_t from[kMaxBlock], until[kMaxBlock];
+  // Bins, distinct keys and counts are larger than the second-level cache: a block at a time, so
+  // that many loads are under way at once.
   passes_.for_each_keys(
       entry, model, begin, end, scratch_[thread], [&](const std::uint32_t* keys, std::int64_t n) {
         for (std::int64_t j = 0; j < n; ++j) {
-          const std::uint32_t key = keys[j] + later;
-          if (key > largest) {
-            ++counts[beyond];
-            continue;
-          }
-          const std::uint32_t* of_bin = first + (std::max(key >> shift_, lowest) - lowest);
-          ++counts[std::lower_bound(distinct + of_bin[0], distinct + of_bin[1], key) - distinct];
+          const std::uint32_t bin = std::max((keys[j] + later) >> shift, lowest) - lowest;
+          const std::uint32_t* first = first_of_bin + std::min(bin, n_bins - 1);
+          from[j] = first[0];
+          until[j] = first[1];
+          __builtin_prefetch(distinct + first[0]);
         }
+        for (std::int64_t j = 0; j < n; ++j) {
+          from[j] += first_not_below(distinct + from[j], until[j] - from[j], keys[j] + later);
+          __builtin_prefetch(counts + from[j], 1);
+        }
+        for (std::int64_t j = 0; j < n; ++j) ++counts[from[j]];
       });
 }
 

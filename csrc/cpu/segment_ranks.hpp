@@ -41,7 +41,7 @@ class SegmentRanks {
   std::vector<std::uint32_t> distinct_;
   // Where the distinct keys of each bin begin; a bin is some leading bits of a key.
   std::vector<std::uint32_t> first_of_bin_;
-  std::uint32_t lowest_bin_ = 0;
+  std::uint32_t n_bins_ = 0, lowest_bin_ = 0;
   int shift_ = 0;
   std::vector<std::vector<std::uint32_t>> counts_;  // [thread][distinct key, one more]
   std::vector<Scratch> scratch_;                    // [thread]
