@@ -13,9 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import bounds
-from tests.strategies import DTYPES, Case, Part, bit_values, cases, grid_values, model_counts, normal_values
+from tests.strategies import (
+    DTYPES,
+    Case,
+    Part,
+    bit_values,
+    cases,
+    grid_values,
+    model_counts,
+    normal_values,
+    programs,
+)
 from tvfast.ops import reference
-from tvfast.ops.raw import Backend, Wants
+from tvfast.ops.raw import Backend, MaskingBackend, Wants
 from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote
 
 REFERENCE = reference.backend()
@@ -55,6 +65,21 @@ def test_every_number_equals_the_reference(native: Backend, case: Case, wants: W
     found = native.measure(case.table(), case.program, case.scalars, wants)
     expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
     assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected]
+
+
+@settings(max_examples=30)
+@given(case=cases(choose=programs.filter(lambda program: program.keep is not Keep.MASK)))
+def test_masks_and_numbers_of_one_pass_are_those_of_two(native: Backend, case: Case) -> None:
+    assert isinstance(native, MaskingBackend)
+    one, two = case.table(), case.table()
+    found = native.measured_masks(one, case.program, case.scalars, EVERYTHING)
+    expected = native.measure(two, case.program, case.scalars, EVERYTHING)
+    assert [asked(moments, EVERYTHING) for moments in found] == [
+        asked(moments, EVERYTHING) for moments in expected
+    ]
+    REFERENCE.row_masks(two, case.program, case.scalars)
+    planes = [[mask.owner.tolist() for entry in t.entries for mask in entry.masks] for t in (one, two)]
+    assert planes[0] == planes[1]
 
 
 @settings(max_examples=25)
