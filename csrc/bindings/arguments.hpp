@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/factored.hpp"
 #include "../core/moments.hpp"
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
@@ -59,6 +60,69 @@ inline Program to_program(const std::array<int, 9>& choices) {
           static_cast<Ballot>(choices[4]),  static_cast<ZeroSign>(choices[5]),
           static_cast<Members>(choices[6]), static_cast<Reduce>(choices[7]),
           static_cast<Divisor>(choices[8])};
+}
+
+// Samples are (gradients, activations, n_tokens, weight).
+using SampleTuple = std::tuple<ViewArgument, ViewArgument, std::int64_t, float>;
+
+inline FactoredScore to_factored_score(const ViewArgument& model, const ViewArgument& base,
+                                       Address out, std::int64_t n_out, std::int64_t n_in,
+                                       bool bias_column, const std::vector<SampleTuple>& samples) {
+  FactoredScore score;
+  score.model = to_view(model);
+  score.base = to_view(base);
+  score.out = reinterpret_cast<float*>(out);
+  score.n_out = n_out;
+  score.n_in = n_in;
+  score.bias_column = bias_column;
+  for (const auto& [gradients, activations, n_tokens, weight] : samples)
+    score.samples.push_back({to_view(gradients), to_view(activations), n_tokens, weight});
+  return score;
+}
+
+// (blocks, side, block, packed)
+using BlockDiagonalTuple = std::tuple<std::vector<ViewArgument>, std::int64_t, std::int64_t, bool>;
+
+inline BlockDiagonal to_block_diagonal(const BlockDiagonalTuple& argument) {
+  const auto& [blocks, side, block, packed] = argument;
+  return {to_views(blocks), side, block, packed};
+}
+
+inline KroneckerProduct to_kronecker_product(const ViewArgument& x, const ViewArgument& out,
+                                             std::int64_t n_out, std::int64_t n_in,
+                                             const BlockDiagonalTuple& a,
+                                             const BlockDiagonalTuple& b, float scale,
+                                             bool accumulate) {
+  return {to_view(x),
+          reinterpret_cast<void*>(out.first),
+          static_cast<DType>(out.second),
+          n_out,
+          n_in,
+          to_block_diagonal(a),
+          to_block_diagonal(b),
+          scale,
+          accumulate};
+}
+
+// (address, dtype, elements from row to row)
+using RowsTuple = std::tuple<Address, int, std::int64_t>;
+
+inline ProductPanel to_product_panel(const RowsTuple& x, const RowsTuple& product,
+                                     const RowsTuple& out, std::int64_t n_rows,
+                                     std::int64_t n_columns, float scale, bool accumulate) {
+  ProductPanel panel;
+  panel.x = to_view({std::get<0>(x), std::get<1>(x)});
+  panel.x_stride = std::get<2>(x);
+  panel.product = reinterpret_cast<const float*>(std::get<0>(product));
+  panel.product_stride = std::get<2>(product);
+  panel.out = reinterpret_cast<void*>(std::get<0>(out));
+  panel.out_dtype = static_cast<DType>(std::get<1>(out));
+  panel.out_stride = std::get<2>(out);
+  panel.n_rows = n_rows;
+  panel.n_columns = n_columns;
+  panel.scale = scale;
+  panel.accumulate = accumulate;
+  return panel;
 }
 
 using TensorTuple = std::tuple<float, float, float, float>;

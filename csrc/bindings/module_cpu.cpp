@@ -51,6 +51,36 @@ PYBIND11_MODULE(_C_cpu, m) {
     }
     return to_python(moments);
   });
+  m.def("score", [](const Table& table, const Scalars& scalars, const std::string& isa,
+                    int n_threads, std::int64_t tile) {
+    const py::gil_scoped_release unlocked;
+    score(table, scalars, to_options(isa, n_threads, tile));
+  });
+  py::class_<FactoredScore>(m, "FactoredScore").def(py::init(&to_factored_score));
+  m.def("score_factored",
+        [](const std::vector<FactoredScore>& scores, const std::string& isa, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          score_factored(scores, to_options(isa, n_threads, 0));
+        });
+  py::class_<KroneckerProduct>(m, "KroneckerProduct").def(py::init(&to_kronecker_product));
+  m.def("kron",
+        [](const std::vector<KroneckerProduct>& products, const std::string& isa, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          return kron(products, to_options(isa, n_threads, 0));
+        });
+  py::class_<BinnedSum>(m, "ProductSum")
+      .def(py::init())
+      .def("add",
+           [](BinnedSum& dot, const RowsTuple& x, const RowsTuple& product, const RowsTuple& out,
+              std::int64_t n_rows, std::int64_t n_columns, float scale, bool accumulate,
+              const std::string& isa, int n_threads) {
+             const ProductPanel panel =
+                 to_product_panel(x, product, out, n_rows, n_columns, scale, accumulate);
+             const py::gil_scoped_release unlocked;
+             finish_product(panel, dot, to_options(isa, n_threads, 0));
+           })
+      .def("value", &BinnedSum::value);
+  m.attr("LARGEST_BLOCK") = kLargestBlock;
   m.def("measure", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
                       unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<Moments> moments;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/factored.hpp"
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
 #include "kernels.hpp"
@@ -46,6 +47,20 @@ class Accumulation {
 // Sets the bit planes to the keep stage's answers, and measures in the same pass.
 std::vector<Moments> row_masks(const Table& table, const Program& program, const Scalars& scalars,
                                unsigned wants, const Options& options);
+
+// Adds |score_k * tau_k| * weight_k, models in order, to every entry's `out`, which is float32.
+void score(const Table& table, const Scalars& scalars, const Options& options);
+
+// Adds the scores of per-sample gradients in factored form. Memory does not depend on the samples.
+void score_factored(const std::vector<FactoredScore>& scores, const Options& options);
+
+// <X, P> of each product, in the order-independent accumulator. Throws std::invalid_argument for
+// blocks above kLargestBlock.
+std::vector<double> kron(const std::vector<KroneckerProduct>& products, const Options& options);
+
+// Writes panels of one product that was multiplied elsewhere and sums their <X, P>; panels may be
+// finished in any order.
+void finish_product(const ProductPanel& panel, BinnedSum& dot, const Options& options);
 
 // The k-th largest key of each query: n_greater < k <= n_greater + n_equal.
 std::vector<Threshold> thresholds(const Table& table, Keep keep,

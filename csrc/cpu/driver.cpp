@@ -178,6 +178,12 @@ void combine(const Table& asked, const Program& program, const Scalars& scalars,
     if (held[e]) std::memcpy(asked.entries[e].out, held[e].get(), out_bytes(asked.entries[e]));
 }
 
+void score(const Table& table, const Scalars& scalars, const Options& options) {
+  const Program program;
+  Plan plan(table, program, scalars, options);
+  plan.run([&](const TileCall& call, const Tile&, int) { plan.kernels.score(call); });
+}
+
 Accumulation::Accumulation(std::size_t n_entries, int n_models)
     : moments_(n_entries, empty_moments(n_models)) {}
 

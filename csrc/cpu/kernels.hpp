@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "../core/factored.hpp"
 #include "../core/moments.hpp"
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
@@ -101,6 +102,23 @@ struct TauScan {
   std::size_t* n_taken;  // how many were written is added here
 };
 
+// A tile of a layer's scores, and how many tokens of a sample are packed at a time: with theta, the
+// accumulator and the packed factors it fits in a second-level cache of 1 MiB.
+inline constexpr std::int64_t kFactoredRows = 140, kFactoredColumns = 256, kFactoredDepth = 128;
+
+struct FactoredTile {
+  const FactoredScore& score;
+  std::int64_t row_begin, row_end, column_begin, column_end;
+  Scratch& scratch;
+};
+
+// Whole blocks of a Kronecker product, at most kLargestBlock rows and columns.
+struct KronTile {
+  const KroneckerProduct& product;
+  std::int64_t b_begin, b_end, a_begin, a_end;  // blocks of B and of A
+  Scratch& scratch;
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -124,6 +142,13 @@ struct Kernels {
   std::int64_t (*count_equal)(const std::uint32_t* keys, std::int64_t n, std::uint32_t value);
   // Index of the first infinity or NaN of `n` elements at any address, or -1.
   std::int64_t (*first_nonfinite)(const void* data, std::int64_t n, DType dtype);
+  // Adds |score_k * tau_k| * weight_k to the float32 output.
+  void (*score)(const TileCall& call);
+  void (*factored)(const FactoredTile& tile);
+  // The dot product of X and P is added to `dot`.
+  void (*kron)(const KronTile& tile, BinnedSum& dot);
+  void (*finish_rows)(const ProductPanel& panel, std::int64_t begin, std::int64_t end,
+                      Scratch& scratch, BinnedSum& dot);
 };
 
 }  // namespace tvfast

@@ -15,6 +15,10 @@ namespace {
 #include "generic/fused.inl"
 #include "generic/host.inl"
 #include "generic/measure.inl"
+#include "generic/multiply.inl"
+#include "generic/score.inl"
+#include "generic/kron.inl"
+#include "generic/table.inl"
 }  // namespace
 
 extern const Kernels table;

@@ -351,8 +351,3 @@ static std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::
   }
   return lane_sum(count);
 }
-
-static constexpr Kernels kernels(const char* name) {
-  return {name,       kLanes,    combine_tile, measure_tile, rank_row,
-          keys_block, scan_taus, scan_keys,    count_equal,  first_nonfinite_of};
-}

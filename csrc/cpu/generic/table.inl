@@ -1,0 +1,18 @@
+// What one instruction set exports. Included last; no include guard on purpose.
+
+static constexpr Kernels kernels(const char* name) {
+  return {.name = name,
+          .lanes = kLanes,
+          .combine = combine_tile,
+          .measure = measure_tile,
+          .rank_row = rank_row,
+          .keys = keys_block,
+          .scan_taus = scan_taus,
+          .scan = scan_keys,
+          .count_equal = count_equal,
+          .first_nonfinite = first_nonfinite_of,
+          .score = score_tile,
+          .factored = factored_tile,
+          .kron = kron_tile,
+          .finish_rows = finish_rows};
+}
