@@ -117,3 +117,31 @@ def sum_error(addends: Sequence[float]) -> float:
         return 0.0
     window = math.frexp(largest)[1] // _SUM_BITS
     return len(addends) * 2.0 ** (_SUM_BITS * (window - 1) - 1) + abs(math.fsum(addends)) * 2.0**-52
+
+
+def product_error(n_steps: int, magnitudes: Tensor) -> Tensor:
+    """Of a float32 sum of `n_steps` products in any order; `magnitudes` is the sum of their magnitudes."""
+    return n_steps * UNIT / (1 - n_steps * UNIT) * magnitudes
+
+
+def factored_error(
+    samples: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    """Of scores of a linear layer, float64 [o, i]; e [R, o] and a [R, i] per sample, all at float64.
+
+    Σ_j |w_j| (γ_R Σ_r |e_r| |a_r| |f_j| + (N + 4) 2^-24 |G_j f_j|), f_j the factor of G_j: θ, θ - θ₀, or G_j
+    itself, whose own error counts twice.
+    """
+    total = torch.zeros(samples[0][0].shape[1], samples[0][1].shape[1], dtype=torch.float64)
+    for (e, a), factor, weight in zip(samples, factors, weights, strict=True):
+        wrong = product_error(len(e), e.abs().T @ a.abs())
+        rounded = (len(samples) + 4) * UNIT * ((e.T @ a) * factor).abs()
+        total += abs(weight) * (2 * wrong * (factor.abs() + wrong) + rounded)
+    return total
+
+
+def kron_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Of B X A in float32, float64 [o, i]; dense operands at float64, and no zero of a block is a step."""
+    steps_a = int((a != 0).sum(0).max())
+    steps_b = int((b != 0).sum(1).max())
+    return product_error(steps_a + steps_b + 2, b.abs() @ x.abs() @ a.abs())

@@ -251,8 +251,7 @@ def test_measure_of_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["product", "square", "delta"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_score(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tvfast.ops.products._CHUNK", 300)
+def test_score(kind: str, dtype: torch.dtype) -> None:
     g, w, b = (drawn(k, dtype=dtype, make=normal_values).view(10, 100) for k in range(3))
     formula = {
         "product": lambda: (g.float() * w.float()).abs(),

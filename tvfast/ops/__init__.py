@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvfast.ops.primitives import combine, elect, measure, threshold, topk_mask
-    from tvfast.ops.products import kron, score
+    from tvfast.ops.products import kron
     from tvfast.ops.raw import backend_statuses
+    from tvfast.ops.scores import score
 
 _HOMES = {
     "backend_statuses": "tvfast.ops.raw",
@@ -19,7 +20,7 @@ _HOMES = {
     "elect": "tvfast.ops.primitives",
     "kron": "tvfast.ops.products",
     "measure": "tvfast.ops.primitives",
-    "score": "tvfast.ops.products",
+    "score": "tvfast.ops.scores",
     "threshold": "tvfast.ops.primitives",
     "topk_mask": "tvfast.ops.primitives",
 }

@@ -64,3 +64,49 @@ class ExactSum:
             return float(Fraction(self._total) * Fraction(2) ** unit)
         except OverflowError:
             return math.copysign(math.inf, self._total)
+
+
+class BinnedSum:
+    """The same sum in one pass, for addends that are not at hand twice; as csrc/core/accumulate.hpp."""
+
+    def __init__(self) -> None:
+        self._window: int | None = None
+        self._high = 0  # in units of 2^(40 J)
+        self._low = 0  # in units of 2^(40 (J - 1))
+        self._nonfinite = 0.0
+
+    def add(self, addends: Tensor) -> None:
+        """Adds float64 addends of any shape."""
+        for start in range(0, addends.numel(), _CHUNK):
+            chunk = addends.reshape(-1)[start : start + _CHUNK]
+            finite = torch.isfinite(chunk)
+            self._nonfinite += float(chunk[~finite].sum())
+            chunk = torch.where(finite, chunk, torch.zeros_like(chunk))
+            largest = float(chunk.abs().max())
+            if largest > 0.0:
+                self._raise(window_of(largest))
+                self._add_finite(chunk)
+
+    def value(self) -> float:
+        """The sum, rounded once; non-finite if an addend is."""
+        if self._nonfinite != 0.0 or self._window is None:
+            return self._nonfinite
+        total = (self._high << WINDOW_BITS) + self._low
+        return float(Fraction(total) * Fraction(2) ** (WINDOW_BITS * (self._window - 1)))
+
+    def _raise(self, window: int) -> None:
+        if self._window is None:
+            self._window = window
+        if window > self._window:
+            # what was high is low one window up, and what was low is below the grid
+            self._low = self._high if window == self._window + 1 else 0
+            self._high, self._window = 0, window
+
+    def _add_finite(self, chunk: Tensor) -> None:
+        assert self._window is not None
+        unit = WINDOW_BITS * self._window
+        high = _times_power_of_two(chunk, -unit).round()  # half to even
+        rest = chunk - _times_power_of_two(high, unit)
+        low = _times_power_of_two(rest, WINDOW_BITS - unit).round()
+        self._high += int(high.to(torch.int64).sum())
+        self._low += int(low.to(torch.int64).sum())

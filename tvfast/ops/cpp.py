@@ -9,6 +9,7 @@ from typing import Any
 
 from tvfast import _C_cpu
 from tvfast.errors import ArgumentError
+from tvfast.ops.cpp_products import CppProducts
 from tvfast.ops.raw import Wants
 from tvfast.program import (
     Keep,
@@ -90,13 +91,13 @@ def _native_scalars(scalars: Sequence[TensorScalars]) -> Any:
     return _C_cpu.Scalars(tensors, models)
 
 
-class CppBackend:
+class CppBackend(CppProducts):
     """The C++ kernels at one instruction set."""
 
     name = "cpp"
 
     def __init__(self, isa: str = "", tile: int = 0) -> None:
-        self._isa = isa
+        super().__init__(isa)
         self._tile = tile
 
     @property
@@ -152,6 +153,9 @@ class CppBackend:
             self._tile,
         )
         return [_moments(answer, table.n_models) for answer in found]
+
+    def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
+        _C_cpu.score(_native_table(table), _native_scalars(scalars), self._isa, n_threads, self._tile)
 
     def row_masks(
         self,

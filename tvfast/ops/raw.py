@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Protocol, cast, runtime_checkable
 
 from tvfast.errors import ArgumentError, BackendError
+from tvfast.factored import FactoredScore, KroneckerProduct, Operand, ProductPanel
 from tvfast.program import (
     Keep,
     Moments,
@@ -146,6 +147,33 @@ class MaskingBackend(Backend, Protocol):
         """`row_masks`, and the `measure` of the same program."""
 
 
+class ProductSum(Protocol):
+    """<X, P> of one product whose panels were multiplied elsewhere, in the order-independent accumulator."""
+
+    def add(self, panel: ProductPanel, n_threads: int = 0) -> None:
+        """Adds a panel's share, and writes its `out`."""
+
+    def value(self) -> float: ...
+
+
+@runtime_checkable
+class ProductBackend(Backend, Protocol):
+    """A backend that also has the verbs of importance and curvature."""
+
+    def why_not_products(self, work: Sequence[Operand]) -> str | None:
+        """None if the work can be processed, otherwise the reason."""
+
+    def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
+        """Adds |score_k * d_k| * weight_k, models in order, to every entry's float32 `out`."""
+
+    def score_factored(self, scores: Sequence[FactoredScore], n_threads: int = 0) -> None: ...
+
+    def kron(self, products: Sequence[KroneckerProduct], n_threads: int = 0) -> list[float]:
+        """<X, P> of each product; blocks are at most `factored.LARGEST_BLOCK` a side."""
+
+    def product_sum(self) -> ProductSum: ...
+
+
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
     """One line of `tvfast doctor`."""
@@ -174,6 +202,21 @@ def backend_for(table: WorkTable) -> Backend:
         ArgumentError: `TVFAST_BACKEND` names no backend.
         BackendError: the forced backend cannot run, or none can; every reason is given.
     """
+    return _first(lambda backend: backend.why_not(table))
+
+
+def product_backend_for(work: WorkTable | Sequence[Operand]) -> ProductBackend:
+    """The first backend that has `score` and `kron` and can process the work; otherwise as `backend_for`."""
+
+    def why_not(backend: Backend) -> str | None:
+        if not isinstance(backend, ProductBackend):
+            return "it has no score and kron"
+        return backend.why_not(work) if isinstance(work, WorkTable) else backend.why_not_products(work)
+
+    return cast(ProductBackend, _first(why_not))
+
+
+def _first(why_not: Callable[[Backend], str | None]) -> Backend:
     forced = os.environ.get("TVFAST_BACKEND")
     if forced and forced not in _MODULES:
         raise ArgumentError(
@@ -186,7 +229,7 @@ def backend_for(table: WorkTable) -> Backend:
         except ImportError as error:
             reasons.append(f"{name}: {error}")
             continue
-        reason = backend.why_not(table)
+        reason = why_not(backend)
         if reason is None:
             return backend
         reasons.append(f"{name}: {reason}")

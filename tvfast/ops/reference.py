@@ -14,6 +14,7 @@ from torch import Tensor
 from tvfast.errors import ArgumentError
 from tvfast.ops import _reference_stages as stages
 from tvfast.ops._exact_sum_torch import ExactSum
+from tvfast.ops._reference_products import ReferenceProducts
 from tvfast.ops._reference_stages import Kept, Tile
 from tvfast.ops.raw import Wants
 from tvfast.program import (
@@ -81,7 +82,7 @@ class _Sums:
             take(self.gram[j][k], kept.entries[j].to(torch.float64) * kept.entries[k].to(torch.float64))
 
 
-class Reference:
+class Reference(ReferenceProducts):
     """`Backend` in torch; `n_threads` is not read: torch has its own setting."""
 
     name = "reference"

@@ -1,0 +1,40 @@
+"""Peak memory of one call, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_PROGRAM = """
+import ctypes, pathlib, re
+import torch
+from tvfast import ops
+
+def status(field):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(field + r":\\s+(\\d+) kB", text)[1])
+
+torch.set_num_threads(1)
+{setup}
+def call():
+    return {call}
+call()  # code that loads on first use is no memory of the call
+ctypes.CDLL(None).malloc_trim(0)
+before = status("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+kept = call()
+print(status("VmHWM") - before)
+"""
+
+
+def peak_growth(setup: str, call: str, **environment: str) -> int:
+    """Bytes by which the resident set grows during the second run of an expression, its result included."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(setup=setup, call=call)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(done.stdout)
