@@ -13,14 +13,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from tvfast.kernels import launch, measure, selection
+from tvfast.kernels import launch, layers, measure, score, selection
 from tvfast.kernels.combine import combine_kernel
+from tvfast.kernels.kron import finish_kernel, kron_kernel
+from tvfast.kernels.lanes import MIXED
 from tvfast.kernels.ranks import LONGEST_ROW, ranks_kernel
 from tvfast.kernels.select import (
     DIGITS,
@@ -60,8 +62,13 @@ _FIELDS = {
 }
 _TIES = Program(keep=Keep.BAND, tie=Tie.HASH, vote=Vote.MASS, members=Members.STRICT, divisor=Divisor.COUNT)
 _USUAL = Kind(dtype=int(DType.BF16), out_dtype=int(DType.BF16), has_base=True, aligned=True)
-_INTEGERS = ("stride", "n_entries", "n_models", "width", "k")
-_REALS = ("tensors", "all_reals")
+_INTEGERS = (
+    *("stride", "n_entries", "n_models", "width", "k"),
+    *("n_samples", "n_out", "n_in", "n_a", "a_block", "b_block", "n_rows", "n_columns"),
+    *("x_stride", "product_stride", "out_stride"),
+)
+_ADDRESSES = ("model_address", "base_address", "out_address", "x_address", "product_address")
+_REALS = ("tensors", "all_reals", "weights")
 
 
 def covering_programs() -> list[Program]:
@@ -98,6 +105,8 @@ class Specialisation:
     label: str
     kernel: Any
     constants: dict[str, Any]
+    fuses: bool = False  # products and sums are meant to be contracted
+    options: dict[str, Any] = field(default_factory=lambda: launch.EXACT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +152,36 @@ def specialisations() -> Iterator[Specialisation]:
         constants = {"DTYPE": int(DType.BF16), "HAS_BASE": True, "ALIGNED": True, "BLOCK": width}
         yield Specialisation(f"ranks {width}", ranks_kernel, constants)
         width *= 2
+    yield from _layer_specialisations()
+
+
+def _layer_specialisations() -> Iterator[Specialisation]:
+    """`score` and `kron`: every type and form, tiles of every size."""
+    for dtype, aligned in ((DType.F32, True), (DType.BF16, True), (DType.BF16, False), (DType.F16, True)):
+        constants = layers.score_constants(Kind(int(dtype), int(DType.F32), True, aligned), 1)
+        label = f"score {dtype.name}{'' if aligned else ' unaligned'}"
+        yield Specialisation(label, score.score_kernel, constants)
+    types = [*(int(dtype) for dtype in DType), MIXED.value]
+    for kind, dtype in itertools.product((score.SQUARE, score.DELTA), types):
+        constants = {"KIND": kind.value, "BIAS": 1, "DTYPE": dtype, "MODEL_DTYPE": 1, "BASE_DTYPE": 1}
+        tile = layers.factored_tile(dtype)
+        yield _tiled(f"factored {kind.value} {dtype}", score.factored_kernel, tile, constants)
+    written = {"X_DTYPE": 1, "OUT_DTYPE": 1, "HAS_OUT": True, "ACCUMULATE": True}
+    for block, packed, dtype in itertools.product((16, 64, 128), (False, True), (0, MIXED.value)):
+        constants = {**written, "DTYPE": dtype, "PACKED": packed}
+        tile = layers.kron_tile(block, block)
+        yield _tiled(f"kron {block}{' packed' if packed else ''} {dtype}", kron_kernel, tile, constants)
+    yield _tiled("finish", finish_kernel, layers.FINISH_TILE, written)
+
+
+def _tiled(label: str, kernel: Any, tile: dict[str, int], constants: dict[str, Any]) -> Specialisation:
+    return Specialisation(label, kernel, {**constants, **tile}, fuses=True, options=layers.TILED)
 
 
 def _combine(label: str, program: Program, kind: Kind, n_models: int) -> Specialisation:
     constants = launch.combine_constants(program, kind, n_models)
-    return Specialisation(f"combine {label}", combine_kernel, constants)
+    fuses = program.reduce is Reduce.FUSED_SUM
+    return Specialisation(f"combine {label}", combine_kernel, constants, fuses)
 
 
 def _type_of(name: str) -> str:
@@ -155,6 +189,10 @@ def _type_of(name: str) -> str:
         return "i32"
     if name in _REALS:
         return "*fp32"
+    if name in _ADDRESSES:
+        return "i64"
+    if name == "scale":
+        return "fp32"
     return "*fp64" if name == "nonfinite_sums" else "*i64"
 
 
@@ -168,7 +206,7 @@ def compile_one(one: Specialisation, architecture: int) -> Compiled:
         if signature[name].startswith("*")
     }
     source = triton.compiler.ASTSource(one.kernel, signature, constexprs=one.constants, attrs=pointers)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.EXACT)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=one.options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -193,7 +231,7 @@ def _faults(one: Specialisation, ptx: str, n_spills: int) -> Iterator[str]:
         yield "flushes subnormals"
     if re.search(r"\b(div\.(full|approx)|rcp\.approx)", ptx):
         yield "approximates a division"
-    if re.search(r"\bfma\.", ptx) and one.constants.get("REDUCE") != int(Reduce.FUSED_SUM):
+    if re.search(r"\bfma\.", ptx) and not one.fuses:
         yield "contracts a product and a sum"
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import triton
 from tvfast.kernels.combine import combine_kernel
-from tvfast.kernels.measure import LIMBS, VOTES, WINDOWS, measure_kernel, planes_kernel
+from tvfast.kernels.measure import VOTES, measure_kernel, planes_kernel
+from tvfast.kernels.sums import LIMBS, WINDOWS
 from tvfast.kernels.table import Kind, Launch, device_scalars
 from tvfast.kernels.totals import total
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from tvfast.kernels import stages
 from tvfast.kernels.keeping import base_of, keep, model_of, rank_of, rescaled, shared_of
 from tvfast.kernels.stages import VOTE_NONE
+from tvfast.kernels.sums import NO_WINDOW, add_sums, take
 from tvfast.kernels.table import (
     HEADER,
     MASK,
@@ -24,12 +25,6 @@ from tvfast.kernels.table import (
     find_entry,
 )
 
-WINDOW_BITS = tl.constexpr(40)
-LOWEST_WINDOW = tl.constexpr(-8)  # of 2^-298, the smallest product of two float32
-WINDOWS = tl.constexpr(16)
-LIMBS = tl.constexpr(5)  # high and low integer, each as 32 low bits and the rest; whether the slot is used
-_NO_WINDOW = tl.constexpr(-1000)
-
 # Bits of `Wants`, which is above this layer; a test compares them.
 L1_BEFORE = tl.constexpr(1)
 L1 = tl.constexpr(2)
@@ -37,49 +32,6 @@ GRAM = tl.constexpr(4)
 COUNTS = tl.constexpr(8)
 VOTES = tl.constexpr(16)
 SQUARES = tl.constexpr(32)
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """2^exponent, float64; -1022 <= exponent <= 1023."""
-    return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _rounded(x):
-    """To the nearest integer, halves to even, for |x| < 2^51; float64."""
-    magic = 6755399441055744.0  # 1.5 * 2^52
-    return (x + magic) - magic
-
-
-@triton.jit
-def _take(windows, highs, lows, nonfinites, slot, addends, S: tl.constexpr):
-    """Adds float64 addends [n] to the sum of number `slot` among S states."""
-    at = tl.arange(0, S) == slot
-    magnitude = tl.abs(addends)
-    finite = magnitude < float("inf")
-    nonfinites += tl.where(at, tl.sum(tl.where(finite, 0.0, addends)), 0.0)
-    x = tl.where(finite, addends, 0.0)
-    largest = tl.max(tl.where(finite, magnitude, 0.0))
-    # magnitude = f * 2^exponent with 0.5 <= f < 1; never subnormal in float64
-    exponent = (largest.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
-    window = (exponent - LOWEST_WINDOW * WINDOW_BITS) // WINDOW_BITS + LOWEST_WINDOW
-    # Without an addend but zeros the integers below are zero in any window.
-    window = tl.where(largest > 0, window, LOWEST_WINDOW)
-    taken = tl.where(largest > 0, window, _NO_WINDOW)
-    high = _rounded(x * _power_of_two(window * -WINDOW_BITS))
-    rest = x - high * _power_of_two(window * WINDOW_BITS)
-    low = _rounded(rest * _power_of_two((window - 1) * -WINDOW_BITS))
-    block_window = tl.where(at, taken, _NO_WINDOW)
-    block_high = tl.where(at, tl.sum(high.to(tl.int64)), 0)
-    block_low = tl.where(at, tl.sum(low.to(tl.int64)), 0)
-    raised = tl.maximum(windows, block_window)
-    old, new = raised - windows, raised - block_window
-    lows = tl.where(old == 0, lows, tl.where(old == 1, highs, 0)) + tl.where(
-        new == 0, block_low, tl.where(new == 1, block_high, 0)
-    )
-    highs = tl.where(old == 0, highs, 0) + tl.where(new == 0, block_high, 0)
-    return raised, highs, lows, nonfinites
 
 
 @triton.jit
@@ -136,7 +88,7 @@ def measure_kernel(
     wholes = all_wholes + entry * n_models * WHOLES
     n = tl.load(row + N)
     begin = (tile - tl.load(first_tiles + entry)) * TILE
-    windows = tl.full([S], _NO_WINDOW, tl.int32)
+    windows = tl.full([S], NO_WINDOW, tl.int32)
     highs = tl.zeros([S], tl.int64)
     lows = tl.zeros([S], tl.int64)
     nonfinites = tl.zeros([S], tl.float64)
@@ -159,11 +111,11 @@ def measure_kernel(
             )
             value = tl.where(kept, tau, 0.0)
             if L1_BEFORE & WANTS:
-                windows, highs, lows, nonfinites = _take(
+                windows, highs, lows, nonfinites = take(
                     windows, highs, lows, nonfinites, k, tl.abs(tau).to(tl.float64), S
                 )
             if L1 & WANTS:
-                windows, highs, lows, nonfinites = _take(
+                windows, highs, lows, nonfinites = take(
                     windows, highs, lows, nonfinites, n_models + k, tl.abs(value).to(tl.float64), S
                 )
             if GRAM & WANTS:
@@ -173,12 +125,12 @@ def measure_kernel(
                         KEEP, TIE, DTYPE, ALIGNED, BLOCK,
                     )  # fmt: skip
                     other = tl.where(other_kept, other_tau, 0.0)
-                    windows, highs, lows, nonfinites = _take(
+                    windows, highs, lows, nonfinites = take(
                         windows, highs, lows, nonfinites, 2 * n_models + j * n_models + k,
                         other.to(tl.float64) * value.to(tl.float64), S,
                     )  # fmt: skip
             elif SQUARES & WANTS:
-                windows, highs, lows, nonfinites = _take(
+                windows, highs, lows, nonfinites = take(
                     windows, highs, lows, nonfinites, 2 * n_models + k * n_models + k,
                     value.to(tl.float64) * value.to(tl.float64), S,
                 )  # fmt: skip
@@ -202,15 +154,7 @@ def measure_kernel(
                 counts = _count(counts, 3 * n_models + 1, tl.where(inside, elected, 0), C)
             counts = _count(counts, 3 * n_models + 2, positive & negative, C)
     if (L1_BEFORE | L1 | GRAM | SQUARES) & WANTS:
-        sums = tl.arange(0, S)
-        used = windows > _NO_WINDOW
-        slots = limbs + ((entry * S + sums) * WINDOWS + tl.where(used, windows - LOWEST_WINDOW, 0)) * LIMBS
-        tl.atomic_add(slots, highs & 0xFFFFFFFF, mask=used)
-        tl.atomic_add(slots + 1, highs >> 32, mask=used)
-        tl.atomic_add(slots + 2, lows & 0xFFFFFFFF, mask=used)
-        tl.atomic_add(slots + 3, lows >> 32, mask=used)
-        tl.atomic_or(slots + 4, used.to(tl.int64), mask=used)
-        tl.atomic_add(nonfinite_sums + entry * S + sums, nonfinites, mask=nonfinites != 0)
+        add_sums(limbs, nonfinite_sums, entry, windows, highs, lows, nonfinites, S)
     if (COUNTS | VOTES) & WANTS:
         tl.atomic_add(all_counts + entry * C + tl.arange(0, C), counts, mask=counts != 0)
 

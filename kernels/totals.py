@@ -1,18 +1,18 @@
-"""From the integers that `measure_kernel` leaves to rounded sums."""
+"""From the integers that kernels leave to rounded sums."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from tvfast.kernels.measure import LOWEST_WINDOW, WINDOW_BITS
+from tvfast.kernels.sums import LOWEST_WINDOW, WINDOW_BITS
 
 
 def total(slots: Sequence[Sequence[int]], nonfinite: float) -> float:
     """One sum, rounded once to float64.
 
     Args:
-        slots: [WINDOWS][LIMBS] of `measure_kernel`, ascending windows.
+        slots: [WINDOWS][LIMBS] of a kernel, ascending windows.
         nonfinite: IEEE sum of the non-finite addends, which is the result if there are any.
     """
     if nonfinite != 0.0:

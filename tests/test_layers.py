@@ -48,15 +48,23 @@ LAYERS = {
     "tvfast.errors": Layer(),
     "tvfast.dtypes": Layer(),
     "tvfast.program": Layer(),
+    "tvfast.factored": Layer(inside=("tvfast.program",)),
     "tvfast.checkpoint": Layer(inside=("tvfast.errors", "tvfast.dtypes")),
-    "tvfast.ops.raw": Layer(inside=("tvfast.errors", "tvfast.program")),
-    "tvfast.ops": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops"), outside=("torch", "numpy")),
+    "tvfast.ops.raw": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.factored")),
+    "tvfast.ops": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.factored", "tvfast.ops"),
+        outside=("torch", "numpy"),
+    ),
     "tvfast.ops.cpp": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast._C_cpu")),
+    "tvfast.ops.cpp_products": Layer(inside=("tvfast.program", "tvfast.factored", "tvfast._C_cpu")),
     "tvfast.ops.host": Layer(inside=("tvfast.program", "tvfast._C_cpu")),
-    "tvfast.kernels": Layer(inside=("tvfast.program",), outside=("torch", "triton")),
+    "tvfast.kernels": Layer(inside=("tvfast.program", "tvfast.factored"), outside=("torch", "triton")),
     "tvfast.ops.triton": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.kernels"),
         outside=("torch", "triton"),
+    ),
+    "tvfast.ops.triton_products": Layer(
+        inside=("tvfast.program", "tvfast.factored", "tvfast.kernels"), outside=("torch",)
     ),
     "tvfast.methods": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw")),
     "tvfast._leaves": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops"), outside=("torch",)),

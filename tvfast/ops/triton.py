@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from tvfast.errors import ArgumentError
 from tvfast.kernels import launch as kernels
-from tvfast.kernels import selection
+from tvfast.kernels import layers, selection
 from tvfast.kernels.lanes import INTERPRETED
 from tvfast.kernels.ranking import ranked_launches
 from tvfast.kernels.table import Launch, launches
 from tvfast.ops.raw import Wants
+from tvfast.ops.triton_products import TritonProducts, why_not_on
 from tvfast.program import (
     Keep,
     Moments,
@@ -29,7 +29,7 @@ from tvfast.program import (
 _QUIET_NAN = 0x7FC00000
 
 
-class TritonBackend:
+class TritonBackend(TritonProducts):
     """The Triton kernels, on a GPU or in Triton's interpreter."""
 
     name = "triton"
@@ -41,8 +41,6 @@ class TritonBackend:
 
     def why_not(self, table: WorkTable) -> str | None:
         """A reason if a tensor is not on the one GPU of the table, or is of another float type."""
-        if INTERPRETED.value and os.environ.get("TVFAST_BACKEND") != self.name:
-            return "the interpreter, which TRITON_INTERPRET chose, runs only where TVFAST_BACKEND=triton asks"
         devices = set()
         for entry in table.entries:
             for view in (entry.base, entry.out, *entry.models, *entry.scores, *entry.masks):
@@ -53,10 +51,7 @@ class TritonBackend:
                 if view.owner.dtype == torch.float64:
                     return f"tensor {entry.name!r} is float64"
                 devices.add(view.owner.device)
-        if len(devices) > 1:
-            return f"tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
-        device = next(iter(devices), None)
-        return None if device is None else _why_not_on(device)
+        return why_not_on(devices)
 
     def thresholds(
         self, table: WorkTable, keep: Keep, queries: Sequence[RankQuery], n_threads: int = 0
@@ -133,6 +128,12 @@ class TritonBackend:
                 found[number] = _moments(measured, place, n)
         return found
 
+    def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
+        """Adds |score_k * d_k| * weight_k, models in order."""
+        for launch in _ready(table, Program()):
+            with kernels.on_device(launch.fields.device):
+                layers.score(launch, scalars)
+
     def row_masks(
         self,
         table: WorkTable,
@@ -159,14 +160,6 @@ class TritonBackend:
         for launch in _ready(table, program):
             with kernels.on_device(launch.fields.device):
                 kernels.combine(launch, program, scalars)
-
-
-def _why_not_on(device: torch.device) -> str | None:
-    if INTERPRETED.value:
-        return None if device.type == "cpu" else f"tensors are on {device}; the interpreter takes CPU tensors"
-    if device.type != "cuda":
-        return f"tensors are on {device}; expected a GPU, or TRITON_INTERPRET=1 for the interpreter"
-    return None
 
 
 def _check_keep(keep: Keep) -> None:
