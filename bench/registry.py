@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import tvfast
-from bench import baselines
+from bench import baselines, layers
 from bench.buffers import N_MODELS, Buffers
 from bench.limit import stream_pass
 from tvfast.methods import TableStatistics, make_method
@@ -70,7 +70,7 @@ class Row:
     name: str
     op: str
     make: Callable[[Buffers, int], Run]
-    traffic: Traffic = MERGE
+    traffic: Traffic | None = MERGE  # None: the row is bound by arithmetic, not by memory
     goals: tuple[Goal, ...] = ()
     rounds: int = 7
     single_thread: bool = False
@@ -231,6 +231,29 @@ def method_rows() -> Iterator[Row]:
     yield Row("slerp merge_", "methods", slerp, Traffic(2, 1), in_place=True)
 
 
+SAMPLE_GEMMS = "torch sgemms of 64 samples"
+VMAP = "torch.func.vmap, per-sample gradients"
+BLOCK_GEMM = "torch sgemm of as many operations"
+TWO_GEMMS = "torch, two sgemms"
+AUTOGRAD = "torch autograd of trace(B X A X')"
+
+
+def layer_rows() -> Iterator[Row]:
+    """A layer of 4096 x 4096: 64 samples of 128 tokens, blocks of 64, dense factors."""
+    yield Row("score", "score", layers.score_elementwise, Traffic(2, 1), goals=(Goal(LIMIT, 0),), rounds=9)
+    goals = (Goal(SAMPLE_GEMMS, 1 / 1.5), Goal(VMAP, 3))
+    yield Row("score layer", "score", layers.score_layer, None, goals, rounds=3)
+    yield Row("kron, blocks of 64", "kron", layers.kron_blocks, None, (Goal(BLOCK_GEMM, 0.6),), rounds=9)
+    goals = (Goal(TWO_GEMMS, 1 / 1.25), Goal(AUTOGRAD, 2.5))
+    yield Row("kron, penalty", "kron", layers.penalty, None, goals, rounds=3, single_thread=True)
+    baseline: dict[str, Any] = {"op": "baseline", "traffic": None, "single_thread": True}
+    yield Row(SAMPLE_GEMMS, make=layers.sample_gemms, rounds=3, **baseline)
+    yield Row(VMAP, make=layers.vmapped_gradients, rounds=2, **baseline)
+    yield Row(BLOCK_GEMM, make=layers.gemm_of_as_many_operations, rounds=9, **baseline)
+    yield Row(TWO_GEMMS, make=layers.two_gemms, rounds=3, **baseline)
+    yield Row(AUTOGRAD, make=layers.penalty_by_autograd, rounds=2, **baseline)
+
+
 TA_FLOAT32 = "torch task arithmetic, float32"
 TA_BFLOAT16 = "torch task arithmetic, bfloat16"
 TA_CHUNKED = "torch task arithmetic, chunked"
@@ -294,6 +317,7 @@ ROWS: tuple[Row, ...] = (
     ),
     *method_rows(),
     Row("compare", "compare", compare_row, READ_4),
+    *layer_rows(),
     Row(
         TA_FLOAT32,
         "baseline",
@@ -348,6 +372,8 @@ GATES: dict[str, tuple[str, ...]] = {
     "della": (*_COMBINE, *_MEASURE, *_METHODS),
     "methods": (*_COMBINE, *_THRESHOLDS, *_MEASURE, *_METHODS),
     "compare": (*_MEASURE, "tests/methods/test_compare.py"),
+    "score": ("tests/ops/test_scores.py",),
+    "kron": ("tests/ops/test_kron.py",),
     "memory": (*_METHODS, "tests/methods/test_merge_api.py"),
 }
 """The tests that must pass before an op is timed."""

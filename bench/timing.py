@@ -43,7 +43,7 @@ class Summary:
 
 
 def time_row(benchmark: Any, row: Row, buffers: Buffers, n_threads: int) -> dict[str, Any]:
-    """Time a row under pytest-benchmark; before each round the limit runs once, so that drift meets both.
+    """Time a row under pytest-benchmark; before each round its limit runs once, so that drift meets both.
 
     Args:
         benchmark: the fixture; when timing is disabled, the row runs once and no seconds are recorded.
@@ -53,12 +53,15 @@ def time_row(benchmark: Any, row: Row, buffers: Buffers, n_threads: int) -> dict
         Row, threads, bytes, samples of the row and of its limit.
     """
     torch.set_num_threads(1)
-    inputs, out = row.traffic.streams(buffers)
+    traffic = row.traffic
+    inputs, out = ([], None) if traffic is None else traffic.streams(buffers)
     limits: list[float] = []
 
     def before_round() -> None:
         if row.in_place:
             buffers.restore()
+        if traffic is None:
+            return
         start = time.perf_counter()
         stream_pass(inputs, out, n_threads)
         limits.append(time.perf_counter() - start)
@@ -75,11 +78,12 @@ def time_row(benchmark: Any, row: Row, buffers: Buffers, n_threads: int) -> dict
         "row": row.name,
         "op": row.op,
         "threads": n_threads,
-        "n_bytes": row.traffic.n_bytes(buffers),
-        "limit": row.traffic.limit,
     }
+    if traffic is not None:
+        record |= {"n_bytes": traffic.n_bytes(buffers), "limit": traffic.limit}
     if benchmark.stats is not None:
         record |= Summary(tuple(benchmark.stats.stats.data)).record()
+    if limits[n_warm:] and benchmark.stats is not None:
         record["limit_s"] = Summary(tuple(limits[n_warm:])).record()
     return record
 

@@ -1,0 +1,11 @@
+"""Importance and curvature of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OPS_HERE = ("score", "kron")
+
+
+def test_layers(time_it: Callable[[], None]) -> None:
+    time_it()
