@@ -300,9 +300,10 @@ def test_nan_reaches_the_rows_and_columns_of_its_blocks(chosen: str) -> None:
     assert math.isnan(value)
 
 
-def test_nothing_to_multiply(chosen: str) -> None:
-    product, value = ops.kron(torch.empty(0, 4), torch.eye(4), torch.empty(0, 0))
-    assert product.shape == (0, 4)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 200), (200, 0)])
+def test_nothing_to_multiply(chosen: str, shape: tuple[int, int]) -> None:
+    product, value = ops.kron(torch.empty(shape), torch.eye(shape[1]), torch.eye(shape[0]))
+    assert product.shape == shape
     assert float(value) == 0.0
 
 
