@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tvfast import program
+from tvfast import factored, program
 
 CORE = Path(__file__).resolve().parents[2] / "csrc" / "core"
 COMMENT = re.compile(r"//[^\n]*")
@@ -90,3 +90,26 @@ def test_constants_are_equal() -> None:
 @pytest.mark.parametrize("name", ["Program", "ModelScalars", "TensorScalars"])
 def test_structs_have_equal_fields_in_equal_order_with_equal_defaults(name: str) -> None:
     assert list(cpp_struct(name).items()) == list(python_struct(getattr(program, name)).items())
+
+
+def cpp_members(struct: str) -> set[str]:
+    (body,) = re.findall(rf"struct {struct} {{(.*?)\n}};", cpp_text("factored.hpp"), re.DOTALL)
+    declared = [line for line in body.split(";") if "(" not in line and "return" not in line]
+    names = set()
+    for line in declared:
+        names |= {part.split("=")[0].split()[-1] for part in line.split(",") if part.split("=")[0].split()}
+    return names - {"}"}
+
+
+@pytest.mark.parametrize(
+    "struct", ["FactoredSample", "FactoredScore", "BlockDiagonal", "KroneckerProduct", "ProductPanel"]
+)
+def test_factored_forms_have_the_same_members(struct: str) -> None:
+    # Names are for messages; a View of Python says its dtype, a pointer of C++ does not.
+    python = {one.name for one in fields(getattr(factored, struct))}
+    assert cpp_members(struct) - {"out_dtype"} == python - {"name"}
+
+
+def test_the_largest_block_is_the_same() -> None:
+    (largest,) = re.findall(r"kLargestBlock = (\d+);", cpp_text("factored.hpp"))
+    assert int(largest) == factored.LARGEST_BLOCK
