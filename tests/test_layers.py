@@ -50,6 +50,12 @@ LAYERS = {
     "tvfast.program": Layer(),
     "tvfast.factored": Layer(inside=("tvfast.program",)),
     "tvfast.checkpoint": Layer(inside=("tvfast.errors", "tvfast.dtypes")),
+    "tvfast.statistics": Layer(
+        inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.statistics.tensors")
+    ),
+    "tvfast.statistics.tensors": Layer(
+        inside=("tvfast.errors", "tvfast.statistics", "tvfast._leaves"), outside=("torch",)
+    ),
     "tvfast.ops.raw": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.factored")),
     "tvfast.ops": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.factored", "tvfast.ops"),

@@ -43,6 +43,10 @@ class CheckpointError(TvfastError, ValueError):
     """A file of a checkpoint is missing, damaged or not what it should be."""
 
 
+class StatisticsError(CheckpointError):
+    """Statistics of a model that are missing, damaged, not finite, or of another model."""
+
+
 class RecipeError(ArgumentError):
     """A recipe is not one: its YAML, a key or a value."""
 

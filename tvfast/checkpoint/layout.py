@@ -98,6 +98,25 @@ def make_layout(tensors: Sequence[Described], shard_bytes: int, metadata: Mappin
     return Layout(tuple(shards), places, index, sum(shard.n_bytes for shard in shards))
 
 
+def file_header(
+    where: str, tensors: Sequence[Described], metadata: Mapping[str, str], *, at_least: int = 0
+) -> bytes:
+    """The bytes before the data of one safetensors file whose tensors follow each other without holes.
+
+    Args:
+        where: what stands for the file in messages.
+        tensors: name, dtype and shape of each, in file order.
+        metadata: strings for `__metadata__`, beside `format: pt`.
+        at_least: pads the header up to so many bytes; a multiple of `PAGE`.
+
+    Raises:
+        ArgumentError: a name twice, a shape, dtype or metadata that the format cannot hold.
+        CheckpointError: a header above the 100 MB that readers accept.
+    """
+    header, _ = _header(where, tensors, _checked_sizes(tensors), _checked_metadata(metadata), at_least)
+    return header
+
+
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     notes = {"format": "pt", **metadata}
     for key, value in notes.items():
@@ -155,7 +174,11 @@ def _shard_names(n_shards: int) -> list[str]:
 
 
 def _header(
-    shard: str, tensors: Sequence[Described], sizes: Sequence[int], notes: Mapping[str, str]
+    shard: str,
+    tensors: Sequence[Described],
+    sizes: Sequence[int],
+    notes: Mapping[str, str],
+    at_least: int = 0,
 ) -> tuple[bytes, list[int]]:
     """The bytes before the data, and each tensor's offset in the data."""
     entries: dict[str, object] = {_RESERVED: notes}
@@ -172,7 +195,7 @@ def _header(
         raise ArgumentError(
             f"{shard}: a tensor name or metadata holds {found!r}, which UTF-8 cannot encode; rename it."
         ) from error
-    n_padded = -(-(len(text) + 8) // PAGE) * PAGE - 8
+    n_padded = max(-(-(len(text) + 8) // PAGE) * PAGE, at_least) - 8
     if n_padded > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{shard}: the header of its {len(sizes)} tensors takes {n_padded} bytes; readers of safetensors "
