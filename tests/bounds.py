@@ -45,13 +45,18 @@ def combine_error(tile: Tile, program: Program, scalars: TensorScalars, dtype: t
     """
     kept = stages.keep(tile, program, scalars)
     rescaled = stages.rescale(program, scalars, kept)
-    weighted = stages.weigh(scalars, rescaled)
+    weights = stages.weights(tile, program, scalars)
+    weighted = stages.weigh(weights, rescaled)
     ballots = stages.cast_ballots(program, rescaled, weighted)
     belong = stages.members(program, scalars, ballots, weighted)
     magnitudes = [torch.where(member, v.abs(), 0.0) for member, v in zip(belong, weighted, strict=True)]
-    mass = stages.divide(program, scalars, belong, sum(magnitudes[1:], magnitudes[0])).abs()
+    mass = stages.divide(program, scalars, weights, belong, sum(magnitudes[1:], magnitudes[0])).abs()
     reduced = stages.divide(
-        program, scalars, belong, stages.reduce(program, scalars, belong, rescaled, weighted)
+        program,
+        scalars,
+        weights,
+        belong,
+        stages.reduce(program, weights, belong, rescaled, weighted),
     )
     result = stages.apply(scalars, tile.base, reduced)
     base = torch.zeros_like(result) if tile.base is None else tile.base
@@ -63,7 +68,8 @@ def undecided(tile: Tile, program: Program, scalars: TensorScalars) -> Tensor:
     """Elements where a float32 rounding may turn a decision, bool [n]; the tile is at float64."""
     kept = stages.keep(tile, program, scalars)
     rescaled = stages.rescale(program, scalars, kept)
-    weighted = stages.weigh(scalars, rescaled)
+    weights = stages.weights(tile, program, scalars)
+    weighted = stages.weigh(weights, rescaled)
     ballots = stages.cast_ballots(program, rescaled, weighted)
     n_models = len(weighted)
     unclear = torch.zeros(tile.n, dtype=torch.bool)

@@ -19,6 +19,7 @@ from tvfast.program import (
     ALWAYS,
     OPEN_CUT,
     Ballot,
+    Cross,
     Divisor,
     DType,
     Entry,
@@ -28,10 +29,12 @@ from tvfast.program import (
     ModelScalars,
     Program,
     Reduce,
+    ScoreMap,
     TensorScalars,
     Tie,
     View,
     Vote,
+    Weighting,
     WorkTable,
     ZeroSign,
 )
@@ -141,6 +144,7 @@ class Part:
     offset: int = 0
     group: int = 0
     group_offset: int = 0
+    score_maps: tuple[ScoreMap, ...] = ()
 
     @property
     def n(self) -> int:
@@ -180,6 +184,7 @@ def table_of(parts: Sequence[Part], outs: Sequence[Tensor] | None = None) -> Wor
             base=None if part.base is None else view_of(part.base),
             out=None if outs is None else view_of(outs[i]),
             scores=tuple(view_of(score) for score in part.scores),
+            score_maps=part.score_maps,
             masks=tuple(plane_view(pack_plane(mask), part.n) for mask in part.masks),
             row=part.row,
             offset=part.offset,
@@ -228,6 +233,14 @@ programs = st.builds(
     members=st.sampled_from(Members),
     reduce=st.sampled_from(Reduce),
     divisor=st.sampled_from(Divisor),
+)
+# Stages on scores, which only backends with `maps_scores` have; cases of them have score maps.
+scoring_programs = st.builds(
+    replace,
+    programs,
+    keep=st.sampled_from([Keep.SCORE, *Keep]),
+    cross=st.sampled_from(Cross),
+    weighting=st.sampled_from(Weighting),
 )
 undivided_programs = programs.map(lambda program: replace(program, divisor=Divisor.NONE))
 
@@ -292,6 +305,22 @@ def tensor_scalars(draw: st.DrawFn, part: Part, exact: bool) -> TensorScalars:
     )
 
 
+_score_maps = st.builds(
+    ScoreMap,
+    scale=st.sampled_from([1.0, 0.5, 4.0, 0.3]),
+    shift=st.sampled_from([0.0, -0.25, 0.125, 1e-3]),
+    floor=st.sampled_from([0.0, 0.0625, 1e-6]),
+)
+
+
+@st.composite
+def scored(draw: st.DrawFn, case: Case) -> Case:
+    """The case with a map for every score."""
+    for part in case.parts:
+        part.score_maps = tuple(draw(_score_maps) for _ in part.models)
+    return case
+
+
 @st.composite
 def parts(draw: st.DrawFn, n_models: int, kinds: Sequence[str], widest: int = 1000) -> Part:
     """One entry: any length, dtypes, alignment, row and offset."""
@@ -337,3 +366,7 @@ def cases(
     n_models = draw(model_counts)
     drawn = [draw(parts(n_models, kinds, widest)) for _ in range(draw(st.integers(1, most_parts)))]
     return Case(draw(choose), drawn, [draw(tensor_scalars(part, exact)) for part in drawn])
+
+
+scoring_cases = cases(choose=scoring_programs).flatmap(scored)
+"""Cases of the stages on scores."""

@@ -50,6 +50,21 @@ class Tie(IntEnum):
     HASH = 2  # those of lowest hashed index
 
 
+class Cross(IntEnum):
+    """Which entries `Keep.SCORE` takes from a model because of the other models' scores."""
+
+    NONE = 0
+    WINNER = 1  # those that do not exceed every other model's score
+    EXCLUDE_OTHERS = 2  # those that are within another model's band
+
+
+class Weighting(IntEnum):
+    """What a model's entries are weighted by."""
+
+    MODEL = 0  # the model's weight
+    SCORE = 1  # the model's weight times the entry's score
+
+
 class Gain(IntEnum):
     """How kept entries are rescaled."""
 
@@ -117,11 +132,18 @@ class Program:
     members: Members = Members.ZERO_COUNTS
     reduce: Reduce = Reduce.SUM
     divisor: Divisor = Divisor.NONE
+    cross: Cross = Cross.NONE
+    weighting: Weighting = Weighting.MODEL
 
     @property
     def ranks_rows(self) -> bool:
         """Whether the keep stage needs whole rows at once."""
         return self.keep in (Keep.RANDOM_BY_RANK, Keep.BAND_BY_RANK)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether every model needs an array of scores."""
+        return self.keep is Keep.SCORE or self.weighting is Weighting.SCORE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,6 +176,15 @@ class TensorScalars:
     divisor_fill: float = 1.0  # ... is replaced by this
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreMap:
+    """How a stored score is read: max(score * scale + shift, floor)."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+    floor: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Contiguous elements in host or device memory; `owner` keeps them alive and may be a tensor."""
@@ -172,7 +203,8 @@ class Entry:
     models: tuple[View, ...]
     base: View | None = None  # None: the models themselves are merged, not their differences
     out: View | None = None  # may be `base` or one of `models`, exactly
-    scores: tuple[View, ...] = ()  # one float array per model, for Keep.SCORE
+    scores: tuple[View, ...] = ()  # one float array per model, for Keep.SCORE and Weighting.SCORE
+    score_maps: tuple[ScoreMap, ...] = ()  # one per model, or none: magnitudes are read as they are
     masks: tuple[View, ...] = ()  # (address of 64-bit words, n bits); dtype is not read
     row: int = 0  # elements per row for ranks; 0: the whole tensor is one row
     offset: int = 0  # global index of the first element (a shard's position in its tensor)

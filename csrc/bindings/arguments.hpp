@@ -23,6 +23,8 @@ namespace py = pybind11;
 
 using Address = std::uintptr_t;
 using ViewArgument = std::pair<Address, int>;  // address, DType
+using ScoreMapTuple = std::tuple<float, float, float>;
+using ProgramChoices = std::array<int, 11>;
 
 inline View to_view(const ViewArgument& argument) {
   return {reinterpret_cast<const void*>(argument.first), static_cast<DType>(argument.second)};
@@ -36,15 +38,18 @@ inline std::vector<View> to_views(const std::vector<ViewArgument>& arguments) {
 
 inline void add_entry(Table& table, const ViewArgument& base,
                       const std::vector<ViewArgument>& models, const ViewArgument& out,
-                      const std::vector<ViewArgument>& scores, const std::vector<Address>& masks,
-                      std::int64_t n, std::int64_t row, std::int64_t offset, int group,
-                      std::int64_t group_offset) {
+                      const std::vector<ViewArgument>& scores,
+                      const std::vector<ScoreMapTuple>& score_maps,
+                      const std::vector<Address>& masks, std::int64_t n, std::int64_t row,
+                      std::int64_t offset, int group, std::int64_t group_offset) {
   Entry entry;
   entry.base = to_view(base);
   entry.models = to_views(models);
   entry.out = reinterpret_cast<void*>(out.first);
   entry.out_dtype = static_cast<DType>(out.second);
   entry.scores = to_views(scores);
+  for (const auto& [scale, shift, floor] : score_maps)
+    entry.score_maps.push_back({scale, shift, floor});
   for (Address address : masks) entry.masks.push_back(reinterpret_cast<std::uint64_t*>(address));
   entry.n = n;
   entry.row = row;
@@ -54,12 +59,13 @@ inline void add_entry(Table& table, const ViewArgument& base,
   table.entries.push_back(std::move(entry));
 }
 
-inline Program to_program(const std::array<int, 9>& choices) {
-  return {static_cast<Keep>(choices[0]),    static_cast<Tie>(choices[1]),
-          static_cast<Gain>(choices[2]),    static_cast<Vote>(choices[3]),
-          static_cast<Ballot>(choices[4]),  static_cast<ZeroSign>(choices[5]),
-          static_cast<Members>(choices[6]), static_cast<Reduce>(choices[7]),
-          static_cast<Divisor>(choices[8])};
+inline Program to_program(const ProgramChoices& choices) {
+  return {static_cast<Keep>(choices[0]),      static_cast<Tie>(choices[1]),
+          static_cast<Gain>(choices[2]),      static_cast<Vote>(choices[3]),
+          static_cast<Ballot>(choices[4]),    static_cast<ZeroSign>(choices[5]),
+          static_cast<Members>(choices[6]),   static_cast<Reduce>(choices[7]),
+          static_cast<Divisor>(choices[8]),   static_cast<Cross>(choices[9]),
+          static_cast<Weighting>(choices[10])};
 }
 
 // Samples are (gradients, activations, n_tokens, weight).

@@ -35,14 +35,13 @@ PYBIND11_MODULE(_C_cpu, m) {
       .def("add", &add_entry);
   py::class_<Scalars>(m, "Scalars").def(py::init(&to_scalars));
 
-  m.def("combine", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
+  m.def("combine", [](const Table& table, const ProgramChoices& program, const Scalars& scalars,
                       const std::string& isa, int n_threads, std::int64_t tile) {
     const py::gil_scoped_release unlocked;
     combine(table, to_program(program), scalars, to_options(isa, n_threads, tile));
   });
-  m.def("row_masks", [](const Table& table, const std::array<int, 9>& program,
-                        const Scalars& scalars, unsigned wants, const std::string& isa,
-                        int n_threads, std::int64_t tile) {
+  m.def("row_masks", [](const Table& table, const ProgramChoices& program, const Scalars& scalars,
+                        unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<Moments> moments;
     {
       const py::gil_scoped_release unlocked;
@@ -81,7 +80,7 @@ PYBIND11_MODULE(_C_cpu, m) {
            })
       .def("value", &BinnedSum::value);
   m.attr("LARGEST_BLOCK") = kLargestBlock;
-  m.def("measure", [](const Table& table, const std::array<int, 9>& program, const Scalars& scalars,
+  m.def("measure", [](const Table& table, const ProgramChoices& program, const Scalars& scalars,
                       unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
     std::vector<Moments> moments;
     {
@@ -135,7 +134,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   py::class_<Accumulation>(m, "Accumulation")
       .def(py::init<std::size_t, int>())
       .def("measure",
-           [](Accumulation& all, const Table& part, const std::array<int, 9>& program,
+           [](Accumulation& all, const Table& part, const ProgramChoices& program,
               const Scalars& scalars, unsigned wants, const std::vector<std::size_t>& rows,
               const std::string& isa, int n_threads, std::int64_t tile) {
              const py::gil_scoped_release unlocked;

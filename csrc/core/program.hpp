@@ -20,6 +20,8 @@ enum class Keep : std::uint8_t {
   MASK = 7,            // bit plane per model
 };
 enum class Tie : std::uint8_t { GE = 0, INDEX = 1, HASH = 2 };
+enum class Cross : std::uint8_t { NONE = 0, WINNER = 1, EXCLUDE_OTHERS = 2 };
+enum class Weighting : std::uint8_t { MODEL = 0, SCORE = 1 };
 enum class Gain : std::uint8_t { MODEL = 0, INVERSE_PROBABILITY = 1 };
 enum class Vote : std::uint8_t { NONE = 0, MASS = 1, COUNT = 2 };
 enum class Ballot : std::uint8_t { RAW = 0, WEIGHTED = 1 };
@@ -38,6 +40,8 @@ struct Program {
   Members members = Members::ZERO_COUNTS;
   Reduce reduce = Reduce::SUM;
   Divisor divisor = Divisor::NONE;
+  Cross cross = Cross::NONE;
+  Weighting weighting = Weighting::MODEL;
 
   friend constexpr bool operator==(const Program&, const Program&) = default;
 };
@@ -66,6 +70,13 @@ struct TensorScalars {
   float majority = 1.0f;
   float divisor_floor = std::numeric_limits<float>::denorm_min();
   float divisor_fill = 1.0f;
+};
+
+// How a stored score is read: max(score * scale + shift, floor).
+struct ScoreMap {
+  float scale = 1.0f;
+  float shift = 0.0f;
+  float floor = 0.0f;
 };
 
 // Contiguous elements; need not be aligned beyond their own size.

@@ -31,6 +31,17 @@ TVFAST_STAGE M from_end_hashed(F a, F lo, F above_lo, M loses_tie) {
   return invert(a < select(loses_tie, above_lo, lo));
 }
 
+// scores
+
+// NaN is above the floor.
+TVFAST_STAGE F mapped_score(F score, F scale, F shift, F floor) {
+  const F mapped = score * scale + shift;
+  return select(mapped < floor, floor, mapped);
+}
+
+// A score that no band holds where another model's entry takes this one's place.
+TVFAST_STAGE F unless_lost(F score, M lost) { return select(lost, splat(-1.0f), score); }
+
 // vote
 
 TVFAST_STAGE F sign_of(F x) {

@@ -12,6 +12,7 @@ namespace tvfast {
 struct Entry {
   std::vector<View> models;           // K counterparts
   std::vector<View> scores;           // K or none
+  std::vector<ScoreMap> score_maps;   // K or none
   std::vector<std::uint64_t*> masks;  // K bit planes or none
   View base;                          // data == nullptr: none
   void* out = nullptr;

@@ -28,6 +28,7 @@ from tests.strategies import (
     grid_values,
     normal_values,
     programs,
+    scoring_cases,
     undivided_programs,
     unpack_plane,
 )
@@ -143,6 +144,15 @@ def test_random_tables_equal_the_reference(native: Backend, case: Case) -> None:
     assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
 
 
+@settings(max_examples=40)
+@given(case=scoring_cases)
+def test_stages_on_scores_equal_the_reference(native: Backend, case: Case) -> None:
+    assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
+    wants = Wants.COUNTS | Wants.VOTES
+    found = native.measure(case.table(), case.program, case.scalars, wants)
+    assert found == REFERENCE.measure(case.table(), case.program, case.scalars, wants)
+
+
 @settings(max_examples=60)
 @given(case=cases(kinds=("grid",), choose=undivided_programs, exact=True))
 def test_undivided_results_on_grid_inputs_equal_the_oracle(backend: Backend, case: Case) -> None:
@@ -228,6 +238,7 @@ def test_continuous_values_stay_within_the_bound(backend: Backend) -> None:
             base=None if part.base is None else part.base.double(),
             models=[model.double() for model in part.models],
             scores=[score.double() for score in part.scores],
+            score_maps=part.score_maps,
             masks=[mask.owner for mask in case.table().entries[0].masks],
             row=part.row,
         )

@@ -87,7 +87,7 @@ def test_constants_are_equal() -> None:
     assert cpp_constants() == {"kOpenCut": program.OPEN_CUT, "kAlways": program.ALWAYS}
 
 
-@pytest.mark.parametrize("name", ["Program", "ModelScalars", "TensorScalars"])
+@pytest.mark.parametrize("name", ["Program", "ModelScalars", "TensorScalars", "ScoreMap"])
 def test_structs_have_equal_fields_in_equal_order_with_equal_defaults(name: str) -> None:
     assert list(cpp_struct(name).items()) == list(python_struct(getattr(program, name)).items())
 

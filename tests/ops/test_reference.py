@@ -26,6 +26,8 @@ from tests.strategies import (
     cases,
     combined,
     normal_values,
+    scored,
+    scoring_programs,
     table_of,
     unpack_plane,
 )
@@ -34,6 +36,7 @@ from tvfast.ops import _reference_stages, reference
 from tvfast.ops.raw import Wants
 from tvfast.program import (
     Ballot,
+    Cross,
     Divisor,
     Gain,
     Keep,
@@ -46,6 +49,7 @@ from tvfast.program import (
     Tie,
     View,
     Vote,
+    Weighting,
     ZeroSign,
 )
 
@@ -156,6 +160,27 @@ class Restated:
             squares += (np.float64(tau[i]) - total / n) * (np.float64(tau[i]) - total / n)
         return F(squares / n)
 
+    def score(self, k: int, i: int) -> np.float32:
+        raw = self.scores[k][i]
+        if not self.part.score_maps:
+            return abs(raw)
+        own = self.part.score_maps[k]
+        mapped = raw * F(own.scale) + F(own.shift)
+        return abs(max(mapped, F(own.floor)))
+
+    def ruled_out(self, k: int, i: int) -> bool:
+        """Whether another model's score takes the entry's place."""
+        others = [j for j in range(len(self.taus)) if j != k]
+        if self.program.cross is Cross.WINNER:
+            return any(self.score(j, i) >= self.score(k, i) for j in others)
+        if self.program.cross is Cross.EXCLUDE_OTHERS:
+            return any(self.in_band(j, i, self.score(j, i)) for j in others)
+        return False
+
+    def weight(self, k: int, i: int) -> np.float32:
+        weight = F(self.scalars.models[k].weight)
+        return weight * self.score(k, i) if self.program.weighting is Weighting.SCORE else weight
+
     def kept(self, k: int, i: int) -> bool:
         own, g, tau = self.scalars.models[k], self.part.offset + i, self.taus[k][i]
         if np.isnan(tau):
@@ -175,9 +200,13 @@ class Restated:
             case Keep.BAND:
                 a = abs(tau)
             case Keep.SCORE:
-                a = abs(self.scores[k][i])
+                a = F(-1) if self.ruled_out(k, i) else self.score(k, i)
             case Keep.VARIANCE:
                 a = self.variance(i)
+        return self.in_band(k, i, a)
+
+    def in_band(self, k: int, i: int, a: np.float32) -> bool:
+        own, g = self.scalars.models[k], self.part.offset + i
         if a < F(own.lo) or a > F(own.hi):
             return False
         if self.program.tie is Tie.GE:
@@ -202,7 +231,7 @@ class Restated:
 
     def ballots(self, i: int) -> tuple[list[np.float32], list[np.float32]]:
         t = [self.rescaled(k, i) for k in range(len(self.taus))]
-        v = [x * F(own.weight) for x, own in zip(t, self.scalars.models, strict=True)]
+        v = [x * self.weight(k, i) for k, x in enumerate(t)]
         return (t if self.program.ballot is Ballot.RAW else v), v
 
     def belongs(self, x: np.float32, v: np.float32, elected: int) -> bool:
@@ -221,8 +250,8 @@ class Restated:
         belong = [self.belongs(x, y, elected) for x, y in zip(ballots, v, strict=True)]
         if program.reduce is Reduce.FUSED_SUM:
             result = F(-0.0)
-            for k, (member, model) in enumerate(zip(belong, own.models, strict=True)):
-                result = fused(self.rescaled(k, i) if member else F(0), F(model.weight), result)
+            for k, member in enumerate(belong):
+                result = fused(self.rescaled(k, i) if member else F(0), self.weight(k, i), result)
         elif program.reduce is Reduce.SUM:
             result = F(-0.0)
             for member, y in zip(belong, v, strict=True):
@@ -234,8 +263,8 @@ class Restated:
             divisor = F(sum(belong))
             if program.divisor is Divisor.WEIGHT:
                 divisor = F(0)
-                for member, model in zip(belong, own.models, strict=True):
-                    divisor = divisor + (F(model.weight) if member else F(0))
+                for k, member in enumerate(belong):
+                    divisor = divisor + (self.weight(k, i) if member else F(0))
             result = result / (F(own.divisor_fill) if abs(divisor) < F(own.divisor_floor) else divisor)
         result = result * F(own.scale)
         return result if self.base is None else self.base[i] + result
@@ -269,6 +298,14 @@ def test_combine_is_the_restated_page(case: Case) -> None:
             for part, own in zip(case.parts, case.scalars, strict=True)
         ]
     assert_same_bits(combined(REFERENCE, case), expected, case.program)
+
+
+@settings(max_examples=60)
+@given(cases(widest=70, most_parts=1, choose=scoring_programs).flatmap(scored))
+def test_stages_on_scores_are_the_restated_page(case: Case) -> None:
+    with np.errstate(all="ignore"):
+        expected = Restated(case.parts[0], case.program, case.scalars[0]).output()
+    assert_same_bits(combined(REFERENCE, case), [expected], case.program)
 
 
 @settings(max_examples=80)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.strategies import DTYPES, Part, bit_values, grid_values, normal_values, placed, table_of
 from tvfast.ops.raw import Backend
-from tvfast.program import Keep, RankQuery
+from tvfast.program import Keep, RankQuery, ScoreMap
 
 _CASES_PER_TABLE = 100
 
@@ -69,12 +69,18 @@ def grouped(rng: np.random.Generator, n_models: int, sizes: Sequence[int], dtype
     for i, n in enumerate(sizes):
         group = i % 2
         tensors = [grid_values(rng, n, dtype, 4) for _ in range(2 * n_models + 1)]
+        maps = tuple(ScoreMap(scale=2.0**k, shift=-1 / 32 * i, floor=1 / 64) for k in range(n_models))
         parts.append(
-            Part(tensors[1 : n_models + 1], tensors[0], scores=tensors[n_models + 1 :], group=group,
-                 group_offset=filled[group])
+            Part(tensors[1 : n_models + 1], tensors[0], scores=tensors[n_models + 1 :], score_maps=maps,
+                 group=group, group_offset=filled[group])
         )  # fmt: skip
         filled[group] += n
     return parts
+
+
+def mapped(score: Tensor, own: ScoreMap) -> Tensor:
+    """Grid values, so that every step is exact."""
+    return (score * own.scale + own.shift).clamp(min=own.floor)
 
 
 def keys_of_group(parts: Sequence[Part], group: int, keep: Keep, model: int) -> Tensor:
@@ -87,7 +93,7 @@ def keys_of_group(parts: Sequence[Part], group: int, keep: Keep, model: int) -> 
             if keep is Keep.BAND:
                 found.append(taus[model])
             elif keep is Keep.SCORE:
-                found.append(part.scores[model].float())
+                found.append(mapped(part.scores[model].float(), part.score_maps[model]))
             else:
                 mean = taus.double().sum(dim=0) / len(taus)
                 found.append(((taus.double() - mean).square().sum(dim=0) / len(taus)).float())

@@ -14,6 +14,7 @@ from torch import Tensor
 from tvfast.ops._philox_torch import draws, tie_hash
 from tvfast.program import (
     Ballot,
+    Cross,
     Divisor,
     Gain,
     Keep,
@@ -21,9 +22,11 @@ from tvfast.program import (
     ModelScalars,
     Program,
     Reduce,
+    ScoreMap,
     TensorScalars,
     Tie,
     Vote,
+    Weighting,
     ZeroSign,
 )
 
@@ -47,6 +50,7 @@ class Tile:
     base: Tensor | None  # [n]
     models: list[Tensor]  # K tensors [n]
     scores: list[Tensor]  # K tensors [n], or none
+    score_maps: tuple[ScoreMap, ...]  # K, or none
     masks: list[Tensor]  # K planes of int64 words, of the whole entry
     row: int  # elements per row; the tile holds whole rows wherever ranks are asked for
 
@@ -147,27 +151,51 @@ def rank_of_model(tile: Tile, program: Program, tau: Tensor) -> Tensor:
     return torch.zeros(tile.n, dtype=torch.int64, device=tau.device)
 
 
+def score(tile: Tile, k: int) -> Tensor:
+    """s_k: |score_k|, or what its map makes of it; [n]."""
+    raw = tile.scores[k]
+    if not tile.score_maps:
+        return raw.abs()
+    found = tile.score_maps[k]
+    mapped = raw * float32_value(found.scale, raw) + float32_value(found.shift, raw)
+    floor = float32_value(found.floor, raw)
+    return torch.where(mapped < floor, floor, mapped).abs()
+
+
+def crossed_score(tile: Tile, program: Program, scalars: TensorScalars, k: int) -> Tensor:
+    """s_k, and -1 where another model's score rules the entry out; [n]."""
+    own = score(tile, k)
+    lost = torch.zeros_like(own, dtype=torch.bool)
+    for j, other in enumerate(scalars.models):
+        if j != k and program.cross is Cross.WINNER:
+            lost |= score(tile, j) >= own
+        elif j != k and program.cross is Cross.EXCLUDE_OTHERS:
+            lost |= in_band(score(tile, j), tile, program, other)
+    return torch.where(lost, -torch.ones_like(own), own)
+
+
 def keep_one(
-    tile: Tile, program: Program, scalars: ModelScalars, k: int, tau: Tensor, rank: Tensor, shared: Tensor
+    tile: Tile, program: Program, scalars: TensorScalars, k: int, tau: Tensor, rank: Tensor, shared: Tensor
 ) -> Tensor:
     """keep(d_k), bool [n]; `shared` is the variance across models where the stage asks for it."""
+    own = scalars.models[k]
     match program.keep:
         case Keep.ALL:
             return torch.ones_like(tau, dtype=torch.bool)
         case Keep.BAND:
-            return in_band(tau.abs(), tile, program, scalars)
+            return in_band(tau.abs(), tile, program, own)
         case Keep.SCORE:
-            return in_band(tile.scores[k].abs(), tile, program, scalars)
+            return in_band(crossed_score(tile, program, scalars, k), tile, program, own)
         case Keep.VARIANCE:
-            return in_band(shared, tile, program, scalars)
+            return in_band(shared, tile, program, own)
         case Keep.RANDOM:
-            return draws(scalars.key, tile.index, tile.n, tau.device) < scalars.limit
+            return draws(own.key, tile.index, tile.n, tau.device) < own.limit
         case Keep.RANDOM_BY_RANK:
-            step = (scalars.limit_step + 2**63) % _UINT64 - 2**63  # the int64 of the same bits
+            step = (own.limit_step + 2**63) % _UINT64 - 2**63  # the int64 of the same bits
             rise = ((rank * step) >> 32) & 0xFFFFFFFF
-            return draws(scalars.key, tile.index, tile.n, tau.device) < scalars.limit + rise
+            return draws(own.key, tile.index, tile.n, tau.device) < own.limit + rise
         case Keep.BAND_BY_RANK:
-            return (rank >= scalars.rank_lo) & (rank < scalars.rank_hi)
+            return (rank >= own.rank_lo) & (rank < own.rank_hi)
         case Keep.MASK:
             return bits_of_plane(tile.masks[k], tile.start, tile.n)
 
@@ -187,9 +215,9 @@ def keep(tile: Tile, program: Program, scalars: TensorScalars) -> Kept:
     taus = task_vectors(tile)
     shared = variance(taus) if program.keep is Keep.VARIANCE else taus[0]
     result = Kept(taus, [], [], [])
-    for k, (tau, model_scalars) in enumerate(zip(taus, scalars.models, strict=True)):
+    for k, tau in enumerate(taus):
         rank = rank_of_model(tile, program, tau)
-        kept = keep_one(tile, program, model_scalars, k, tau, rank, shared) | torch.isnan(tau)
+        kept = keep_one(tile, program, scalars, k, tau, rank, shared) | torch.isnan(tau)
         result.kept.append(kept)
         result.entries.append(torch.where(kept, tau, torch.zeros_like(tau)))
         result.ranks.append(rank)
@@ -208,9 +236,18 @@ def rescale(program: Program, scalars: TensorScalars, kept: Kept) -> list[Tensor
     return rescaled
 
 
-def weigh(scalars: TensorScalars, rescaled: Sequence[Tensor]) -> list[Tensor]:
-    """v_k = t_k * weight_k."""
-    return [t * float32_value(m.weight, t) for m, t in zip(scalars.models, rescaled, strict=True)]
+def weights(tile: Tile, program: Program, scalars: TensorScalars) -> list[Tensor]:
+    """w_k: weight_k, or weight_k * s_k; K tensors [n]."""
+    like = tile.models[0]
+    of_model = [torch.full_like(like, float(float32_value(m.weight, like))) for m in scalars.models]
+    if program.weighting is Weighting.MODEL:
+        return of_model
+    return [weight * score(tile, k) for k, weight in enumerate(of_model)]
+
+
+def weigh(weights: Sequence[Tensor], rescaled: Sequence[Tensor]) -> list[Tensor]:
+    """v_k = t_k * w_k."""
+    return [t * weight for weight, t in zip(weights, rescaled, strict=True)]
 
 
 def sign(x: Tensor) -> Tensor:
@@ -286,7 +323,7 @@ def fused_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def reduce(
     program: Program,
-    scalars: TensorScalars,
+    weights: Sequence[Tensor],
     belong: Sequence[Tensor],
     rescaled: Sequence[Tensor],
     weighted: Sequence[Tensor],
@@ -295,8 +332,7 @@ def reduce(
     zero = torch.zeros_like(weighted[0])
     if program.reduce is Reduce.FUSED_SUM:
         total = -zero
-        for member, t, model in zip(belong, rescaled, scalars.models, strict=True):
-            weight = torch.full_like(t, float(float32_value(model.weight, t)))  # keeps the sign of a zero
+        for member, t, weight in zip(belong, rescaled, weights, strict=True):
             total = fused_add(torch.where(member, t, zero), weight, total)
         return total
     if program.reduce is Reduce.SUM:
@@ -311,15 +347,20 @@ def reduce(
     return largest
 
 
-def divide(program: Program, scalars: TensorScalars, belong: Sequence[Tensor], reduced: Tensor) -> Tensor:
+def divide(
+    program: Program,
+    scalars: TensorScalars,
+    weights: Sequence[Tensor],
+    belong: Sequence[Tensor],
+    reduced: Tensor,
+) -> Tensor:
     """R / D, with `divisor_fill` where |D| is below `divisor_floor`."""
     if program.divisor is Divisor.NONE:
         return reduced
     divisor = torch.zeros_like(reduced)
-    for member, model in zip(belong, scalars.models, strict=True):
-        share = 1.0 if program.divisor is Divisor.COUNT else model.weight
-        share_or_zero = torch.where(member, float32_value(share, reduced), torch.zeros_like(reduced))
-        divisor = divisor + share_or_zero
+    for member, weight in zip(belong, weights, strict=True):
+        share = torch.ones_like(reduced) if program.divisor is Divisor.COUNT else weight
+        divisor = divisor + torch.where(member, share, torch.zeros_like(reduced))
     floor, fill = float32_value(scalars.divisor_floor, reduced), float32_value(scalars.divisor_fill, reduced)
     return reduced / torch.where(divisor.abs() < floor, fill, divisor)
 

@@ -42,6 +42,7 @@ def _native_table(table: WorkTable) -> Any:
                 [_pair(view) for view in entry.models],
                 _pair(entry.out),
                 [_pair(view) for view in entry.scores],
+                [(m.scale, m.shift, m.floor) for m in entry.score_maps],
                 [view.address for view in entry.masks],
                 entry.n_elements,
                 entry.row,
@@ -64,6 +65,8 @@ def _native_program(program: Program) -> tuple[int, ...]:
         int(program.members),
         int(program.reduce),
         int(program.divisor),
+        int(program.cross),
+        int(program.weighting),
     )
 
 
@@ -95,6 +98,7 @@ class CppBackend(CppProducts):
     """The C++ kernels at one instruction set."""
 
     name = "cpp"
+    maps_scores = True
 
     def __init__(self, isa: str = "", tile: int = 0) -> None:
         super().__init__(isa)

@@ -16,6 +16,7 @@ from tvfast.ops._views import DTYPES, check_plain, check_same, view
 from tvfast.ops.raw import Backend, Wants, backend_for
 from tvfast.program import (
     OPEN_CUT,
+    Cross,
     DType,
     Entry,
     Keep,
@@ -23,10 +24,12 @@ from tvfast.program import (
     Moments,
     Program,
     RankQuery,
+    ScoreMap,
     TensorScalars,
     Threshold,
     Tie,
     View,
+    Weighting,
     WorkTable,
 )
 
@@ -272,7 +275,8 @@ def combine(
         models: K tensors θ_k of the base's shape, or one tensor [K, ...]; any of the dtypes, also mixed.
         program: one choice per stage; `Program()` keeps all and sums.
         scalars: the numbers of the stages, one `ModelScalars` per model; all defaults if None.
-        scores: K float tensors of the base's shape, ranked in place of |θ_k - θ₀| by Keep.SCORE.
+        scores: K float tensors of the base's shape, 0 or more: ranked in place of |θ_k - θ₀| by Keep.SCORE,
+            multiplied into the weights by Weighting.SCORE.
         masks: K bool tensors of the base's shape, for Keep.MASK; packed into n / 8 bytes each.
         offset: index of the first element within the tensor that this one is a contiguous part of; it keys
             random draws and tie ranks, so that parts give the bytes of the whole.
@@ -410,9 +414,13 @@ def _operands(
     entry = _entry(base, found, name=name, roles=roles)
     everything = ([] if base is None else [("base", base)]) + list(zip(roles, found, strict=True))
     like_role, like = everything[0]
-    for what, keep, given in (("scores", Keep.SCORE, scores), ("masks", Keep.MASK, masks)):
-        if given is None and program.keep is keep:
-            raise ArgumentError(f"keep={keep.name} reads {what}, and there are none; pass one per model.")
+    weighs = program.weighting is Weighting.SCORE
+    for what, reads, stage, given in (
+        ("scores", program.reads_scores, "weighting=SCORE" if weighs else "keep=SCORE", scores),
+        ("masks", program.keep is Keep.MASK, "keep=MASK", masks),
+    ):
+        if given is None and reads:
+            raise ArgumentError(f"{stage} reads {what}, and there are none; pass one per model.")
         if given is not None and len(given) != len(found):
             raise ArgumentError(
                 f"{what} has {len(given)} tensors for {len(found)} models; expected one per model."
@@ -421,6 +429,8 @@ def _operands(
             check_same(name, f"{what}[{k}]", check.tensor(f"{what}[{k}]", one), like_role, like)
             everything.append((f"{what}[{k}]", one))
     entry.scores = tuple(view(one, name, f"scores[{k}]") for k, one in enumerate(scores or ()))
+    if weighs or program.cross is not Cross.NONE:
+        entry.score_maps = (ScoreMap(),) * len(entry.scores)
     for k, one in enumerate(masks or ()):
         if one.dtype != torch.bool:
             raise DTypeError(f"masks[{k}] has dtype {str(one.dtype).removeprefix('torch.')}; expected bool.")

@@ -34,7 +34,11 @@ class Wants(IntFlag):
 
 
 class Backend(Protocol):
-    """What every backend implements; `docs/architecture.md` gives the contract."""
+    """What every backend implements; `docs/architecture.md` gives the contract.
+
+    One whose attribute `maps_scores` is true reads `Entry.score_maps`, and with them `Cross` and
+    `Weighting.SCORE`; others never see a table that has them.
+    """
 
     name: str
 
@@ -202,7 +206,14 @@ def backend_for(table: WorkTable) -> Backend:
         ArgumentError: `TVFAST_BACKEND` names no backend.
         BackendError: the forced backend cannot run, or none can; every reason is given.
     """
-    return _first(lambda backend: backend.why_not(table))
+    scored = any(entry.score_maps or entry.score_summaries for entry in table.entries)
+
+    def why_not(backend: Backend) -> str | None:
+        if scored and not getattr(backend, "maps_scores", False):
+            return "it has no kernel for mapped scores, crossed scores or weights by score"
+        return backend.why_not(table)
+
+    return _first(why_not)
 
 
 def product_backend_for(work: WorkTable | Sequence[Operand]) -> ProductBackend:

@@ -86,6 +86,7 @@ class Reference(ReferenceProducts):
     """`Backend` in torch; `n_threads` is not read: torch has its own setting."""
 
     name = "reference"
+    maps_scores = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -214,11 +215,13 @@ class Reference(ReferenceProducts):
     def _combine(self, tile: Tile, program: Program, scalars: TensorScalars) -> Tensor:
         kept = stages.keep(tile, program, scalars)
         rescaled = stages.rescale(program, scalars, kept)
-        weighted = stages.weigh(scalars, rescaled)
+        weights = stages.weights(tile, program, scalars)
+        weighted = stages.weigh(weights, rescaled)
         ballots = stages.cast_ballots(program, rescaled, weighted)
         belong = stages.members(program, scalars, ballots, weighted)
-        reduced = stages.reduce(program, scalars, belong, rescaled, weighted)
-        return stages.apply(scalars, tile.base, stages.divide(program, scalars, belong, reduced))
+        reduced = stages.reduce(program, weights, belong, rescaled, weighted)
+        divided = stages.divide(program, scalars, weights, belong, reduced)
+        return stages.apply(scalars, tile.base, divided)
 
     def _measure(
         self, entry: Entry, program: Program, scalars: TensorScalars, wants: Wants, n_models: int
@@ -247,7 +250,7 @@ class Reference(ReferenceProducts):
             if wants & Wants.COUNTS:
                 _count(tile, kept, moments)
             if wants & Wants.VOTES:
-                self._count_votes(program, scalars, kept, moments)
+                self._count_votes(tile, program, scalars, kept, moments)
         if wants & (Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES):
             for tile in self._tiles(entry, program):
                 sums.take(stages.keep(tile, program, scalars), wants, ExactSum.add)
@@ -257,7 +260,9 @@ class Reference(ReferenceProducts):
             moments.gram[j][k] = moments.gram[k][j] = sums.gram[j][k].value()
         return moments
 
-    def _count_votes(self, program: Program, scalars: TensorScalars, kept: Kept, moments: Moments) -> None:
+    def _count_votes(
+        self, tile: Tile, program: Program, scalars: TensorScalars, kept: Kept, moments: Moments
+    ) -> None:
         positive = torch.zeros_like(kept.kept[0])
         negative = torch.zeros_like(kept.kept[0])
         for entry in kept.entries:
@@ -266,7 +271,8 @@ class Reference(ReferenceProducts):
         moments.n_conflict += int((positive & negative).sum())
         if program.vote is not Vote.NONE:
             rescaled = stages.rescale(program, scalars, kept)
-            ballots = stages.cast_ballots(program, rescaled, stages.weigh(scalars, rescaled))
+            weighted = stages.weigh(stages.weights(tile, program, scalars), rescaled)
+            ballots = stages.cast_ballots(program, rescaled, weighted)
             moments.elected += int(stages.vote(program, ballots).sum())
 
     def _tiles(self, entry: Entry, program: Program) -> Iterator[Tile]:
@@ -277,7 +283,7 @@ class Reference(ReferenceProducts):
             row = entry.row or n
             size = row * max(1, _TILE // max(1, row))
         models = [_flat(view) for view in entry.models]
-        scores = [_flat(view) for view in entry.scores] if program.keep is Keep.SCORE else []
+        scores = [_flat(view) for view in entry.scores] if program.reads_scores else []
         masks = [_flat(view) for view in entry.masks] if program.keep is Keep.MASK else []
         base = None if entry.base is None else _flat(entry.base)
         for start in range(0, n, max(1, size)):
@@ -288,6 +294,7 @@ class Reference(ReferenceProducts):
                 base=None if base is None else base[part].to(self.dtype),
                 models=[model[part].to(self.dtype) for model in models],
                 scores=[score[part].to(self.dtype) for score in scores],
+                score_maps=entry.score_maps,
                 masks=masks,
                 row=entry.row,
             )
@@ -304,7 +311,7 @@ class Reference(ReferenceProducts):
                     case Keep.BAND:
                         key = stages.task_vectors(tile)[model]
                     case Keep.SCORE:
-                        key = tile.scores[model]
+                        key = stages.score(tile, model)
                     case Keep.VARIANCE:
                         key = stages.variance(stages.task_vectors(tile))
                     case _:

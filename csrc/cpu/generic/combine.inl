@@ -67,12 +67,23 @@ TVFAST_INLINE F zero_sign(const Program& program, const TensorScalars& tensor) {
   return splat(0.0f);
 }
 
-TVFAST_INLINE F vote(const Program& program, const float* const* taus, const float* weights,
+// What model k's entries of a block are multiplied by.
+struct Weights {
+  const float* of_model;             // [K]
+  std::vector<const float*> shares;  // [K], per entry
+
+  TVFAST_INLINE_MEMBER F at(const Program& program, int k, std::int64_t j) const {
+    const F weight = splat(of_model[k]);
+    return program.weighting == Weighting::SCORE ? weight * load<F>(shares[k] + j) : weight;
+  }
+};
+
+TVFAST_INLINE F vote(const Program& program, const float* const* taus, const Weights& weights,
                      int n_models, std::int64_t j) {
   F votes = splat(0.0f);
   for (int k = 0; k < n_models; ++k) {
     const F t = load<F>(taus[k] + j);
-    const F ballot = program.ballot == Ballot::WEIGHTED ? t * splat(weights[k]) : t;
+    const F ballot = program.ballot == Ballot::WEIGHTED ? t * weights.at(program, k, j) : t;
     votes += program.vote == Vote::MASS ? ballot : sign_of(ballot);
   }
   return votes;
@@ -81,7 +92,7 @@ TVFAST_INLINE F vote(const Program& program, const float* const* taus, const flo
 // `zero` is the elected sign of a vote of zero.
 template <class Choice, int fixed_models>
 static void reduce_block(const Program& at_run_time, const TensorScalars& tensor, F zero,
-                         const float* weights, const float* const* taus, int n, const float* base,
+                         const Weights& weights, const float* const* taus, int n, const float* base,
                          std::int64_t n_elements, float* out) {
   const Program program = Choice::get(at_run_time);
   const int n_models = fixed_models > 0 ? fixed_models : n;
@@ -95,7 +106,8 @@ static void reduce_block(const Program& at_run_time, const TensorScalars& tensor
     F divisor = splat(0.0f);
     for (int k = 0; k < n_models; ++k) {
       const F t = load<F>(taus[k] + j);
-      const F v = t * splat(weights[k]);
+      const F weight = weights.at(program, k, j);
+      const F v = t * weight;
       M member = all_lanes();
       if (program.vote == Vote::NONE) {
         if (program.members == Members::STRICT) member = not_zero(v);
@@ -106,10 +118,10 @@ static void reduce_block(const Program& at_run_time, const TensorScalars& tensor
       }
       if (program.reduce == Reduce::SUM) reduced += masked(member, v);
       if (program.reduce == Reduce::FUSED_SUM)
-        reduced = fused_add(masked(member, t), splat(weights[k]), reduced);
+        reduced = fused_add(masked(member, t), weight, reduced);
       if (program.reduce == Reduce::MAX_ABS) reduced = larger(reduced, v, member);
       if (program.divisor == Divisor::COUNT) divisor += masked(member, splat(1.0f));
-      if (program.divisor == Divisor::WEIGHT) divisor += masked(member, splat(weights[k]));
+      if (program.divisor == Divisor::WEIGHT) divisor += masked(member, weight);
     }
     if (program.divisor != Divisor::NONE)
       reduced = reduced / safe_divisor(divisor, divisor_floor, divisor_fill);
@@ -119,7 +131,7 @@ static void reduce_block(const Program& at_run_time, const TensorScalars& tensor
   }
 }
 
-using ReduceBlock = void (*)(const Program&, const TensorScalars&, F zero, const float*,
+using ReduceBlock = void (*)(const Program&, const TensorScalars&, F zero, const Weights&,
                              const float* const*, int, const float*, std::int64_t, float*);
 
 template <class Choice>
@@ -152,6 +164,7 @@ static Program after_keep(const Program& program) {
   p.tie = Tie::GE;
   p.gain = Gain::MODEL;
   p.zero_sign = ZeroSign::PLUS;
+  p.cross = Cross::NONE;
   if (p.vote == Vote::NONE) p.ballot = Ballot::RAW;
   return p;
 }
@@ -197,8 +210,8 @@ static void combine_staged(const TileCall& call, bool streaming) {
     stage_kept(block, base);
     for (int k = 0; k < n_models; ++k) taus[k] = block.tau(k);
     float* result = call.scratch.result.get(kMaxBlock + 64);
-    reduce(call.program, call.tensor, zero, weights.data(), taus.data(), n_models, base, block.n,
-           result);
+    reduce(call.program, call.tensor, zero, Weights{weights.data(), stage_shares(block)},
+           taus.data(), n_models, base, block.n, result);
     switch (entry.out_dtype) {
       case DType::F32:
         narrow<DType::F32>(result, entry.out, block.begin, block.n, streaming);

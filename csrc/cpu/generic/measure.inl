@@ -94,10 +94,10 @@ static void count_votes(const BlockCall& block, const float* variance, Moments& 
   moments.n_conflict += lane_sum(conflicts);
   if (program.vote == Vote::NONE) return;
   for (int k = 0; k < n_models; ++k) rescale_block(block, k, keep_block(block, k, variance));
+  const Weights weighed{weights.data(), stage_shares(block)};
   I signs = {};
   for (std::int64_t j = 0; j < block.n; j += kLanes)
-    signs += __builtin_convertvector(
-        sign_of(vote(program, taus.data(), weights.data(), n_models, j)), I);
+    signs += __builtin_convertvector(sign_of(vote(program, taus.data(), weighed, n_models, j)), I);
   moments.elected += lane_sum(signs);
 }
 
@@ -179,7 +179,7 @@ static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t be
   const auto put_key = [out](std::int64_t j, F x)
                            __attribute__((always_inline)) { store(out + j, key_of(x)); };
   if (keep == Keep::SCORE) {
-    for_each(entry.scores[model], begin, n, put_key);
+    for_each_score(entry, model, begin, n, put_key);
     return;
   }
   const float* base = stage_base(entry, begin, n, scratch);

@@ -44,6 +44,22 @@ TVFAST_INLINE void for_each_tau(const View& model, const float* base, std::int64
   }
 }
 
+// fn(j, lanes) over one model's scores as they are compared and weighted with.
+template <class Fn>
+TVFAST_INLINE void for_each_score(const Entry& entry, int k, std::int64_t begin, std::int64_t n,
+                                  Fn&& fn) {
+  if (entry.score_maps.empty()) {
+    for_each(entry.scores[k], begin, n,
+             [&](std::int64_t j, F x) __attribute__((always_inline)) { fn(j, magnitude(x)); });
+    return;
+  }
+  const ScoreMap& map = entry.score_maps[k];
+  const F scale = splat(map.scale), shift = splat(map.shift), floor = splat(map.floor);
+  for_each(entry.scores[k], begin, n, [&](std::int64_t j, F x) __attribute__((always_inline)) {
+    fn(j, magnitude(mapped_score(x, scale, shift, floor)));
+  });
+}
+
 // Draws of elements [index, index + n); the pointer returned may be up to three words into the
 // buffer.
 static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, std::int64_t n,
@@ -235,6 +251,31 @@ static void for_each_block(const TileCall& call, Fn&& fn) {
   }
 }
 
+// Takes from `score` the entries of model k that other models' scores rule out.
+static void cross_scores(const BlockCall& block, int k, float* score) {
+  const TileCall& call = block.tile;
+  const std::uint64_t index = static_cast<std::uint64_t>(call.entry.offset + block.begin);
+  for (int other = 0; other < call.n_models(); ++other) {
+    if (other == k) continue;
+    const ModelScalars& scalars = call.models[other];
+    const KeepBlock keep{call.program,
+                         scalars,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         block.begin,
+                         call.entry.n,
+                         TieCut{call.program.tie, index, scalars.lo_cut, scalars.key},
+                         TieCut{call.program.tie, index, scalars.hi_cut, scalars.key}};
+    const bool winner = call.program.cross == Cross::WINNER;
+    for_each_score(call.entry, other, block.begin, block.n, [&](std::int64_t j, F theirs) {
+      const F own = load<F>(score + j);
+      store(score + j, unless_lost(own, winner ? theirs >= own : keep.band(theirs, j)));
+    });
+  }
+}
+
 // Keep test of model k; `score` holds the variance if the program asks for it, draws and scores are
 // staged here.
 static KeepBlock keep_block(const BlockCall& block, int k, const float* variance) {
@@ -254,8 +295,9 @@ static KeepBlock keep_block(const BlockCall& block, int k, const float* variance
                    TieCut{call.program.tie, index, scalars.hi_cut, scalars.key}};
   if (keep == Keep::SCORE) {
     float* score = call.scratch.score.get(block.stride());
-    for_each(call.entry.scores[k], block.begin, block.n,
-             [score](std::int64_t j, F x) { store(score + j, magnitude(x)); });
+    for_each_score(call.entry, k, block.begin, block.n,
+                   [score](std::int64_t j, F x) { store(score + j, x); });
+    if (call.program.cross != Cross::NONE) cross_scores(block, k, score);
     result.score = score;
   }
   if (keep == Keep::RANDOM_BY_RANK || (keep == Keep::RANDOM && scalars.limit < kAlways))
@@ -284,6 +326,21 @@ static void stage_taus(const BlockCall& block, const float* base, Seen&& seen) {
                    [tau](std::int64_t j, F x) { store(tau + j, x); });
     seen(k, tau);
   }
+}
+
+// [K] scores that weigh the models' entries; null pointers where the program weighs by model alone.
+static std::vector<const float*> stage_shares(const BlockCall& block) {
+  const TileCall& call = block.tile;
+  std::vector<const float*> shares(call.n_models(), nullptr);
+  if (call.program.weighting != Weighting::SCORE) return shares;
+  float* all = call.scratch.shares.get(block.stride() * call.n_models());
+  for (int k = 0; k < call.n_models(); ++k) {
+    float* share = all + k * block.stride();
+    for_each_score(call.entry, k, block.begin, block.n,
+                   [share](std::int64_t j, F x) { store(share + j, x); });
+    shares[k] = share;
+  }
+  return shares;
 }
 
 static const float* stage_variance(const BlockCall& block) {
