@@ -54,7 +54,7 @@ LAYERS = {
         inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.statistics.tensors")
     ),
     "tvfast.statistics.tensors": Layer(
-        inside=("tvfast.errors", "tvfast.statistics", "tvfast._leaves"), outside=("torch",)
+        inside=("tvfast.errors", "tvfast.ops", "tvfast.statistics", "tvfast._leaves"), outside=("torch",)
     ),
     "tvfast.ops.raw": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.factored")),
     "tvfast.ops": Layer(
@@ -73,9 +73,27 @@ LAYERS = {
         inside=("tvfast.program", "tvfast.factored", "tvfast.kernels"), outside=("torch",)
     ),
     "tvfast.methods": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw")),
+    "tvfast._scores": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast.program",
+            "tvfast.ops",
+            "tvfast.methods",
+            "tvfast._leaves",
+            "tvfast.statistics",
+        ),
+        outside=("torch",),
+    ),
     "tvfast._leaves": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops"), outside=("torch",)),
     "tvfast.merging": Layer(
-        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods", "tvfast._leaves"),
+        inside=(
+            "tvfast.errors",
+            "tvfast.program",
+            "tvfast.ops",
+            "tvfast.methods",
+            "tvfast._leaves",
+            "tvfast._scores",
+        ),
         outside=("torch",),
     ),
     "tvfast.comparing": Layer(
@@ -94,10 +112,18 @@ LAYERS = {
             "tvfast.ops.host",
             "tvfast.checkpoint",
             "tvfast.recipe",
+            "tvfast.statistics",
         )
     ),
     "tvfast.checkpoints": Layer(
-        inside=("tvfast.errors", "tvfast.checkpoint", "tvfast.recipe", "tvfast.engine"), exactly=("tvfast",)
+        inside=(
+            "tvfast.errors",
+            "tvfast.checkpoint",
+            "tvfast.recipe",
+            "tvfast.engine",
+            "tvfast.statistics",
+        ),
+        exactly=("tvfast",),
     ),
     "tvfast.__main__": Layer(inside=("tvfast.cli",)),
     # `inspect` shows what is in files, which is what the checkpoint layer's reading module tells.

@@ -26,6 +26,7 @@ from tvfast.engine.run import Progress, Run, Silence
 from tvfast.engine.staging import Staging
 from tvfast.errors import ArgumentError, BackendError
 from tvfast.recipe import Recipe, load_recipe
+from tvfast.statistics import StatisticsFile, open_statistics
 
 __all__ = ["Plan", "Progress", "Recipe", "Report", "load_recipe", "merge_checkpoints", "plan"]
 
@@ -82,7 +83,7 @@ def plan(config: Config, *, memory: int | None = None, threads: int = 0, seed: i
 
     Raises:
         RecipeError, UnknownNameError: the recipe.
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged; StatisticsError: statistics, or of another model.
         ArgumentError: `memory` is too little; the least is named. Models do not fit each other.
     """
     return _prepare(config, memory=memory, threads=threads, seed=seed).plan
@@ -130,7 +131,7 @@ def merge_checkpoints(
 
     Raises:
         RecipeError, UnknownNameError: the recipe.
-        CheckpointError: an input is missing or damaged.
+        CheckpointError: an input is missing or damaged; StatisticsError: statistics, or of another model.
         ArgumentError: an argument, or models that do not fit each other.
         OutputError: `out` cannot be used or written.
         MergeError: the merge cannot go on; finished work stays for `resume`.
@@ -203,6 +204,7 @@ class _Prepared:
 
     recipe: Recipe
     checkpoints: dict[str, Checkpoint]
+    statistics: dict[str, StatisticsFile]
     binding: Binding
     plan: Plan
     seed: int
@@ -211,12 +213,14 @@ class _Prepared:
     def inputs(self) -> list[str]:
         """Directories and files that are read and must not be written to."""
         found = [checkpoint.directory or checkpoint.path for checkpoint in self.checkpoints.values()]
+        found += self.statistics
         return found if self.binding.tokenizer is None else [*found, self.binding.tokenizer]
 
     @property
     def files(self) -> dict[str, FileState]:
         """Every file that tensors are read from, as it was when its header was."""
         headers = [header for checkpoint in self.checkpoints.values() for header in checkpoint.headers]
+        headers += [file.header for file in self.statistics.values()]
         return {header.path: FileState(header.n_bytes, header.mtime_ns) for header in headers}
 
     def identity(self) -> dict[str, Any]:
@@ -228,7 +232,10 @@ class _Prepared:
             "version": tvfast.__version__,
             "recipe": hashlib.sha256(self.recipe.text.encode()).hexdigest(),
             "seed": self.seed,
-            "inputs": {path: checkpoint.identity() for path, checkpoint in self.checkpoints.items()},
+            "inputs": {
+                path: found.identity()
+                for path, found in (*self.checkpoints.items(), *self.statistics.items())
+            },
         }
 
 
@@ -240,12 +247,14 @@ def _prepare(config: Config, *, memory: int | None, threads: int, seed: int | No
         _check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
     recipe = config if isinstance(config, Recipe) else load_recipe(config)
     checkpoints = {path: open_checkpoint(path) for path in recipe.model_paths()}
-    binding = bind(recipe, checkpoints, seed=seed)
+    statistics = {path: open_statistics(path) for path in recipe.stats_paths}
+    binding = bind(recipe, checkpoints, statistics, seed=seed)
     layout: Layout = make_layout(
         [(task.name, task.dtype, task.shape) for task in binding.tasks], recipe.shard_bytes, {}
     )
     planned = make_plan(binding, layout, memory=memory, n_threads=threads)
-    return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed)
+    chosen = recipe.seed if seed is None else seed
+    return _Prepared(recipe, checkpoints, statistics, binding, planned, chosen)
 
 
 def _check(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors, strip_wrappers
+from tvfast._scores import LeafScores, Scores, scores_of
 from tvfast.errors import BackendError, DeviceError
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
-from tvfast.methods.base import PerModel
+from tvfast.methods.base import PerModel, share_groups
 from tvfast.methods.statistics import PLANE_BYTES
 from tvfast.ops._check import threads
 from tvfast.ops._views import check_overlap, span, view
@@ -34,6 +35,7 @@ def merge_(
     seed: int = 0,
     tie: str | None = None,
     dialect: str = "mergekit",
+    scores: Iterable[Scores] | None = None,
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -56,6 +58,9 @@ def merge_(
         tie: which entries equal to a threshold survive: "ge" all, "index" exactly the asked number, lowest
             index first, "hash" each by a hash of its index, in the right share; None: as the dialect does.
         dialect: whose reading of the method; "mergekit" is release 0.1.5.
+        scores: for the methods that need them, one per model: what each entry is worth to the model (mean
+            importance, mean Fisher; 0 or more), by the base's names and in its shapes, or a statistics file
+            that holds it.
         n_threads: 0 is all cores that the process may use. Does not change the result.
         **parameters: of the method, as `density=0.2`; a number is one value or one per model.
 
@@ -65,6 +70,7 @@ def merge_(
     Raises:
         UnknownNameError: method, parameter, tie or dialect does not exist.
         ArgumentError: a value outside its range, or a wrong number of weights or models.
+        StatisticsError: a statistics file is damaged, or of another model.
         StateDictError, ShapeError, DTypeError, DeviceError, LayoutError: models do not fit the base, or
             memory that is written overlaps other memory. All is checked before anything is written.
         BackendError: no backend can run the call.
@@ -80,6 +86,7 @@ def merge_(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
+    found = scores_of(chosen, leaves, scores, n_threads)
     spans = [
         (
             span(leaf.base, leaf.name, "base", row),
@@ -88,7 +95,7 @@ def merge_(
         for row, leaf in enumerate(leaves)
     ]
     check_overlap([out for out, _ in spans], [item for _, inputs in spans for item in inputs])
-    _run(chosen, leaves, [leaf.base for leaf in leaves], n_threads)
+    _run(chosen, leaves, found, [leaf.base for leaf in leaves], n_threads)
     for leaf in leaves:
         if not leaf.base.is_inference():
             torch.autograd.graph.increment_version(leaf.base)  # the write went past autograd
@@ -105,6 +112,7 @@ def merge(
     seed: int = 0,
     tie: str | None = None,
     dialect: str = "mergekit",
+    scores: Iterable[Scores] | None = None,
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -123,13 +131,14 @@ def merge(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
+    found = scores_of(chosen, leaves, scores, n_threads)
     if isinstance(base, nn.Module):
         merged = copy.deepcopy(base)
         targets = named_tensors(merged, "base")
-        _run(chosen, leaves, [targets[leaf.name] for leaf in leaves], n_threads)
+        _run(chosen, leaves, found, [targets[leaf.name] for leaf in leaves], n_threads)
         return merged
     outs = [torch.empty_like(leaf.base, requires_grad=False) for leaf in leaves]
-    _run(chosen, leaves, outs, n_threads)
+    _run(chosen, leaves, found, outs, n_threads)
     by_name = {
         name: out for leaf, out in zip(leaves, outs, strict=True) for name in (leaf.name, *leaf.aliases)
     }
@@ -162,10 +171,16 @@ def _checked(base: Weights, models: Iterable[Weights], method: ProgramMethod, n_
     return match(base, found)
 
 
-def _run(method: ProgramMethod, leaves: Sequence[Leaf], outs: Sequence[Tensor], n_threads: int) -> None:
+def _run(
+    method: ProgramMethod,
+    leaves: Sequence[Leaf],
+    scores: Sequence[LeafScores],
+    outs: Sequence[Tensor],
+    n_threads: int,
+) -> None:
     """Merge leaves into `outs`; every table has its backend before the first one is written."""
     with torch.no_grad():
-        for table, backend in list(_tables(method, leaves, outs)):
+        for table, backend in list(_tables(method, leaves, scores, outs)):
             planes = _Planes(table)
             statistics = TableStatistics(backend, table, planes.new, n_threads)
             program, scalars = method.resolve(statistics)
@@ -175,12 +190,15 @@ def _run(method: ProgramMethod, leaves: Sequence[Leaf], outs: Sequence[Tensor], 
 
 
 def _tables(
-    method: ProgramMethod, leaves: Sequence[Leaf], outs: Sequence[Tensor]
+    method: ProgramMethod,
+    leaves: Sequence[Leaf],
+    scores: Sequence[LeafScores],
+    outs: Sequence[Tensor],
 ) -> Iterator[tuple[WorkTable, Backend]]:
     """Work tables: one per device and arithmetic, and as few as the memory for bit planes allows."""
     rows: dict[tuple[torch.device, bool], list[Entry]] = {}
     double = any(leaf.float64 for leaf in leaves)
-    for leaf, out in zip(leaves, outs, strict=True):
+    for leaf, own, out in zip(leaves, scores, outs, strict=True):
         if leaf.base.numel() == 0:
             continue
         operand, operands = method.operands(leaf.base_view, leaf.model_views)
@@ -190,33 +208,35 @@ def _tables(
             base=operand,
             out=leaf.base_view if out is leaf.base else view(out, leaf.name, "out", float64=True),
             row=method.row_elements(leaf.base.shape),
+            scores=method.score_operands(own.views),
+            score_summaries=method.score_operands(own.summaries),
         )
-        # thresholds over the whole model need one table, in the widest arithmetic that any tensor needs
-        rows.setdefault((leaf.base.device, double if method.whole_model else leaf.float64), []).append(entry)
-    if method.whole_model and len(rows) > 1:
-        devices = sorted(str(device) for device, _ in rows)
-        raise DeviceError(
-            f"method {method.info.name!r}, dialect {method.dialect!r} ranks all tensors together; found "
-            f"them on {', '.join(devices)}, expected one device. Move them, or use a dialect that ranks "
-            "each tensor by itself."
-        )
+        # tensors that are ranked together need one table, in the widest arithmetic that any tensor needs
+        together = method.group_of(leaf.name) is not None
+        rows.setdefault((leaf.base.device, double if together else leaf.float64), []).append(entry)
+    _check_devices(method, rows)
     for (_, float64), entries in rows.items():
-        if method.whole_model:
-            _share_group(entries)
         for batch in _batches(method, entries):
-            if not method.whole_model:
-                for group, entry in enumerate(batch):
-                    entry.group = group
+            share_groups(method, batch)
             table = WorkTable(batch, len(batch[0].models))
             yield table, float64_backend() if float64 else backend_for(table)
 
 
-def _share_group(entries: list[Entry]) -> None:
-    """One group, positions running in order of name."""
-    position = 0
-    for entry in sorted(entries, key=lambda e: e.name):
-        entry.group, entry.group_offset = 0, position
-        position += entry.n_elements
+def _check_devices(method: ProgramMethod, rows: Mapping[tuple[torch.device, bool], list[Entry]]) -> None:
+    """Raise if tensors that are ranked together are on several devices."""
+    places: dict[str, set[str]] = {}
+    for (device, _), entries in rows.items():
+        for entry in entries:
+            group = method.group_of(entry.name)
+            if group is not None:
+                places.setdefault(group, set()).add(str(device))
+    for group, devices in places.items():
+        if len(devices) > 1:
+            raise DeviceError(
+                f"method {method.info.name!r}, dialect {method.dialect!r} ranks all tensors "
+                f"{f'of {group!r} ' if group else ''}together; found them on {', '.join(sorted(devices))}, "
+                "expected one device. Move them, or use a dialect or scope that ranks each tensor by itself."
+            )
 
 
 def _batches(method: ProgramMethod, entries: Sequence[Entry]) -> Iterator[list[Entry]]:

@@ -185,6 +185,22 @@ class ScoreMap:
     floor: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSummary:
+    """What is known of one model's scores of one tensor: extremes and sums as they are stored.
+
+    The scores are what is stored by `divisor`; `model_norm` is the norm of the scores of the whole model.
+    """
+
+    n_elements: int
+    least: float
+    most: float
+    l1: float
+    squares: float
+    divisor: float = 1.0
+    model_norm: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Contiguous elements in host or device memory; `owner` keeps them alive and may be a tensor."""
@@ -205,6 +221,7 @@ class Entry:
     out: View | None = None  # may be `base` or one of `models`, exactly
     scores: tuple[View, ...] = ()  # one float array per model, for Keep.SCORE and Weighting.SCORE
     score_maps: tuple[ScoreMap, ...] = ()  # one per model, or none: magnitudes are read as they are
+    score_summaries: tuple[ScoreSummary, ...] = ()  # one per score, where the method asks for scores
     masks: tuple[View, ...] = ()  # (address of 64-bit words, n bits); dtype is not read
     row: int = 0  # elements per row for ranks; 0: the whole tensor is one row
     offset: int = 0  # global index of the first element (a shard's position in its tensor)

@@ -43,7 +43,10 @@ from tvfast.program import (
     WorkTable,
 )
 
-CASES = [(name, dialect) for name, info in METHODS.items() for dialect in info.dialects]
+# Those on scores stream in `tests/engine/test_scored.py`, with the files that scores come from.
+CASES = [
+    (name, dialect) for name, info in METHODS.items() for dialect in info.dialects if not info.needs_scores
+]
 SETTINGS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.4},
     "dare_linear": {"density": 0.5},

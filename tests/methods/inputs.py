@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ def models_for(name: str, base: Tensor, n: int = 3, scale: float = 1.0) -> list[
     return [
         base + scale * normal(*base.shape, seed=10 + k) for k in range(n if most is None else min(n, most))
     ]
+
+
+def scores_for(name: str, base: Any, n: int = 3) -> dict[str, Any]:
+    """The argument `scores`, for as many models as `models_for` makes; none where the method reads none."""
+    if not METHODS[name].needs_scores:
+        return {}
+
+    def score(shape: tuple[int, ...], seed: int) -> Tensor:
+        return grid(*shape, seed=seed).abs()
+
+    if isinstance(base, Tensor):
+        return {"scores": [score(tuple(base.shape), 30 + k) for k in range(n)]}
+    return {"scores": [{key: score(tuple(t.shape), 30 + k) for key, t in base.items()} for k in range(n)]}
 
 
 def exact_bits(left: Tensor, right: Tensor) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tvfast
-from tests.methods.inputs import bound, exact_bits, grid, models_for, normal
+from tests.methods.inputs import bound, exact_bits, grid, models_for, normal, scores_for
 from tvfast import methods as method_registry
 from tvfast.methods import METHODS
 from tvfast.methods import base as method_base
@@ -29,6 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sce": {"select_topk": 0.5},
     "slerp": {"t": 0.25},
     "passthrough": {},
+    "sta": {"density": 0.5},
+    "sta_forget": {"density": 0.5},
+    "fisher": {"epsilon": 0.125},
 }
 CASES = [(name, dialect) for name, info in METHODS.items() for dialect in info.dialects]
 TASK_VECTORS = [(n, d) for n, d in CASES if METHODS[n].needs_base and n != "slerp"]
@@ -47,7 +50,9 @@ def test_every_method_has_settings() -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (1, 1), (5, 1), (1, 5), (2, 3, 4)], ids=str)
 def test_any_shape_gives_finite_values_of_that_shape(name: str, dialect: str, shape: tuple[int, ...]) -> None:
     base = normal(*shape)
-    out = tvfast.merge(base, models_for(name, base), method=name, dialect=dialect, **SETTINGS[name])
+    out = tvfast.merge(
+        base, models_for(name, base), method=name, dialect=dialect, **SETTINGS[name], **scores_for(name, base)
+    )
     assert out.shape == base.shape
     assert bool(torch.isfinite(out).all())
 
@@ -56,7 +61,13 @@ def test_any_shape_gives_finite_values_of_that_shape(name: str, dialect: str, sh
 def test_scale_0_gives_the_base(name: str, dialect: str) -> None:
     base = normal(7, 9)
     out = tvfast.merge(
-        base, models_for(name, base), method=name, dialect=dialect, scale=0.0, **SETTINGS[name]
+        base,
+        models_for(name, base),
+        method=name,
+        dialect=dialect,
+        scale=0.0,
+        **SETTINGS[name],
+        **scores_for(name, base),
     )
     assert exact_bits(out, base)
 
@@ -108,14 +119,23 @@ def test_copies_of_a_model_average_to_it(name: str, dialect: str, n: int) -> Non
 
 @pytest.mark.parametrize(
     ("name", "dialect"),
-    [case for case in CASES if METHODS[case[0]].n_models[1] is None and case[0] not in RANDOM],
+    [
+        case
+        for case in CASES
+        if METHODS[case[0]].n_models[1] is None
+        and case[0] not in RANDOM
+        and case != ("fisher", "matena_raffel")  # its floor is the first model's
+    ],
 )
 def test_order_of_models_is_irrelevant(name: str, dialect: str) -> None:
     # Ties by hash are keyed by the model's place, so all tied entries are kept.
     base = grid(33, 5)
     models = [base + grid(33, 5, seed=k + 1) for k in range(3)]
-    first = tvfast.merge(base, models, method=name, dialect=dialect, tie="ge", **SETTINGS[name])
-    second = tvfast.merge(base, models[::-1], method=name, dialect=dialect, tie="ge", **SETTINGS[name])
+    scores = scores_for(name, base)
+    turned = {"scores": scores["scores"][::-1]} if scores else {}
+    settings = {"dialect": dialect, "tie": "ge", **SETTINGS[name]}
+    first = tvfast.merge(base, models, method=name, **settings, **scores)
+    second = tvfast.merge(base, models[::-1], method=name, **settings, **turned)
     assert bool(((first - second).double().abs() <= 2 * bound(base, models, first)).all())
 
 
@@ -127,7 +147,7 @@ def test_nan_reaches_the_output(name: str, dialect: str, in_base: bool) -> None:
     if in_base and not METHODS[name].needs_base:
         models[0] = base  # linear and passthrough do not read the base
     (base if in_base else models[0])[20, 1] = math.nan
-    out = tvfast.merge(base, models, method=name, dialect=dialect, **SETTINGS[name])
+    out = tvfast.merge(base, models, method=name, dialect=dialect, **SETTINGS[name], **scores_for(name, base))
     found = torch.isnan(out)
     assert bool(found[20, 1])
     if name not in ("slerp", "sce"):  # their weights come from norms of the whole tensor
@@ -144,7 +164,15 @@ def test_threads_do_not_change_a_bit(name: str, dialect: str) -> None:
         for k in range(n)
     ]
     outs = [
-        tvfast.merge(base, models, method=name, dialect=dialect, n_threads=n_threads, **SETTINGS[name])
+        tvfast.merge(
+            base,
+            models,
+            method=name,
+            dialect=dialect,
+            n_threads=n_threads,
+            **SETTINGS[name],
+            **scores_for(name, base),
+        )
         for n_threads in (1, 2, 3)
     ]
     assert all(exact_bits(outs[0][key], out[key]) for out in outs[1:] for key in base)

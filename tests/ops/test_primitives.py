@@ -155,7 +155,7 @@ def test_elect_agrees_with_the_vote_inside_measure() -> None:
 
 
 def test_elect_takes_a_stack_and_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tvfast.ops.primitives._CHUNK", 64)
+    monkeypatch.setattr("tvfast.ops.primitives.CHUNK", 64)
     stack = torch.stack([drawn(k).view(8, 125) for k in range(3)])
     for vote in ("mass", "count"):
         found = ops.elect(stack, vote=vote)

@@ -64,7 +64,7 @@ def test_scope_is_of_ties_only() -> None:
     recipe = parse(TIES + "tvfast: {scope: model}\n")
     assert recipe.scope == "model"
     assert Resolver(recipe, 0).method(recipe.slices[0], ["w"] * 3, "w", 0.0).whole_model
-    assert "belongs to method 'ties'" in refused(LINEAR + "tvfast: {scope: model}\n")
+    assert "'ties'" in refused(LINEAR + "tvfast: {scope: model}\n")
     assert "one of tensor, model" in refused(TIES + "tvfast: {scope: layer}\n")
 
 
@@ -356,8 +356,10 @@ def test_every_parameter_of_every_method_has_a_name_in_recipes() -> None:
     for name in METHODS:
         for dialect in METHODS[name].dialects:
             for key in method_keys(name, dialect).values():
-                assert key.name in PEER_KEYS | {"select_in_merge"}, (name, key)
-                assert key.per_model == (key.name in ("weight", "density", "gamma", "epsilon", "scale"))
+                assert key.name in PEER_KEYS | {"select_in_merge", "threshold"}, (name, key)
+                assert key.per_model == (
+                    key.name in ("weight", "density", "gamma", "epsilon", "scale", "threshold")
+                )
                 assert key.flag == (key.name in ("normalize", "rescale", "select_in_merge"))
 
 

@@ -16,6 +16,7 @@ from tvfast.program import (
     Moments,
     Program,
     RankQuery,
+    ScoreSummary,
     TensorScalars,
     Threshold,
     Tie,
@@ -38,6 +39,10 @@ def logical_table(tasks: Sequence[Task]) -> WorkTable:
             name=task.key,
             models=operands,
             base=operand,
+            scores=task.method.score_operands(
+                tuple(View(0, task.n_elements, DType[stored.dtype]) for stored in task.scores)
+            ),
+            score_summaries=task.method.score_operands(task.summaries),
             row=task.method.row_elements(task.shape),
             group_offset=position,
         )
@@ -72,6 +77,9 @@ def _asked(
     view = View(0, n, DType.BF16)
     operand, operands = method.operands(view, (view,) * n_models)
     entry = Entry(name="", models=operands, base=operand, row=method.row_elements(shape))
+    if method.score_kind is not None:
+        known = ScoreSummary(n_elements=n, least=0.0, most=1.0, l1=1.0, squares=1.0, model_norm=1.0)
+        entry.scores, entry.score_summaries = (view,) * len(operands), (known,) * len(operands)
     counter = _Counter(method.program(), short)
     method.resolve(TableStatistics(counter, WorkTable([entry], len(operands)), None))
     return counter.n_passes + 1, counter.n_samples

@@ -164,14 +164,11 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
         RecipeError: a method ranks the whole model, and its numbers differ between tensors.
     """
     threads = n_threads or len(os.sched_getaffinity(0))
-    whole, single = _split_by_scope(binding.tasks)
-    budget = _budget(whole, single, threads, memory)
+    groups, single = _split_by_scope(binding.tasks)
+    budget = _budget(groups, single, threads, memory)
     arena, n_workers = budget.arena, budget.n_workers
     unit_bytes = min(UNIT_BYTES, arena // (n_workers + 1))
-    units: list[Unit] = []
-    if whole:
-        chunk = min(2 * UNIT_BYTES, arena // CHUNKS_IN_FLIGHT)
-        units.append(_streamed(whole, chunk))
+    units = [_grouped_unit(group, arena) for group in groups]
     units += _units(single, unit_bytes, arena)
     return Plan(
         binding=binding,
@@ -183,7 +180,7 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
         peak_bytes=budget.fixed + min(arena, sum(u.n_bytes for u in units)),
         read_bytes=sum(unit.input_bytes * unit.n_passes + unit.sampled_bytes for unit in units),
         write_bytes=layout.n_bytes,
-        reasons=tuple(_reasons(units, whole, arena)),
+        reasons=tuple(_reasons(units, arena)),
         warnings=binding.warnings,
     )
 
@@ -197,14 +194,18 @@ class _Budget:
     fixed: int
 
 
-def _budget(whole: Sequence[Task], single: Sequence[Task], n_threads: int, memory: int | None) -> _Budget:
+def _budget(
+    groups: Sequence[Sequence[Task]], single: Sequence[Task], n_threads: int, memory: int | None
+) -> _Budget:
     """As many workers as memory allows; one more than threads keeps cores busy while one waits for the disk.
 
     Raises:
         ArgumentError: even one worker needs more than `memory`.
     """
+    whole = [task for group in groups for task in group]
     least = max([_smallest(t) for t in single] + [CHUNKS_IN_FLIGHT * _least_chunk(t) for t in whole])
     largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1), default=0)
+    largest = max([largest, *(_group_bytes(group) for group in groups if not _is_whole_model(group))])
     known = TENSOR_BYTES * (
         sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
     )
@@ -236,20 +237,40 @@ def _budget(whole: Sequence[Task], single: Sequence[Task], n_threads: int, memor
         n_workers = (n_workers + 1) // 2
 
 
-def _split_by_scope(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    """Tasks that are ranked together, and all others."""
-    whole: list[Task] = []
+def _split_by_scope(tasks: Iterable[Task]) -> tuple[list[list[Task]], list[Task]]:
+    """Groups of tasks that are ranked together, and all others."""
+    groups: dict[str, list[Task]] = {}
     single: list[Task] = []
     for task in tasks:
-        (whole if task.method is not None and task.method.whole_model else single).append(task)
-    methods = list(dict.fromkeys(task.method for task in whole))
-    if len(methods) > 1 and methods[0] is not None:
-        raise RecipeError(
-            f"method {methods[0].info.name!r}, dialect {methods[0].dialect!r} ranks all tensors together, "
-            f"but its numbers differ between tensors: {describe(methods[0])}, {describe(methods[1])}. "
-            "Give one value for the whole model, or use a dialect that ranks each tensor by itself."
-        )
-    return whole, single
+        group = None if task.method is None else task.method.group_of(task.key)
+        (single if group is None else groups.setdefault(group, [])).append(task)
+    for name, members in groups.items():
+        methods = list(dict.fromkeys(task.method for task in members))
+        if len(methods) > 1 and methods[0] is not None:
+            raise RecipeError(
+                f"method {methods[0].info.name!r}, dialect {methods[0].dialect!r} ranks all tensors "
+                f"{f'of {name!r} ' if name else ''}together, but its numbers differ between tensors: "
+                f"{describe(methods[0])}, {describe(methods[1])}. Give one value for all of them, or use a "
+                "dialect or scope that ranks each tensor by itself."
+            )
+    return list(groups.values()), single
+
+
+def _is_whole_model(group: Sequence[Task]) -> bool:
+    return group[0].method is not None and group[0].method.whole_model
+
+
+def _group_bytes(group: Sequence[Task]) -> int:
+    """What all tensors of a group take in memory together."""
+    return sum(block_bytes(Part(task, 0, task.n_elements)) for task in group)
+
+
+def _grouped_unit(group: Sequence[Task], arena: int) -> Unit:
+    """Tensors that are ranked together: held together if they are a layer that fits, otherwise streamed."""
+    parts = tuple(Part(task, 0, task.n_elements) for task in group)
+    if not _is_whole_model(group) and _group_bytes(group) <= arena:
+        return Unit(parts, 0, _group_bytes(group), 1)
+    return _streamed(group, min(2 * UNIT_BYTES, arena // CHUNKS_IN_FLIGHT))
 
 
 def _units(tasks: Sequence[Task], unit_bytes: int, arena: int) -> Iterator[Unit]:
@@ -362,14 +383,16 @@ class _Scratch:
         return max(self.least, self.n_workers * RANK_BYTES + ranks)
 
 
-def _reasons(units: Sequence[Unit], whole: Sequence[Task], arena: int) -> Iterator[str]:
-    if whole and whole[0].method is not None:
-        method = whole[0].method
-        yield (
-            f"{count_passes(whole)} passes over {len(whole)} tensors: method {method.info.name!r}, dialect "
-            f"{method.dialect!r} ranks the whole model before it writes anything"
-        )
+def _reasons(units: Sequence[Unit], arena: int) -> Iterator[str]:
     for unit in units:
+        method = unit.parts[0].task.method
+        group = None if method is None else method.group_of(unit.parts[0].task.key)
+        if method is not None and group is not None and unit.chunk_bytes:
+            yield (
+                f"{unit.n_passes} passes over {len(unit.parts)} tensors: method {method.info.name!r}, "
+                f"dialect {method.dialect!r} ranks {group or 'the whole model'} before it writes anything"
+            )
+            continue
         if unit.chunk_bytes and unit.n_passes > 1 and len(unit.parts) == 1:
             task = unit.parts[0].task
             yield (

@@ -201,7 +201,7 @@ class Rows:
     ) -> StateDictError:
         other, reference = part.sources[source], part.sources[part.reference]
         found = [
-            f"{verb} {_some(names)}" for verb, names in (("lacks", missing), ("has besides", extra)) if names
+            f"{verb} {some(names)}" for verb, names in (("lacks", missing), ("has besides", extra)) if names
         ]
         message = (
             f"{self.recipe.where}: {other.place} ({other.model}) and {reference.place} ({reference.model}) "
@@ -220,9 +220,9 @@ class Rows:
     def _note(self, part: Slice, source: int, missing: list[str], extra: list[str], where: str) -> None:
         model, reference = part.sources[source].model, part.sources[part.reference].model
         if missing:
-            self.warnings.append(f"{model} lacks {_some(missing)}{where}: copied from {reference}.")
+            self.warnings.append(f"{model} lacks {some(missing)}{where}: copied from {reference}.")
         if extra:
-            self.warnings.append(f"{model} has {_some(extra)}{where} and {reference} has not: left out.")
+            self.warnings.append(f"{model} has {some(extra)}{where} and {reference} has not: left out.")
 
 
 def _inside(name: str, main: str) -> bool:
@@ -230,7 +230,7 @@ def _inside(name: str, main: str) -> bool:
     return placed is not None and placed.prefix == main
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """A few names and how many there are."""
     listed = ", ".join(names[:SHOWN])
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

@@ -22,7 +22,7 @@ from tvfast.engine.source import Loaded, StreamSource, entry_of
 from tvfast.engine.staging import Staging
 from tvfast.engine.streamed import StreamedBackend
 from tvfast.errors import MergeError
-from tvfast.methods.base import ProgramMethod
+from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.host import crc32c, first_nonfinite
 from tvfast.ops.raw import Backend, backend_for
@@ -189,8 +189,7 @@ class Run:
                 tables.setdefault((part.task.method, len(part.task.models)), []).append(index)
         for (method, _), indices in tables.items():
             entries = [entry_of(loaded.parts[index], loaded, index) for index in indices]
-            for group, entry in enumerate(entries):
-                entry.group = group
+            share_groups(method, entries)
             table = WorkTable(entries, len(entries[0].models))
             backend = self._backend(table)
             self._go_on()

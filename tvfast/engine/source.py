@@ -118,8 +118,9 @@ def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = Non
         View(at + position, part.n, DType[stored.dtype])
         for stored, position in zip(task.inputs, loaded.arrangement.inputs[index], strict=True)
     ]
-    base = found[0]
-    models = tuple(found if task.base is None else found[1:])
+    first = 0 if task.base is None else 1
+    base, last = found[0], first + len(task.models)
+    models, scores = tuple(found[first:last]), tuple(found[last:])
     operand, operands = task.method.operands(base, models)
     outputs = loaded.arrangement.outputs
     return Entry(
@@ -127,6 +128,9 @@ def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = Non
         models=operands,
         base=operand,
         out=View(at + outputs[index], part.n, DType[task.dtype]) if outputs else None,
+        scores=task.method.score_operands(scores),
+        score_maps=logical.score_maps if logical else (),
+        score_summaries=task.method.score_operands(task.summaries),
         row=task.method.row_elements(task.shape),
         offset=part.start,
         group=logical.group if logical else 0,

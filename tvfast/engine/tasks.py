@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvfast.checkpoint.stored import Stored
 from tvfast.methods.base import ProgramMethod
+from tvfast.program import ScoreSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Task:
             further model must hold the same bytes.
         base: θ₀, where the method reads it.
         models: θ_k in the order of the method's weights.
+        scores: of every model, where the method reads them.
+        summaries: of the scores.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Task:
     method: ProgramMethod | None
     base: Stored | None
     models: tuple[Stored, ...]
+    scores: tuple[Stored, ...] = ()
+    summaries: tuple[ScoreSummary, ...] = ()
 
     @property
     def n_elements(self) -> int:
@@ -38,8 +43,9 @@ class Task:
 
     @property
     def inputs(self) -> tuple[Stored, ...]:
-        """Everything that is read, the base first."""
-        return self.models if self.base is None else (self.base, *self.models)
+        """Everything that is read: the base first, scores last."""
+        operands = self.models if self.base is None else (self.base, *self.models)
+        return operands + self.scores
 
 
 def row_elements(task: Task) -> int:

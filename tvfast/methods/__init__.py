@@ -10,10 +10,12 @@ from tvfast.methods import (  # noqa: F401  (imported to register)
     breadcrumbs,
     dare,
     della,
+    fisher,
     linear,
     passthrough,
     sce,
     slerp,
+    sta,
     task_arithmetic,
     ties,
 )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from tvfast.errors import ArgumentError, UnknownNameError
 from tvfast.methods.statistics import TableStatistics
-from tvfast.program import ALWAYS, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
+from tvfast.program import ALWAYS, Entry, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
 
 PerModel: TypeAlias = float | Sequence[float]
 """One value, or one per model."""
@@ -25,16 +25,20 @@ DEFAULT_TIES = {"mergekit": "hash", "paper": "ge"}
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One keyword of a method: its name, default and meaning."""
+    """One keyword of a method: its name, default and meaning; `words` are all it can be, if it is a word."""
 
     name: str
     default: Any
     meaning: str
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MethodInfo:
-    """What the registry knows of a method. `n_models`: fewest and most (None: no limit), base not counted."""
+    """What the registry knows of a method. `n_models`: fewest and most (None: no limit), base not counted.
+
+    `needs_scores`: every model must bring scores, from a statistics file.
+    """
 
     name: str
     cls: type[ProgramMethod]
@@ -43,6 +47,7 @@ class MethodInfo:
     needs_base: bool
     n_models: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
+    needs_scores: bool = False
 
     @property
     def formula(self) -> str:
@@ -54,6 +59,7 @@ METHODS: dict[str, MethodInfo] = {}
 """Every registered method by name."""
 
 M = TypeVar("M", bound="ProgramMethod")
+S = TypeVar("S")
 
 
 def register_method(
@@ -63,6 +69,7 @@ def register_method(
     dialects: tuple[str, ...] = ("mergekit",),
     needs_base: bool = True,
     n_models: tuple[int, int | None] = (1, None),
+    needs_scores: bool = False,
 ) -> Callable[[type[M]], type[M]]:
     """Class decorator: make a method known under `name`; the first of `dialects` is its default.
 
@@ -70,23 +77,26 @@ def register_method(
         source: paper or program that defines it.
         needs_base: whether the base's values are an operand.
         n_models: fewest and most models, base not counted.
+        needs_scores: whether every model must bring scores; `score_kind` says of which kind.
     """
 
     def decorate(cls: type[M]) -> type[M]:
         parameters = tuple(
-            Parameter(f.name, f.default, f.metadata.get("meaning", ""))
+            Parameter(f.name, f.default, f.metadata.get("meaning", ""), f.metadata.get("words", ()))
             for f in fields(cls)
             if f.name not in cls.unused
         )
-        cls.info = METHODS[name] = MethodInfo(name, cls, source, dialects, needs_base, n_models, parameters)
+        cls.info = METHODS[name] = MethodInfo(
+            name, cls, source, dialects, needs_base, n_models, parameters, needs_scores
+        )
         return cls
 
     return decorate
 
 
-def parameter(default: Any, meaning: str) -> Any:
-    """A dataclass field with its one-line meaning."""
-    return field(default=default, metadata={"meaning": meaning})
+def parameter(default: Any, meaning: str, words: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its one-line meaning, and the words that it can be."""
+    return field(default=default, metadata={"meaning": meaning, "words": words})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +125,8 @@ class ProgramMethod(ABC):
             self._normalise("weights", finite=True)
         self._normalise("scale", finite=True, per_model=False)
         object.__setattr__(self, "seed", integer("seed", self.seed))
+        if self.dialect == "mergekit" and "mergekit" not in self.info.dialects:
+            object.__setattr__(self, "dialect", self.info.dialects[0])  # mergekit has no such method
         check_name("dialect", self.dialect, self.info.dialects, f"method {self.info.name!r}")
         if self.tie is not None:
             check_name("tie", self.tie, TIES, f"method {self.info.name!r}")
@@ -147,6 +159,23 @@ class ProgramMethod(ABC):
     def whole_model(self) -> bool:
         """Whether thresholds and majorities are taken over all tensors together, in order of name."""
         return False
+
+    def group_of(self, name: str) -> str | None:
+        """Tensors of equal answers are ranked together, in order of name; None: a tensor by itself."""
+        return "" if self.whole_model else None
+
+    @property
+    def score_kind(self) -> str | None:
+        """The kind of statistics that every model must bring, see `docs/statistics.md`; None: none."""
+        return None
+
+    def without_scores(self) -> ProgramMethod:
+        """What merges a tensor that has no scores as if every entry of it counted alike."""
+        return self
+
+    def score_operands(self, scores: tuple[S, ...]) -> tuple[S, ...]:
+        """Scores of an `Entry` from those of the models, in the order of `operands`."""
+        return scores
 
     def plane_bytes(self, n_elements: int, n_models: int) -> int:
         """Bytes of bit planes wanted for one tensor; merges go in batches that fit `PLANE_BYTES`."""
@@ -232,10 +261,31 @@ class ProgramMethod(ABC):
                         f"method {self.info.name!r}: {name} is {item}; expected a number in [0, 1]."
                     )
 
+    def _check_word(self, name: str) -> None:
+        """Raise unless the parameter is one of its words, or None."""
+        known = next(p.words for p in self.info.parameters if p.name == name)
+        if getattr(self, name) is not None:
+            check_name(name, getattr(self, name), known, f"method {self.info.name!r}")
+
     def _check_flag(self, name: str) -> None:
         value = getattr(self, name)
         if value is not None and not isinstance(value, bool):
             raise ArgumentError(f"method {self.info.name!r}: {name} is {value!r}; expected True or False.")
+
+
+def share_groups(method: ProgramMethod, entries: Sequence[Entry]) -> None:
+    """Number the groups of a table: one for all that are ranked together, in order of name."""
+    numbers: dict[str, int] = {}
+    filled: dict[str, int] = {}
+    shared = sorted((e for e in entries if method.group_of(e.name) is not None), key=lambda e: e.name)
+    for entry in shared:
+        key = str(method.group_of(entry.name))
+        entry.group = numbers.setdefault(key, len(numbers))
+        entry.group_offset = filled.get(key, 0)
+        filled[key] = entry.group_offset + entry.n_elements
+    alone = (e for e in entries if method.group_of(e.name) is None)
+    for group, entry in enumerate(alone, start=len(numbers)):
+        entry.group = group
 
 
 def numbers(name: str, value: Any) -> float | tuple[float, ...]:

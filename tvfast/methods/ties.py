@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tvfast.methods.base import TIES, PerModel, check_name, parameter, register_method
+from tvfast.methods.base import TIES, PerModel, parameter, register_method
 from tvfast.methods.dialects import TIES_DIALECTS, TiesDialect
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.task_vectors import (
@@ -29,7 +29,7 @@ class Ties(TaskVectorMethod):
     normalize: bool | None = parameter(None, "False: sum instead of mean; None: as the dialect does")
     rescale: bool = parameter(False, "restore the L1 norm of each task vector after the trim")
     scope: str | None = parameter(
-        None, "what is ranked together: 'tensor' or the whole 'model'; by dialect if None"
+        None, "what is ranked together: 'tensor' or the whole 'model'; by dialect if None", SCOPES
     )
 
     def __post_init__(self) -> None:
@@ -37,8 +37,7 @@ class Ties(TaskVectorMethod):
         self._check_fractions("density")
         self._check_flag("normalize")
         self._check_flag("rescale")
-        if self.scope is not None:
-            check_name("scope", self.scope, SCOPES, "method 'ties'")
+        self._check_word("scope")
 
     @property
     def _row(self) -> TiesDialect:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tvfast.errors import ArgumentError, DTypeError
 from tvfast.ops import _check as check
+from tvfast.ops._planes import CHUNK, pack, plane_view, unpack
 from tvfast.ops._views import DTYPES, check_plain, check_same, view
 from tvfast.ops.raw import Backend, Wants, backend_for
 from tvfast.program import (
     OPEN_CUT,
     Cross,
-    DType,
     Entry,
     Keep,
     ModelScalars,
@@ -28,7 +28,6 @@ from tvfast.program import (
     TensorScalars,
     Threshold,
     Tie,
-    View,
     Weighting,
     WorkTable,
 )
@@ -39,8 +38,6 @@ EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTE
 _TIES = {"hash": Tie.HASH, "index": Tie.INDEX, "ge": Tie.GE}
 _VOTES = {"mass": False, "count": True}
 _ZERO_SIGNS = {"plus": 1, "minus": -1, "none": 0}
-
-_CHUNK = 1 << 18  # elements at a time: at most 4 MiB of scratch, so that it stays in cache
 
 
 def threshold(
@@ -168,7 +165,7 @@ def topk_mask(
     k = int(share * n)
     if n > 0:
         words = torch.zeros(-(-n // 64), dtype=torch.int64, device=tensor.device)
-        entry.masks = (_plane_view(words, n),)
+        entry.masks = (plane_view(words, n),)
         table = WorkTable([entry], n_models=1)
         backend = backend_for(table)
         model = ModelScalars(key=_key(seed, name, 0))
@@ -184,7 +181,7 @@ def topk_mask(
                 model.lo_cut = _low_cut(backend, table, answer, k, rule, n_threads)
         program = Program(keep=Keep.BAND, tie=rule)
         backend.row_masks(table, program, [TensorScalars(models=[model])], n_threads)
-        _unpack(words, result.view(-1))
+        unpack(words, result.view(-1))
     return result if out is None else out
 
 
@@ -239,8 +236,8 @@ def elect(
         result = out.detach()
     flat = [model.detach().view(-1) for model in models]
     signs = result.view(-1)
-    for start in range(0, signs.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, signs.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
         ballots = [model[part] for model in flat]
         total = _count(ballots, own) if counting else _mass(ballots, own, n_threads)
         sign = signs[part]
@@ -435,7 +432,7 @@ def _operands(
         if one.dtype != torch.bool:
             raise DTypeError(f"masks[{k}] has dtype {str(one.dtype).removeprefix('torch.')}; expected bool.")
         check_plain(one, name, f"masks[{k}]")
-    entry.masks = tuple(_plane_view(_pack(one), entry.n_elements) for one in masks or ())
+    entry.masks = tuple(plane_view(pack(one), entry.n_elements) for one in masks or ())
     entry.offset = check.index("offset", offset)
     entry.row = (like.shape[-1] if like.dim() > 1 else 0) if row is None else check.index("row", row)
     return entry, everything
@@ -473,35 +470,3 @@ def _count(ballots: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         total += weighted > 0
         total -= (weighted < 0).to(dtype)
     return total
-
-
-def _plane_view(words: Tensor, n_bits: int) -> View:
-    return View(words.data_ptr(), n_bits, DType.F32, words)
-
-
-def _pack(mask: Tensor) -> Tensor:
-    """Bool [n] as ceil(n / 64) int64 words, lowest bit first."""
-    bits = mask.view(-1)
-    n = bits.numel()
-    words = torch.zeros(-(-n // 64), dtype=torch.int64, device=mask.device)
-    octets = words.view(torch.uint8)
-    for start in range(0, n, _CHUNK):
-        part = bits[start : start + _CHUNK]
-        padded = torch.zeros(-(-part.numel() // 8) * 8, dtype=torch.bool, device=mask.device)
-        padded[: part.numel()] = part
-        # byte i of eight holds b_i; the factor puts b_i at bit 56 + i, and nothing else reaches the top byte
-        packed = (padded.view(torch.int64) * 0x0102040810204080) >> 56
-        octets[start // 8 : start // 8 + packed.numel()] = packed.to(torch.uint8)
-    return words
-
-
-def _unpack(words: Tensor, bits: Tensor) -> None:
-    """The first n bits of a plane into bool [n]."""
-    octets = words.view(torch.uint8)
-    shifts = torch.arange(8, device=words.device)
-    flags = (torch.arange(256, device=words.device).unsqueeze(1) >> shifts) & 1
-    eight = flags.to(torch.uint8).view(torch.int64).view(-1)  # [256] the eight bools of a byte as one word
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK]
-        some = octets[start // 8 : start // 8 - (-part.numel() // 8)]
-        part.copy_(eight[some.to(torch.int64)].view(torch.bool)[: part.numel()])

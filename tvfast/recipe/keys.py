@@ -48,7 +48,15 @@ PEER_KEYS = frozenset(
 """Parameters of any method of mergekit 0.1.5."""
 
 _OUR_NAMES = {"lambda": "scale", "weight": "weights"}
-OWN_KEYS = frozenset({"seed", "tie", "dialect", "scope"})
+WORDS: dict[str, frozenset[str]] = {}
+"""Parameters of any method that are words: name -> what some method takes for it."""
+
+for _info in METHODS.values():
+    for _parameter in _info.parameters:
+        if _parameter.words:
+            WORDS[_parameter.name] = WORDS.get(_parameter.name, frozenset()) | {*_parameter.words}
+
+OWN_KEYS = frozenset({"seed", "tie", "dialect", *WORDS})
 """Parameters that a recipe has under `tvfast`."""
 
 _PASSTHROUGH = "passthrough"
@@ -75,7 +83,7 @@ class Key:
         per_model: every model has its own; otherwise there is one for the tensor.
         flag: true or false.
         required: no default.
-        default: per model, for those without a value.
+        default: per model, for those without a value; None: if one model has a value, all need one.
     """
 
     name: str
@@ -83,7 +91,7 @@ class Key:
     per_model: bool
     flag: bool
     required: bool
-    default: float
+    default: float | None
 
 
 def method_keys(method: str, dialect: str) -> dict[str, Key]:
@@ -104,7 +112,9 @@ def _key(info: MethodInfo, keyword: str, dialect: str) -> Key:
     name = {ours: theirs for theirs, ours in _OUR_NAMES.items()}.get(keyword, keyword)
     if info.name == _PASSTHROUGH and keyword == "weights":
         name = "scale"  # the multiplier of the one model
-    default = 1.0 if field.default is None or not isinstance(field.default, int | float) else field.default
+    default = float(field.default) if isinstance(field.default, int | float) else None
+    if keyword == "weights":
+        default = 1.0
     required = dialect == "mergekit" and (name == "weight" or name == _REQUIRED.get(info.name))
     kind = str(field.type)
-    return Key(name, keyword, "PerModel" in kind, "bool" in kind, required, float(default))
+    return Key(name, keyword, "PerModel" in kind, "bool" in kind, required, default)

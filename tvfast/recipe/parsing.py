@@ -11,7 +11,7 @@ from tvfast.errors import ArgumentError, RecipeError, UnknownNameError
 from tvfast.methods import METHODS, MethodInfo, make_method
 from tvfast.methods.base import TIES
 from tvfast.recipe.document import Value, nearest, shortened
-from tvfast.recipe.keys import PEER_KEYS, PEER_METHODS, Key, method_keys
+from tvfast.recipe.keys import PEER_KEYS, PEER_METHODS, WORDS, Key, method_keys
 from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
 from tvfast.recipe.references import read_reference
 from tvfast.recipe.resolution import Resolver
@@ -33,7 +33,17 @@ _TOP = (
     "name",
     "tvfast",
 )
-_OWN = ("dialect", "seed", "tie", "scope", "out_shard_size", "nonfinite", "on_missing")
+_OWN = (
+    "dialect",
+    "seed",
+    "tie",
+    *sorted(WORDS),
+    "out_shard_size",
+    "nonfinite",
+    "on_missing",
+    "stats",
+    "on_missing_stats",
+)
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
 _MOST_BYTES = 2**62
@@ -66,11 +76,16 @@ class _Reader:
         self.document = document
         self.entries = {key: value for key, value in entries.items() if value.plain is not None}
         self.own = self.entries["tvfast"].mapping(_OWN) if "tvfast" in self.entries else {}
+        stats = self.own.get("stats")
+        self.stats: dict[str, Value] = {}
+        if stats is not None and stats.plain is not None:
+            self.stats = stats.mapping(what="a mapping from models to statistics files")
         self.warnings: dict[str, str] = {}  # by what they are about
         self.method = self._method()
         self.info: MethodInfo = METHODS[self.method]
         self.dialect = self._dialect()
         self.keys = method_keys(self.method, self.dialect)
+        self.words = self._words()
 
     def recipe(self, text: str) -> Recipe:
         if "modules" in self.entries:
@@ -80,6 +95,10 @@ class _Reader:
         parameters = self._settings(self.entries.get("parameters"), level="recipe")
         base = self._reference("base_model")
         slices, stacked = self._slices(base, parameters)
+        known = {source.model for part in slices for source in part.sources}
+        for model, value in self.stats.items():
+            if model not in known:
+                raise value.error(f"{shortened(repr(model))} is no model of this recipe; expected one.")
         recipe = Recipe(
             where=self.document.where,
             text=text,
@@ -96,9 +115,10 @@ class _Reader:
             shard_bytes=self._shard_bytes(),
             seed=self._seed(),
             tie=self._word("tie", tuple(TIES)),
-            scope=self._scope(),
+            words=self.words,
             nonfinite=self._word("nonfinite", _NONFINITE) or "error",
             on_missing=self._word("on_missing", _ON_MISSING) or "error",
+            on_missing_stats=self._word("on_missing_stats", _ON_MISSING_STATS) or "error",
             warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
         )
         self._check(recipe)
@@ -124,7 +144,7 @@ class _Reader:
     def _dialect(self) -> str:
         value = self.own.get("dialect")
         if value is None or value.plain is None:
-            return "mergekit"
+            return "mergekit" if "mergekit" in self.info.dialects else self.info.dialects[0]
         name = value.text("the name of a dialect")
         if name not in self.info.dialects:
             hint = nearest(name, self.info.dialects).lower()
@@ -170,7 +190,7 @@ class _Reader:
         """Raise unless the method takes each number; those between two such numbers it takes as well."""
         for number in sorted(values)[:_MAX_PROBED]:
             try:
-                make_method(self.method, dialect=self.dialect, **{key.keyword: number})
+                make_method(self.method, dialect=self.dialect, **self.words, **{key.keyword: number})
             except ArgumentError as error:
                 raise value.error(str(error)) from None
 
@@ -223,7 +243,9 @@ class _Reader:
         return self._checked(item, sources, base, self._settings(found.get("parameters"), level="slice"))
 
     def _source(self, item: Value, base: str | None, *, stacked: bool) -> Source:
-        known = ("model", "layer_range", "parameters") if stacked else ("model", "parameters")
+        known = (
+            ("model", "layer_range", "parameters", "stats") if stacked else ("model", "parameters", "stats")
+        )
         found = item.mapping(known, "a mapping with model" + (" and layer_range" if stacked else ""))
         for key in known[: 1 + stacked]:
             if key not in found:
@@ -232,7 +254,16 @@ class _Reader:
         is_base = self.info.needs_base and model == base
         parameters = self._settings(found.get("parameters"), level="base" if is_base else "source")
         layers = _layer_range(found["layer_range"]) if stacked else None
-        return Source(model, layers, parameters, item.path)
+        return Source(model, layers, parameters, item.path, self._stats_of(model, found.get("stats")))
+
+    def _stats_of(self, model: str, value: Value | None) -> str | None:
+        """The statistics file of a model: beside it, or under `tvfast: stats:`."""
+        entry = self.stats.get(model)
+        if value is None or value.plain is None:
+            return None if entry is None else entry.text("the path of a statistics file")
+        if entry is not None:
+            raise value.error("there are stats of this model under tvfast, too; expected one of them.")
+        return value.text("the path of a statistics file")
 
     def _checked(self, value: Value, sources: list[Source], base: str | None, settings: Settings) -> Slice:
         """The slice, if its inputs are as the method needs them."""
@@ -343,13 +374,23 @@ class _Reader:
             raise value.expected("an integer of 64 bits")
         return seed
 
-    def _scope(self) -> str | None:
-        scope = self._word("scope", _SCOPES)
-        if scope is not None and all(parameter.name != "scope" for parameter in self.info.parameters):
-            raise self.own["scope"].error(
-                f"belongs to method 'ties'; method {self.method!r} ranks as its dialect does. Remove it."
-            )
-        return scope
+    def _words(self) -> dict[str, str]:
+        """The method's parameters that are words."""
+        found = {}
+        takes = {parameter.name: parameter.words for parameter in self.info.parameters if parameter.words}
+        for name in WORDS:
+            value = self.own.get(name)
+            if value is None or value.plain is None:
+                continue
+            if name not in takes:
+                owners = [repr(m) for m, i in METHODS.items() if any(p.name == name for p in i.parameters)]
+                raise value.error(
+                    f"belongs to {', '.join(owners)}; method {self.method!r} has no {name}. Remove it."
+                )
+            word = self._word(name, takes[name])
+            if word is not None:
+                found[name] = word
+        return found
 
     def _word(self, key: str, known: tuple[Word, ...]) -> Word | None:
         value = self.own.get(key)
@@ -361,8 +402,8 @@ class _Reader:
         raise value.expected(f"one of {', '.join(known)}")
 
 
-_SCOPES = ("tensor", "model")
 _NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate")
+_ON_MISSING_STATS: tuple[Literal["error"], Literal["plain"]] = ("error", "plain")
 _ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
 
 

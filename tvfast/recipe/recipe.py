@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tvfast.recipe.settings import Setting
@@ -24,12 +24,14 @@ class Source:
         layers: first and one past the last; None: all.
         parameters: of this input only.
         place: where the recipe names it.
+        stats: path of its statistics file; None: it has none.
     """
 
     model: str
     layers: tuple[int, int] | None
     parameters: Settings
     place: str
+    stats: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class Recipe:
         shard_bytes: most bytes of tensors in an output file.
         seed: of random draws and tie hashes.
         tie: rule for entries equal to a threshold; None: the dialect's.
-        scope: what is ranked together, "tensor" or "model"; None: the dialect's.
+        words: parameters of the method that are words, by name; absent: its defaults.
+        on_missing_stats: what a tensor without statistics means where the method needs them.
         nonfinite: what a NaN or an infinity in an input means.
         on_missing: what a tensor means that the base has and another model has not.
         warnings: what was ignored.
@@ -100,7 +103,8 @@ class Recipe:
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
     tie: str | None = None
-    scope: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+    on_missing_stats: Literal["error", "plain"] = "error"
     nonfinite: Literal["error", "propagate"] = "error"
     on_missing: Literal["error", "base"] = "error"
     warnings: tuple[str, ...] = ()
@@ -109,6 +113,17 @@ class Recipe:
     def output_dtype(self) -> str | None:
         """What every merged tensor is stored as; None: as the base, or the first model, stores it."""
         return self.out_dtype or self.dtype
+
+    @property
+    def scope(self) -> str | None:
+        """What is ranked together; None: the method's or dialect's own choice."""
+        return self.words.get("scope")
+
+    @property
+    def stats_paths(self) -> tuple[str, ...]:
+        """Every statistics file, once."""
+        found = [source.stats for part in self.slices for source in part.sources]
+        return tuple(dict.fromkeys(path for path in found if path is not None))
 
     @property
     def donor(self) -> str:

@@ -23,9 +23,7 @@ class Resolver:
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
-        self._fixed = {"seed": seed, "tie": recipe.tie, "dialect": recipe.dialect}
-        if recipe.scope is not None:
-            self._fixed["scope"] = recipe.scope
+        self._fixed = {"seed": seed, "tie": recipe.tie, "dialect": recipe.dialect, **recipe.words}
         self._keys = tuple(method_keys(recipe.method, recipe.dialect).values())
         self._needs_base = METHODS[recipe.method].needs_base
         self._methods: dict[Arguments, ProgramMethod] = {}
@@ -94,6 +92,9 @@ class Resolver:
                     raise self._missing(key, source, names[k])
                 values.append(value)
             if any(value is not None for value in values):
+                if key.default is None and None in values:
+                    k = self.operands(part)[values.index(None)]
+                    raise self._missing(key, part.sources[k], names[k])
                 yield key.keyword, tuple(key.default if value is None else value for value in values)
 
     def _missing(self, key: Key, source: Source | None, tensor: str) -> RecipeError:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from tvfast.statistics.merging import merge_statistics
 from tvfast.statistics.reading import StatisticsFile, open_statistics
-from tvfast.statistics.records import Array, Document, Entry, Model, Record, Role, Shared, tensor_name
+from tvfast.statistics.records import (
+    Array,
+    Document,
+    Entry,
+    Model,
+    Record,
+    Role,
+    Shared,
+    Summary,
+    tensor_name,
+)
 from tvfast.statistics.writing import StatisticsWriter
 
 __all__ = [
@@ -21,6 +31,7 @@ __all__ = [
     "Shared",
     "StatisticsFile",
     "StatisticsWriter",
+    "Summary",
     "merge_statistics",
     "open_statistics",
     "tensor_name",

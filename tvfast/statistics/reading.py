@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tvfast.checkpoint.files import open_regular
 from tvfast.checkpoint.header import Header, read_header
@@ -46,6 +47,18 @@ class StatisticsFile:
     entries: Mapping[Key, Entry]
     stored: Mapping[str, Stored]
     header: Header
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What tells that the file has changed, as `Checkpoint.identity` does: without its path."""
+        header = self.header
+        return [
+            {
+                "name": os.path.basename(header.path),
+                "size": header.n_bytes,
+                "mtime_ns": header.mtime_ns,
+                "crc32": header.crc32,
+            }
+        ]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -115,7 +128,8 @@ class StatisticsFile:
         stored = self.place(parameter, kind, role)
         found = self.entries[(parameter, kind)].roles[role]
         owner = self.entries[(found.shared or parameter, kind)].roles[role]
-        return Array(stored.dtype, stored.shape, self._bytes(stored), found.count, owner.concatenate)
+        data = self._bytes(stored)
+        return Array(stored.dtype, stored.shape, data, found.count, owner.concatenate, owner.summary)
 
     def records(self) -> Iterator[Record]:
         """Every record as it was written, one in memory at a time."""

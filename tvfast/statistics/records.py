@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -35,6 +35,16 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
+class Summary:
+    """Extremes and sums of the elements of one role, so that a merge can scale them without another read."""
+
+    least: float
+    most: float
+    l1: float
+    squares: float
+
+
+@dataclass(frozen=True, slots=True)
 class Array:
     """Sums of one role.
 
@@ -45,6 +55,7 @@ class Array:
         count: which of the record's counts turns the sums into means.
         concatenate: None: two files' sums are added. An axis: they are put end to end along it, as the
             columns of a square root d x S of which L Lᵀ is the sum.
+        summary: of the elements; None: not known. Scores need one.
     """
 
     dtype: str
@@ -52,6 +63,7 @@ class Array:
     data: Buffer
     count: str = SAMPLES
     concatenate: int | None = None
+    summary: Summary | None = None
 
     @property
     def n_elements(self) -> int:
@@ -132,6 +144,7 @@ class Role:
     count: str
     concatenate: int | None
     shared: str | None
+    summary: Summary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +181,20 @@ class Entry:
             )
         return float(count)
 
+    def summary(self, role: str, where: str) -> Summary:
+        """Extremes and sums of a role.
+
+        Raises:
+            StatisticsError: they were not stored.
+        """
+        found = self.roles[role].summary
+        if found is None:
+            raise StatisticsError(
+                f"{where}: parameter {self.parameter!r}: {self.kind} {role!r} has no summary; expected its "
+                "extremes and sums, which `array_of(..., summary=True)` stores. Write the file again."
+            )
+        return found
+
 
 def tensor_name(parameter: str, kind: str, role: str) -> str:
     """The name of a role's sums in the file."""
@@ -186,8 +213,11 @@ def record_text(record: Record) -> str:
         roles[role] = {"count": found.count}
         if isinstance(found, Shared):
             roles[role]["shared"] = found.parameter
-        elif found.concatenate is not None:
+            continue
+        if found.concatenate is not None:
             roles[role]["concatenate"] = found.concatenate
+        if found.summary is not None:
+            roles[role]["summary"] = asdict(found.summary)
     return dumps(
         {
             "parameter": record.parameter,
@@ -210,7 +240,7 @@ def entry_of(text: str, path: str, key: str) -> Entry:
     found = _object(text, path, key)
     try:
         roles = {
-            name: Role(role["count"], role.get("concatenate"), role.get("shared"))
+            name: Role(role["count"], role.get("concatenate"), role.get("shared"), _summary(role))
             for name, role in found["roles"].items()
         }
         entry = Entry(
@@ -231,10 +261,20 @@ def entry_of(text: str, path: str, key: str) -> Entry:
         or not all(type(value) in (int, float) and 0 <= value < math.inf for value in counts)
         or not all(role.count in entry.counts for role in roles.values())
         or not all(role.shared is None or isinstance(role.shared, str) for role in roles.values())
+        or not all(_is_plausible(role.summary) for role in roles.values())
         or not roles
     ):
         raise _bad(path, f"metadata {shown(key)} hold a shape, role or count that is none")
     return entry
+
+
+def _summary(role: Mapping[str, Any]) -> Summary | None:
+    return Summary(**role["summary"]) if "summary" in role else None
+
+
+def _is_plausible(summary: Summary | None) -> bool:
+    values = () if summary is None else astuple(summary)
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 def document_text(document: Document) -> str:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from tvfast._leaves import strip_wrappers
 from tvfast.errors import ArgumentError, StatisticsError
+from tvfast.ops import measure
+from tvfast.ops.raw import Wants
 from tvfast.statistics.reading import StatisticsFile
-from tvfast.statistics.records import SAMPLES, Array, Model
+from tvfast.statistics.records import SAMPLES, Array, Model, Summary
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
@@ -26,6 +28,7 @@ def array_of(
     dtype: str | None = None,
     count: str = SAMPLES,
     concatenate: int | None = None,
+    summary: bool = False,
 ) -> Array:
     """A tensor as sums to be written.
 
@@ -34,6 +37,7 @@ def array_of(
         where: what to call it in messages.
         dtype: safetensors name of the storage type; None: the tensor's own.
         count, concatenate: see `Array`.
+        summary: store extremes and sums, too, which merges need of scores.
 
     Raises:
         StatisticsError: NaN or infinity, in the tensor or once it has been rounded to `dtype`.
@@ -46,7 +50,18 @@ def array_of(
     stored = tensor.detach().to("cpu", _TORCH[dtype]).contiguous()
     check_finite(stored, where)
     data = _bytes_of(stored)
-    return Array(dtype, tuple(stored.shape), data, count, concatenate)
+    known = summary_of(stored) if summary else None
+    return Array(dtype, tuple(stored.shape), data, count, concatenate, known)
+
+
+def summary_of(tensor: Tensor) -> Summary:
+    """Extremes and sums of a finite tensor on the CPU; sums are exact, so they depend on no thread count."""
+    if tensor.numel() == 0:
+        return Summary(0.0, 0.0, 0.0, 0.0)
+    least, most = (float(value) for value in torch.aminmax(tensor))
+    narrow = tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor
+    sums = measure(None, [narrow], Wants.L1 | Wants.SQUARES)
+    return Summary(least, most, sums.l1[0], sums.gram[0][0])
 
 
 def tensor_of(array: Array, dtype: torch.dtype | None = torch.float32) -> Tensor:
@@ -112,7 +127,8 @@ def added(arrays: Sequence[Array]) -> Array:
     total = tensor_of(first, wide)
     for other in arrays[1:]:
         total += tensor_of(other, wide)
-    return array_of(total, "merged sums", dtype=first.dtype, count=first.count)
+    known = first.summary is not None
+    return array_of(total, "merged sums", dtype=first.dtype, count=first.count, summary=known)
 
 
 def concatenated(arrays: Sequence[Array], axis: int) -> Array:

@@ -1,0 +1,117 @@
+"""From what callers bring as scores to views and summaries of every leaf."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tvfast._leaves import Leaf, Weights, model_list, named_tensors
+from tvfast.errors import ArgumentError, StateDictError
+from tvfast.methods import ProgramMethod
+from tvfast.ops._views import check_same, view
+from tvfast.ops.raw import Wants, backend_for
+from tvfast.program import Entry, ModelScalars, Program, ScoreSummary, TensorScalars, View, WorkTable
+from tvfast.statistics import StatisticsFile, open_statistics
+from tvfast.statistics.tensors import read_mean
+
+Scores: TypeAlias = Weights | StatisticsFile | str | os.PathLike[str]
+"""Scores of one model: tensors by name, or the statistics file that holds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeafScores:
+    """Of one leaf, by model; empty where the method asks for none."""
+
+    views: tuple[View, ...] = ()
+    summaries: tuple[ScoreSummary, ...] = ()
+
+
+def scores_of(
+    method: ProgramMethod, leaves: Sequence[Leaf], scores: Iterable[Scores] | None, n_threads: int
+) -> list[LeafScores]:
+    """The scores of every leaf, checked.
+
+    Raises:
+        ArgumentError: scores are missing, of another number than the models, negative or not finite, or given
+            to a method that reads none.
+        StateDictError: a leaf has no score.
+        ShapeError, DTypeError, DeviceError, LayoutError: a score does not fit its leaf.
+        StatisticsError: a statistics file is damaged, or of another model.
+    """
+    if method.score_kind is None:
+        if scores is not None:
+            raise ArgumentError(f"method {method.info.name!r} reads no scores; expected scores=None.")
+        return [LeafScores()] * len(leaves)
+    if scores is None:
+        raise ArgumentError(
+            f"method {method.info.name!r} needs scores; pass scores=, one per model: a statistics file that "
+            f"holds {method.score_kind!r}, or tensors by name."
+        )
+    given = scores if isinstance(scores, list | tuple) else model_list(scores)
+    n_models = len(leaves[0].models) if leaves else len(given)
+    if len(given) != n_models:
+        raise ArgumentError(f"scores has {len(given)} items for {n_models} models; expected one per model.")
+    by_model = [
+        _of_model(method.score_kind, one, leaves, f"scores[{k}]", n_threads) for k, one in enumerate(given)
+    ]
+    return [
+        LeafScores(tuple(v for v, _ in row), tuple(s for _, s in row)) for row in zip(*by_model, strict=True)
+    ]
+
+
+def _of_model(
+    kind: str, scores: Any, leaves: Sequence[Leaf], role: str, n_threads: int
+) -> list[tuple[View, ScoreSummary]]:
+    """View and summary of every leaf's score of one model."""
+    if isinstance(scores, str | os.PathLike):
+        scores = open_statistics(scores)
+    tensors = None if isinstance(scores, StatisticsFile) else named_tensors(scores, role)
+    found = []
+    for leaf in leaves:
+        if tensors is None:
+            scores.entry(leaf.name, kind, tuple(leaf.base.shape))
+            tensor = read_mean(scores, leaf.name, kind, "sum").to(leaf.base.device)
+        else:
+            tensor = _named(tensors, leaf, role)
+        check_same(leaf.name, role, tensor, "base", leaf.base)
+        seen = view(tensor, leaf.name, role)
+        found.append((seen, _summary(seen, leaf.name, role, n_threads)))
+    norm = math.sqrt(math.fsum(summary.squares for _, summary in found))
+    return [(seen, replace(summary, model_norm=norm)) for seen, summary in found]
+
+
+def _named(tensors: Mapping[str, Tensor], leaf: Leaf, role: str) -> Tensor:
+    for name in (leaf.name, *leaf.aliases):
+        if name in tensors:
+            found = tensors[name].detach()
+            return found.to(torch.float32) if found.dtype == torch.float64 else found
+    raise StateDictError(
+        f"{role} has no score of tensor {leaf.name!r}; expected one for every floating-point tensor of base."
+    )
+
+
+def _summary(scores: View, name: str, role: str, n_threads: int) -> ScoreSummary:
+    """Extremes and exact sums.
+
+    Raises:
+        ArgumentError: a score is negative, NaN or infinite.
+    """
+    n = scores.n_elements
+    if n == 0:
+        return ScoreSummary(n_elements=0, least=0.0, most=0.0, l1=0.0, squares=0.0)
+    least, most = (float(value) for value in torch.aminmax(scores.owner))
+    if not (least >= 0.0 and math.isfinite(most)):
+        raise ArgumentError(
+            f"tensor {name!r}: {role} has values from {least} to {most}; expected finite ones of 0 or more."
+        )
+    table = WorkTable([Entry(name=name, models=(scores,))], 1)
+    plain = [TensorScalars(models=[ModelScalars()])]
+    wants = Wants.L1 | Wants.SQUARES
+    (sums,) = backend_for(table).measure(table, Program(), plain, wants, n_threads)
+    return ScoreSummary(n_elements=n, least=least, most=most, l1=sums.l1[0], squares=sums.gram[0][0])
