@@ -233,8 +233,8 @@ class _Prepared:
             "recipe": hashlib.sha256(self.recipe.text.encode()).hexdigest(),
             "seed": self.seed,
             "inputs": {
-                path: found.identity()
-                for path, found in (*self.checkpoints.items(), *self.statistics.items())
+                **{path: checkpoint.identity() for path, checkpoint in self.checkpoints.items()},
+                **{path: file.identity() for path, file in self.statistics.items()},
             },
         }
 
