@@ -84,6 +84,18 @@ LAYERS = {
         ),
         outside=("torch",),
     ),
+    "tvfast.importance": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast.methods",
+            "tvfast.ops",
+            "tvfast.merging",
+            "tvfast.statistics",
+            "tvfast._leaves",
+            "tvfast._scores",
+        ),
+        outside=("torch",),
+    ),
     "tvfast._leaves": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops"), outside=("torch",)),
     "tvfast.merging": Layer(
         inside=(

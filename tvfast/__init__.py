@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvfast import errors as errors
+    from tvfast import importance as importance
     from tvfast import methods as methods
     from tvfast import ops as ops
     from tvfast import program as program
+    from tvfast import statistics as statistics
     from tvfast.checkpoints import Plan as Plan
     from tvfast.checkpoints import Progress as Progress
     from tvfast.checkpoints import Recipe as Recipe
@@ -40,7 +42,7 @@ _HOMES = {
     "Recipe": "tvfast.checkpoints",
     "Report": "tvfast.checkpoints",
 }
-_MODULES = ("errors", "methods", "ops", "program")
+_MODULES = ("errors", "importance", "methods", "ops", "program", "statistics")
 
 __all__ = [
     "Comparison",
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "compare",
     "errors",
+    "importance",
     "load_recipe",
     "merge",
     "merge_",
@@ -59,6 +62,7 @@ __all__ = [
     "ops",
     "plan",
     "program",
+    "statistics",
 ]
 
 
