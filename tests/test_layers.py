@@ -84,6 +84,11 @@ LAYERS = {
         ),
         outside=("torch",),
     ),
+    # `tvfast collect`: YAML is read as recipes are, models come from transformers.
+    "tvfast.collection": Layer(
+        inside=("tvfast.errors", "tvfast.importance", "tvfast.recipe", "tvfast.statistics"),
+        outside=("torch", "transformers"),
+    ),
     "tvfast.importance": Layer(
         inside=(
             "tvfast.errors",
@@ -133,7 +138,6 @@ LAYERS = {
             "tvfast.checkpoint",
             "tvfast.recipe",
             "tvfast.engine",
-            "tvfast.statistics",
         ),
         exactly=("tvfast",),
     ),
@@ -142,7 +146,7 @@ LAYERS = {
     # `bench` times torch tensors.
     "tvfast.cli": Layer(
         inside=("tvfast.demo",),
-        exactly=(*PUBLIC, "tvfast.recipe", "tvfast.checkpoint.reading"),
+        exactly=(*PUBLIC, "tvfast.recipe", "tvfast.checkpoint.reading", "tvfast.collection"),
         outside=("torch",),
     ),
 }

@@ -26,7 +26,6 @@ from tvfast.engine.run import Progress, Run, Silence
 from tvfast.engine.staging import Staging
 from tvfast.errors import ArgumentError, BackendError
 from tvfast.recipe import Recipe, load_recipe
-from tvfast.statistics import StatisticsFile, open_statistics
 
 __all__ = ["Plan", "Progress", "Recipe", "Report", "load_recipe", "merge_checkpoints", "plan"]
 
@@ -204,7 +203,6 @@ class _Prepared:
 
     recipe: Recipe
     checkpoints: dict[str, Checkpoint]
-    statistics: dict[str, StatisticsFile]
     binding: Binding
     plan: Plan
     seed: int
@@ -213,14 +211,14 @@ class _Prepared:
     def inputs(self) -> list[str]:
         """Directories and files that are read and must not be written to."""
         found = [checkpoint.directory or checkpoint.path for checkpoint in self.checkpoints.values()]
-        found += self.statistics
+        found += self.binding.statistics
         return found if self.binding.tokenizer is None else [*found, self.binding.tokenizer]
 
     @property
     def files(self) -> dict[str, FileState]:
         """Every file that tensors are read from, as it was when its header was."""
         headers = [header for checkpoint in self.checkpoints.values() for header in checkpoint.headers]
-        headers += [file.header for file in self.statistics.values()]
+        headers += [file.header for file in self.binding.statistics.values()]
         return {header.path: FileState(header.n_bytes, header.mtime_ns) for header in headers}
 
     def identity(self) -> dict[str, Any]:
@@ -234,7 +232,7 @@ class _Prepared:
             "seed": self.seed,
             "inputs": {
                 **{path: checkpoint.identity() for path, checkpoint in self.checkpoints.items()},
-                **{path: file.identity() for path, file in self.statistics.items()},
+                **{path: file.identity() for path, file in self.binding.statistics.items()},
             },
         }
 
@@ -247,14 +245,12 @@ def _prepare(config: Config, *, memory: int | None, threads: int, seed: int | No
         _check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
     recipe = config if isinstance(config, Recipe) else load_recipe(config)
     checkpoints = {path: open_checkpoint(path) for path in recipe.model_paths()}
-    statistics = {path: open_statistics(path) for path in recipe.stats_paths}
-    binding = bind(recipe, checkpoints, statistics, seed=seed)
+    binding = bind(recipe, checkpoints, seed=seed)
     layout: Layout = make_layout(
         [(task.name, task.dtype, task.shape) for task in binding.tasks], recipe.shard_bytes, {}
     )
     planned = make_plan(binding, layout, memory=memory, n_threads=threads)
-    chosen = recipe.seed if seed is None else seed
-    return _Prepared(recipe, checkpoints, statistics, binding, planned, chosen)
+    return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed)
 
 
 def _check(

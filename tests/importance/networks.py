@@ -24,6 +24,19 @@ class Scale(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
+class Shift(nn.Module):
+    """Holds a parameter that a module inside holds, too, as heads of masked language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.bias = self.inner.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
 class Network(nn.Module):
     """Embeddings, linear layers, norms, a convolution, a layer called twice, in-place work, a tied head."""
 
@@ -43,13 +56,14 @@ class Network(nn.Module):
         self.head = nn.Linear(6, 11, bias=False)
         if tied:
             self.head.weight = self.embed.weight
+        self.shift = Shift()
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
         x = x + self.down(self.scale(self.activation(self.up(self.norm(x)))))
         x = x + torch.tanh(self.twice(torch.tanh(self.twice(x))))
         x = x + self.back(self.mix(x.transpose(1, 2)).transpose(1, 2))
-        return self.head(x * self.outside)
+        return self.head(self.shift(x * self.outside))
 
 
 def batch_of(n: int, n_tokens: int = 5, seed: int = 0) -> Batch:

@@ -62,7 +62,7 @@ class Scoring:
                 f"{some(self._without)} have no statistics in any model: merged without, as "
                 "on_missing_stats: plain says."
             )
-        if self._recipe.stats_paths and not self._reads:
+        if self._statistics and not self._reads:
             yield f"method {self._recipe.method!r} reads no statistics; stats have no effect."
 
     def _file(self, source: Source, method: ProgramMethod) -> StatisticsFile:

@@ -186,8 +186,11 @@ def _by_running_again(call: Call, local: str, e: Tensor, part: slice | None, n_s
         own = parameter.detach().requires_grad_()
         args = _part(call.args, part, n_samples)
         kwargs = _part(call.kwargs, part, n_samples)
-        output = functional_call(call.module, {local: own}, args, kwargs)
-        (found,) = torch.autograd.grad(output, own, e, allow_unused=True)
+        # Not tied: modules inside that hold the same parameter have calls of their own.
+        output = functional_call(call.module, {local: own}, args, kwargs, tie_weights=False)
+        found = None
+        if output.requires_grad:
+            (found,) = torch.autograd.grad(output, own, e, allow_unused=True)
     return torch.zeros_like(parameter) if found is None else found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -88,11 +89,17 @@ def objectives(
         yield (root * logp).reshape(len(logp), -1).sum(1)
 
 
+def generator_of(seed: int, sample: int) -> torch.Generator:
+    """Random numbers of one sample, whatever batch it is in."""
+    digest = hashlib.blake2b(f"{seed}\0{sample}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))  # reads 32 bits
+
+
 def _drawn(logp: Tensor, seed: int, first: int) -> Tensor:
     """A label for every position, from the model's own distribution."""
     drawn = torch.empty(logp.shape[:-1], dtype=torch.float64)
     for n in range(len(logp)):
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + first + n) % 2**63)
+        generator = generator_of(seed, first + n)
         drawn[n] = torch.rand(logp.shape[1:-1], dtype=torch.float64, generator=generator)
     cumulated = logp.double().exp().cumsum(-1).cpu()
     drawn = (drawn * cumulated[..., -1]).unsqueeze(-1)

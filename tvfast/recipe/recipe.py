@@ -119,8 +119,7 @@ class Recipe:
         """What is ranked together; None: the method's or dialect's own choice."""
         return self.words.get("scope")
 
-    @property
-    def stats_paths(self) -> tuple[str, ...]:
+    def statistics_paths(self) -> tuple[str, ...]:
         """Every statistics file, once."""
         found = [source.stats for part in self.slices for source in part.sources]
         return tuple(dict.fromkeys(path for path in found if path is not None))
