@@ -18,7 +18,9 @@ from tvfast.ops._views import check_same, view
 from tvfast.ops.raw import Wants, backend_for
 from tvfast.program import Entry, ModelScalars, Program, ScoreSummary, TensorScalars, View, WorkTable
 from tvfast.statistics import StatisticsFile, open_statistics
-from tvfast.statistics.tensors import read_mean
+from tvfast.statistics.tensors import read_sum
+
+ROLE = "sum"
 
 Scores: TypeAlias = Weights | StatisticsFile | str | os.PathLike[str]
 """Scores of one model: tensors by name, or the statistics file that holds them."""
@@ -71,19 +73,38 @@ def _of_model(
     """View and summary of every leaf's score of one model."""
     if isinstance(scores, str | os.PathLike):
         scores = open_statistics(scores)
-    tensors = None if isinstance(scores, StatisticsFile) else named_tensors(scores, role)
+    if isinstance(scores, StatisticsFile):
+        norm = scores.norm(kind, ROLE)
+        return [_of_file(kind, scores, leaf, role, norm) for leaf in leaves]
+    tensors = named_tensors(scores, role)
     found = []
     for leaf in leaves:
-        if tensors is None:
-            scores.entry(leaf.name, kind, tuple(leaf.base.shape))
-            tensor = read_mean(scores, leaf.name, kind, "sum").to(leaf.base.device)
-        else:
-            tensor = _named(tensors, leaf, role)
+        tensor = _named(tensors, leaf, role)
         check_same(leaf.name, role, tensor, "base", leaf.base)
         seen = view(tensor, leaf.name, role)
         found.append((seen, _summary(seen, leaf.name, role, n_threads)))
     norm = math.sqrt(math.fsum(summary.squares for _, summary in found))
     return [(seen, replace(summary, model_norm=norm)) for seen, summary in found]
+
+
+def _of_file(
+    kind: str, file: StatisticsFile, leaf: Leaf, role: str, norm: float
+) -> tuple[View, ScoreSummary]:
+    """View and summary of a leaf's sums, as a merge of checkpoints reads them."""
+    entry = file.entry(leaf.name, kind, tuple(leaf.base.shape))
+    sums = read_sum(file, leaf.name, kind, ROLE).to(leaf.base.device)
+    check_same(leaf.name, role, sums, "base", leaf.base)
+    known = entry.summary(ROLE, file.path)
+    summary = ScoreSummary(
+        n_elements=sums.numel(),
+        least=known.least,
+        most=known.most,
+        l1=known.l1,
+        squares=known.squares,
+        divisor=file.divisor(leaf.name, kind, ROLE),
+        model_norm=norm,
+    )
+    return view(sums, leaf.name, role), summary
 
 
 def _named(tensors: Mapping[str, Tensor], leaf: Leaf, role: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -96,15 +95,9 @@ class Scoring:
         )
 
     def _norm(self, file: StatisticsFile, kind: str) -> float:
-        """The norm of all scores of the file; parameters that no data reached have none."""
         key = (file.path, kind)
         if key not in self._norms:
-            squares = []
-            for (_, found), entry in file.entries.items():
-                count = entry.counts[entry.roles[ROLE].count] if found == kind else 0
-                if count:
-                    squares.append(entry.summary(ROLE, file.path).squares / count**2)
-            self._norms[key] = math.sqrt(math.fsum(squares))
+            self._norms[key] = file.norm(kind, ROLE)
         return self._norms[key]
 
     def _without_scores(self, method: ProgramMethod) -> ProgramMethod:

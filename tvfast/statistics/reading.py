@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,6 +111,19 @@ class StatisticsFile:
             StatisticsError: no such record, or its count is zero.
         """
         return self.entry(parameter, kind).divisor(role, self.path)
+
+    def norm(self, kind: str, role: str) -> float:
+        """‖·‖₂ of the means of all parameters with a record of a kind; those that no data reached have none.
+
+        Raises:
+            StatisticsError: a record has no summary.
+        """
+        squares = []
+        for entry in self.entries.values():
+            count = entry.counts[entry.roles[role].count] if entry.kind == kind else 0
+            if count:
+                squares.append(entry.summary(role, self.path).squares / count**2)
+        return math.sqrt(math.fsum(squares))
 
     def read(self, parameter: str, kind: str) -> Record:
         """A record with its sums; those of shared roles are read too, and not marked as shared.
