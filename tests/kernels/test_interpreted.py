@@ -28,7 +28,7 @@ from tests.strategies import (
     table_of,
 )
 from tvfast import merge, methods
-from tvfast.errors import ArgumentError
+from tvfast.errors import ArgumentError, BackendError
 from tvfast.ops.raw import Backend, Wants
 from tvfast.program import (
     Ballot,
@@ -300,7 +300,7 @@ def test_the_checks_of_every_backend(interpreted: Backend) -> None:
     test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(interpreted)
 
 
-@pytest.mark.parametrize("name", sorted(methods.METHODS))
+@pytest.mark.parametrize("name", sorted(n for n, info in methods.METHODS.items() if not info.needs_scores))
 def test_every_method(interpreted: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(17, 15, generator=generator).bfloat16()
@@ -310,6 +310,12 @@ def test_every_method(interpreted: Backend, name: str, monkeypatch: pytest.Monke
     found = merge(base, models, name)
     monkeypatch.setenv("TVFAST_BACKEND", "reference")
     assert_same_bits([found], [merge(base, models, name)], name)
+
+
+def test_scores_go_to_a_backend_that_reads_them(interpreted: Backend) -> None:
+    base, scores = torch.zeros(5), torch.arange(5.0)
+    with pytest.raises(BackendError, match="no kernel for mapped scores"):
+        merge(base, [base + 1], "sta", scores=[scores])
 
 
 def test_wants_have_the_bits_of_the_kernels(interpreted: Backend) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tvfast
+from tests.methods.inputs import scores_for
 from tvfast import errors, merging
 from tvfast.errors import (
     BackendError,
@@ -78,10 +79,11 @@ def test_in_place_equals_out_of_place(method: str) -> None:
     n = 1 if METHODS[method].n_models[1] == 1 else 3
     base, models = state(0, b=torch.bfloat16), [state(k + 1, a=torch.float16) for k in range(n)]
     before = copy.deepcopy((base, models))
-    expected = tvfast.merge(base, models, method=method)
+    scores = scores_for(method, {name: t for name, t in base.items() if t.is_floating_point()}, n)
+    expected = tvfast.merge(base, models, method=method, **scores)
     assert all(same(base[k], before[0][k]) for k in base)
     addresses = {k: v.data_ptr() for k, v in base.items()}
-    assert tvfast.merge_(base, models, method=method) is base
+    assert tvfast.merge_(base, models, method=method, **scores) is base
     assert {k: v.data_ptr() for k, v in base.items()} == addresses
     assert all(same(base[k], expected[k]) for k in base)
     assert all(same(m[k], old[k]) for m, old in zip(models, before[1], strict=True) for k in m)
@@ -326,11 +328,11 @@ def test_nothing_to_merge_is_no_error() -> None:
 
 
 def test_every_method_is_described() -> None:
-    assert len(METHODS) == 12
+    assert len(METHODS) == 15
     for name, info in METHODS.items():
         assert info.formula.startswith(("θ =", "θ ="))
         assert info.source
-        assert info.dialects[0] == "mergekit"
+        assert info.dialects[0] == "mergekit" or info.needs_scores  # mergekit has no method on statistics
         assert all(p.meaning for p in info.parameters), name
         assert {"scale", "seed", "tie", "dialect"} <= {p.name for p in info.parameters}
 

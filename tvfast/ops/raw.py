@@ -37,7 +37,7 @@ class Backend(Protocol):
     """What every backend implements; `docs/architecture.md` gives the contract.
 
     One whose attribute `maps_scores` is true reads `Entry.score_maps`, and with them `Cross` and
-    `Weighting.SCORE`; others never see a table that has them.
+    `Weighting.SCORE`; others never see a table that has maps, or summaries to make them of.
     """
 
     name: str
