@@ -36,6 +36,7 @@ def merge_(
     tie: str | None = None,
     dialect: str = "mergekit",
     scores: Iterable[Scores] | None = None,
+    on_missing_stats: str = "error",
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -61,6 +62,8 @@ def merge_(
         scores: for the methods that need them, one per model: what each entry is worth to the model (mean
             importance, mean Fisher; 0 or more), by the base's names and in its shapes, or a statistics file
             that holds it.
+        on_missing_stats: what a tensor means that no model has scores of, such as a buffer: "error", or
+            "plain": it is merged as if all of its entries counted alike.
         n_threads: 0 is all cores that the process may use. Does not change the result.
         **parameters: of the method, as `density=0.2`; a number is one value or one per model.
 
@@ -86,7 +89,7 @@ def merge_(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
-    found = scores_of(chosen, leaves, scores, n_threads)
+    found = scores_of(chosen, leaves, scores, on_missing_stats, n_threads)
     spans = [
         (
             span(leaf.base, leaf.name, "base", row),
@@ -113,6 +116,7 @@ def merge(
     tie: str | None = None,
     dialect: str = "mergekit",
     scores: Iterable[Scores] | None = None,
+    on_missing_stats: str = "error",
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -131,7 +135,7 @@ def merge(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
-    found = scores_of(chosen, leaves, scores, n_threads)
+    found = scores_of(chosen, leaves, scores, on_missing_stats, n_threads)
     if isinstance(base, nn.Module):
         merged = copy.deepcopy(base)
         targets = named_tensors(merged, "base")
@@ -179,11 +183,17 @@ def _run(
     n_threads: int,
 ) -> None:
     """Merge leaves into `outs`; every table has its backend before the first one is written."""
+    tables: list[tuple[ProgramMethod, WorkTable, Backend]] = []
+    for has_scores in (True, False):
+        rows = [k for k, own in enumerate(scores) if bool(own.views) == has_scores]
+        used = method.without_scores() if method.score_kind is not None and not has_scores else method
+        some = [leaves[k] for k in rows], [scores[k] for k in rows], [outs[k] for k in rows]
+        tables += [(used, table, backend) for table, backend in _tables(used, *some)]
     with torch.no_grad():
-        for table, backend in list(_tables(method, leaves, scores, outs)):
+        for used, table, backend in tables:
             planes = _Planes(table)
             statistics = TableStatistics(backend, table, planes.new, n_threads)
-            program, scalars = method.resolve(statistics)
+            program, scalars = used.resolve(statistics)
             backend.combine(table, program, scalars, n_threads)
             for entry in table.entries:
                 entry.masks = ()
