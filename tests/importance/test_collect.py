@@ -218,6 +218,22 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_memory_does_not_grow_with_samples() -> None:
+    n, o, i = 48, 256, 256
+    model = nn.Sequential(nn.Linear(i, o), nn.Tanh(), nn.Linear(o, 3))
+    batch = {"x": torch.randn(n, 4, i)}
+
+    def loss(one: nn.Module, of: Batch) -> Tensor:
+        found: Tensor = one(of["x"]).square().sum((1, 2))
+        return found
+
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
+        collect(model, loss, [batch])
+    largest = max(event.cpu_memory_usage for event in profile.function_events)
+    activations, gradients = 4 * n * 4 * i, 4 * o * i
+    assert largest < 2 * activations + 2 * gradients < 4 * n * o * i / 10
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
