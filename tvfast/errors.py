@@ -55,5 +55,9 @@ class MergeError(TvfastError, RuntimeError):
     """A merge of checkpoints cannot go on; what is finished is kept for `--resume`."""
 
 
+class SolveError(MergeError):
+    """The equations of a layer have no usable solution: singular or non-finite factors."""
+
+
 class OutputError(MergeError):
     """The output directory cannot be used, or written."""
