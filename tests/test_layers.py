@@ -43,6 +43,7 @@ LAYERS = {
             "tvfast.merging",
             "tvfast.comparing",
             "tvfast.checkpoints",
+            "tvfast.curvature",
         )
     ),
     "tvfast.errors": Layer(),
@@ -72,7 +73,17 @@ LAYERS = {
     "tvfast.ops.triton_products": Layer(
         inside=("tvfast.program", "tvfast.factored", "tvfast.kernels"), outside=("torch",)
     ),
-    "tvfast.methods": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw")),
+    "tvfast.factors": Layer(
+        inside=("tvfast.errors", "tvfast.ops", "tvfast.statistics", "tvfast.statistics.tensors"),
+        outside=("torch",),
+    ),
+    "tvfast.methods": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw", "tvfast.methods.kronecker")
+    ),
+    # The one method module that calls torch: when it merges, and not before.
+    "tvfast.methods.kronecker": Layer(
+        inside=("tvfast.errors", "tvfast.methods", "tvfast.factors"), outside=("torch",)
+    ),
     "tvfast._scores": Layer(
         inside=(
             "tvfast.errors",
@@ -108,8 +119,23 @@ LAYERS = {
             "tvfast.program",
             "tvfast.ops",
             "tvfast.methods",
+            "tvfast.merging_tensors",
             "tvfast._leaves",
             "tvfast._scores",
+        ),
+        outside=("torch",),
+    ),
+    "tvfast.merging_tensors": Layer(
+        inside=("tvfast.errors", "tvfast.methods", "tvfast.factors", "tvfast._leaves"), outside=("torch",)
+    ),
+    "tvfast.curvature": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast.factors",
+            "tvfast.methods",
+            "tvfast.statistics",
+            "tvfast.merging",
+            "tvfast._leaves",
         ),
         outside=("torch",),
     ),
@@ -130,7 +156,11 @@ LAYERS = {
             "tvfast.checkpoint",
             "tvfast.recipe",
             "tvfast.statistics",
+            "tvfast.engine.tensors",
         )
+    ),
+    "tvfast.engine.tensors": Layer(
+        inside=("tvfast.errors", "tvfast.methods", "tvfast.factors", "tvfast.engine"), outside=("torch",)
     ),
     "tvfast.checkpoints": Layer(
         inside=(

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tvfast import curvature as curvature
     from tvfast import errors as errors
     from tvfast import importance as importance
     from tvfast import methods as methods
@@ -42,7 +43,7 @@ _HOMES = {
     "Recipe": "tvfast.checkpoints",
     "Report": "tvfast.checkpoints",
 }
-_MODULES = ("errors", "importance", "methods", "ops", "program", "statistics")
+_MODULES = ("curvature", "errors", "importance", "methods", "ops", "program", "statistics")
 
 __all__ = [
     "Comparison",
@@ -52,6 +53,7 @@ __all__ = [
     "Report",
     "__version__",
     "compare",
+    "curvature",
     "errors",
     "importance",
     "load_recipe",

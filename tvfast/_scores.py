@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from tvfast._leaves import Leaf, Weights, model_list, named_tensors
 from tvfast.errors import ArgumentError, StateDictError
 from tvfast.methods import ProgramMethod
-from tvfast.methods.base import check_name
 from tvfast.ops._views import check_same, view
 from tvfast.ops.raw import Wants, backend_for
 from tvfast.program import Entry, ModelScalars, Program, ScoreSummary, TensorScalars, View, WorkTable
@@ -36,16 +35,11 @@ class LeafScores:
 
 
 def scores_of(
-    method: ProgramMethod,
-    leaves: Sequence[Leaf],
-    scores: Iterable[Scores] | None,
-    on_missing: str,
-    n_threads: int,
+    method: ProgramMethod, leaves: Sequence[Leaf], scores: Iterable[Scores] | None, n_threads: int
 ) -> list[LeafScores]:
-    """The scores of every leaf, checked; empty where the method reads none, or `on_missing` is "plain".
+    """The scores of every leaf, checked.
 
     Raises:
-        UnknownNameError: `on_missing`.
         ArgumentError: scores are missing, of another number than the models, negative or not finite, or given
             to a method that reads none.
         StateDictError: a leaf has no score.
@@ -65,44 +59,27 @@ def scores_of(
     n_models = len(leaves[0].models) if leaves else len(given)
     if len(given) != n_models:
         raise ArgumentError(f"scores has {len(given)} items for {n_models} models; expected one per model.")
-    check_name("on_missing_stats", on_missing, ("error", "plain"), f"method {method.info.name!r}")
-    kind, opened = method.score_kind, []
-    for k, one in enumerate(given):
-        file = open_statistics(one) if isinstance(one, str | os.PathLike) else one
-        opened.append(file if isinstance(file, StatisticsFile) else named_tensors(file, f"scores[{k}]"))
-    have = [leaf for leaf in leaves if on_missing == "error" or any(_has(one, leaf, kind) for one in opened)]
-    by_model = [_of_model(kind, one, have, f"scores[{k}]", n_threads) for k, one in enumerate(opened)]
-    rows = iter(zip(*by_model, strict=True))
-    found = {leaf.name: next(rows) for leaf in have}
+    by_model = [
+        _of_model(method.score_kind, one, leaves, f"scores[{k}]", n_threads) for k, one in enumerate(given)
+    ]
     return [
-        LeafScores(tuple(v for v, _ in found[leaf.name]), tuple(s for _, s in found[leaf.name]))
-        if leaf.name in found
-        else LeafScores()
-        for leaf in leaves
+        LeafScores(tuple(v for v, _ in row), tuple(s for _, s in row)) for row in zip(*by_model, strict=True)
     ]
 
 
-def _has(scores: StatisticsFile | Mapping[str, Tensor], leaf: Leaf, kind: str) -> bool:
-    names = (leaf.name, *leaf.aliases)
-    if isinstance(scores, StatisticsFile):
-        return any((name, kind) in scores.entries for name in names)
-    return any(name in scores for name in names)
-
-
 def _of_model(
-    kind: str,
-    scores: StatisticsFile | Mapping[str, Tensor],
-    leaves: Sequence[Leaf],
-    role: str,
-    n_threads: int,
+    kind: str, scores: Any, leaves: Sequence[Leaf], role: str, n_threads: int
 ) -> list[tuple[View, ScoreSummary]]:
     """View and summary of every leaf's score of one model."""
+    if isinstance(scores, str | os.PathLike):
+        scores = open_statistics(scores)
     if isinstance(scores, StatisticsFile):
         norm = scores.norm(kind, ROLE)
         return [_of_file(kind, scores, leaf, role, norm) for leaf in leaves]
+    tensors = named_tensors(scores, role)
     found = []
     for leaf in leaves:
-        tensor = _named(scores, leaf, role)
+        tensor = _named(tensors, leaf, role)
         check_same(leaf.name, role, tensor, "base", leaf.base)
         seen = view(tensor, leaf.name, role)
         found.append((seen, _summary(seen, leaf.name, role, n_threads)))
@@ -114,9 +91,8 @@ def _of_file(
     kind: str, file: StatisticsFile, leaf: Leaf, role: str, norm: float
 ) -> tuple[View, ScoreSummary]:
     """View and summary of a leaf's sums, as a merge of checkpoints reads them."""
-    name = next((one for one in (leaf.name, *leaf.aliases) if (one, kind) in file.entries), leaf.name)
-    entry = file.entry(name, kind, tuple(leaf.base.shape))
-    sums = read_sum(file, name, kind, ROLE).to(leaf.base.device)
+    entry = file.entry(leaf.name, kind, tuple(leaf.base.shape))
+    sums = read_sum(file, leaf.name, kind, ROLE).to(leaf.base.device)
     check_same(leaf.name, role, sums, "base", leaf.base)
     known = entry.summary(ROLE, file.path)
     summary = ScoreSummary(
@@ -125,7 +101,7 @@ def _of_file(
         most=known.most,
         l1=known.l1,
         squares=known.squares,
-        divisor=file.divisor(name, kind, ROLE),
+        divisor=file.divisor(leaf.name, kind, ROLE),
         model_norm=norm,
     )
     return view(sums, leaf.name, role), summary

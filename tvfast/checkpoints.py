@@ -172,6 +172,7 @@ def merge_checkpoints(
                 )
                 outcome = run.execute()
                 read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
+                warnings += outcome.notes
                 for name, data in companions(prepared.recipe, prepared.binding).items():
                     staging.add_file(name, data)
                 staging.commit()

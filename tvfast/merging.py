@@ -6,6 +6,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors, strip_wrappers
 from tvfast._scores import LeafScores, Scores, scores_of
-from tvfast.errors import BackendError, DeviceError
-from tvfast.methods import ProgramMethod, TableStatistics, make_method
+from tvfast.errors import ArgumentError, BackendError, DeviceError
+from tvfast.merging_tensors import check_statistics, merge_tensors
+from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod, make_method
 from tvfast.methods.base import PerModel, share_groups
 from tvfast.methods.statistics import PLANE_BYTES
 from tvfast.ops._check import threads
@@ -36,7 +38,8 @@ def merge_(
     tie: str | None = None,
     dialect: str = "mergekit",
     scores: Iterable[Scores] | None = None,
-    on_missing_stats: str = "error",
+    stats: Sequence[Any] | None = None,
+    report: list[str] | None = None,
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -62,9 +65,13 @@ def merge_(
         scores: for the methods that need them, one per model: what each entry is worth to the model (mean
             importance, mean Fisher; 0 or more), by the base's names and in its shapes, or a statistics file
             that holds it.
-        on_missing_stats: what a tensor means that no model has scores of, such as a buffer: "error", or
-            "plain": it is merged as if all of its entries counted alike.
-        n_threads: 0 is all cores that the process may use. Does not change the result.
+        stats: for the methods that weigh by curvature, one per model: statistics of
+        `tvfast.curvature.collect`
+            or the file that holds them.
+        report: lines are appended on what such a method averaged for want of factors, and on systems that it
+            solved otherwise than asked. None: matrices without factors give a warning.
+        n_threads: 0 is all cores that the process may use. Does not change the result. Methods that weigh by
+            curvature take torch's threads instead, and their last bits depend on them.
         **parameters: of the method, as `density=0.2`; a number is one value or one per model.
 
     Returns:
@@ -89,7 +96,7 @@ def merge_(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
-    found = scores_of(chosen, leaves, scores, on_missing_stats, n_threads)
+    extra = _Extra.of(chosen, leaves, scores, stats, report, n_threads)
     spans = [
         (
             span(leaf.base, leaf.name, "base", row),
@@ -98,7 +105,7 @@ def merge_(
         for row, leaf in enumerate(leaves)
     ]
     check_overlap([out for out, _ in spans], [item for _, inputs in spans for item in inputs])
-    _run(chosen, leaves, found, [leaf.base for leaf in leaves], n_threads)
+    _run(chosen, leaves, extra, [leaf.base for leaf in leaves], n_threads)
     for leaf in leaves:
         if not leaf.base.is_inference():
             torch.autograd.graph.increment_version(leaf.base)  # the write went past autograd
@@ -116,7 +123,8 @@ def merge(
     tie: str | None = None,
     dialect: str = "mergekit",
     scores: Iterable[Scores] | None = None,
-    on_missing_stats: str = "error",
+    stats: Sequence[Any] | None = None,
+    report: list[str] | None = None,
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -135,14 +143,14 @@ def merge(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
-    found = scores_of(chosen, leaves, scores, on_missing_stats, n_threads)
+    extra = _Extra.of(chosen, leaves, scores, stats, report, n_threads)
     if isinstance(base, nn.Module):
         merged = copy.deepcopy(base)
         targets = named_tensors(merged, "base")
-        _run(chosen, leaves, found, [targets[leaf.name] for leaf in leaves], n_threads)
+        _run(chosen, leaves, extra, [targets[leaf.name] for leaf in leaves], n_threads)
         return merged
     outs = [torch.empty_like(leaf.base, requires_grad=False) for leaf in leaves]
-    _run(chosen, leaves, found, outs, n_threads)
+    _run(chosen, leaves, extra, outs, n_threads)
     by_name = {
         name: out for leaf, out in zip(leaves, outs, strict=True) for name in (leaf.name, *leaf.aliases)
     }
@@ -167,7 +175,7 @@ def _leaf_like(value: Any, merged: Tensor | None) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _checked(base: Weights, models: Iterable[Weights], method: ProgramMethod, n_threads: int) -> list[Leaf]:
+def _checked(base: Weights, models: Iterable[Weights], method: Method, n_threads: int) -> list[Leaf]:
     """The leaves of a call whose arguments fit the method."""
     threads(n_threads)
     found = model_list(models)
@@ -175,25 +183,49 @@ def _checked(base: Weights, models: Iterable[Weights], method: ProgramMethod, n_
     return match(base, found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Extra:
+    """What a method reads beside weights: scores of every leaf, or statistics of every model."""
+
+    scores: Sequence[LeafScores]
+    stats: Sequence[Any] | None
+    report: list[str] | None
+
+    @staticmethod
+    def of(
+        method: Method,
+        leaves: Sequence[Leaf],
+        scores: Iterable[Scores] | None,
+        stats: Sequence[Any] | None,
+        report: list[str] | None,
+        n_threads: int,
+    ) -> _Extra:
+        """Checked before anything is written."""
+        check_statistics(method, stats, len(leaves[0].models) if leaves else None)
+        if isinstance(method, ProgramMethod):
+            return _Extra(scores_of(method, leaves, scores, n_threads), None, None)
+        if scores is not None:
+            raise ArgumentError(f"method {method.info.name!r} reads no scores; expected scores=None.")
+        return _Extra([LeafScores()] * len(leaves), stats, report)
+
+
 def _run(
-    method: ProgramMethod,
-    leaves: Sequence[Leaf],
-    scores: Sequence[LeafScores],
-    outs: Sequence[Tensor],
-    n_threads: int,
+    method: Method, leaves: Sequence[Leaf], extra: _Extra, outs: Sequence[Tensor], n_threads: int
 ) -> None:
     """Merge leaves into `outs`; every table has its backend before the first one is written."""
-    tables: list[tuple[ProgramMethod, WorkTable, Backend]] = []
-    for has_scores in (True, False):
-        rows = [k for k, own in enumerate(scores) if bool(own.views) == has_scores]
-        used = method.without_scores() if method.score_kind is not None and not has_scores else method
-        some = [leaves[k] for k in rows], [scores[k] for k in rows], [outs[k] for k in rows]
-        tables += [(used, table, backend) for table, backend in _tables(used, *some)]
     with torch.no_grad():
-        for used, table, backend in tables:
+        if isinstance(method, TensorMethod):
+            assert extra.stats is not None
+            pairs = list(zip(leaves, outs, strict=True))
+            rest, average = merge_tensors(method, pairs, extra.stats, extra.report)
+            plain = _Extra([LeafScores()] * len(rest), None, None)
+            _run(average, [leaf for leaf, _ in rest], plain, [out for _, out in rest], n_threads)
+            return
+        assert isinstance(method, ProgramMethod)
+        for table, backend in list(_tables(method, leaves, extra.scores, outs)):
             planes = _Planes(table)
             statistics = TableStatistics(backend, table, planes.new, n_threads)
-            program, scalars = used.resolve(statistics)
+            program, scalars = method.resolve(statistics)
             backend.combine(table, program, scalars, n_threads)
             for entry in table.entries:
                 entry.masks = ()

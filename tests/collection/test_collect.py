@@ -52,10 +52,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Path], dict[str, Any]]]] 
 }
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["llama", "bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied-llama", "classifier"))],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_collect_then_merge(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +117,6 @@ def quick(folder: Path, make: Callable[[], Any] = llama, **entries: Any) -> Stat
     return run(read_configuration({"model": str(path), **entries}), folder / "stats")
 
 
-@pytest.mark.slow
 def test_scores_do_not_depend_on_batches(tmp_path: Path) -> None:
     first = quick(tmp_path, batch_size=1)
     means = {name: read_mean(first, name, "weight", "sum") for name in first.parameters("weight")}
@@ -141,7 +137,6 @@ def test_scores_are_those_of_the_loss_of_transformers(tmp_path: Path) -> None:
         torch.testing.assert_close(read_mean(stats, name, "weight", "sum"), expected, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.slow
 def test_choices_reach_the_file(tmp_path: Path) -> None:
     blocks = {"text": str(text_file(tmp_path)), "split": "blocks"}
     stats = quick(
@@ -160,7 +155,6 @@ def test_choices_reach_the_file(tmp_path: Path) -> None:
     assert (data["task"], data["split"], data["max_length"]) == ("causal_lm", "blocks", 6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["mats", "mats_true", "matena_raffel", "mergelm"])
 def test_readings_of_the_fisher(tmp_path: Path, fisher: str) -> None:
     data = {"jsonl": str(labelled_file(tmp_path))}
@@ -169,7 +163,6 @@ def test_readings_of_the_fisher(tmp_path: Path, fisher: str) -> None:
     assert float(read_mean(stats, "classifier.weight", "fisher", "sum").max()) > 0
 
 
-@pytest.mark.slow
 def test_masks_depend_on_the_seed_and_the_sample(tmp_path: Path) -> None:
     first = quick(tmp_path, bert, batch_size=1)
     one = read_mean(first, "bert.embeddings.position_embeddings.weight", "weight", "sum")
@@ -223,7 +216,6 @@ def test_refused_samples(tmp_path: Path) -> None:
         quick(tmp_path, data={"jsonl": str(data)})
 
 
-@pytest.mark.slow
 def test_the_command_keeps_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, "model", llama, 0)
     config = config_file(

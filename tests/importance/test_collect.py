@@ -57,7 +57,8 @@ def expected_mean(
     }
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("weight", False), ("delta", True), ("fisher", True)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["weight", "delta", "fisher"])
 def test_sums_are_of_single_samples(kind: str, tied: bool) -> None:
     model, base, batch = network(tied=tied), network(1, tied=tied), batch_of(N)
     theta = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -69,7 +70,7 @@ def test_sums_are_of_single_samples(kind: str, tied: bool) -> None:
     }[kind]
     expected = expected_mean(model, batch, score)
     options: dict[str, Any] = {"kind": kind, "base": base if kind == "delta" else None}
-    for batches in ([batch], split(batch, 1, 2, 3)):
+    for batches in ([batch], split(batch, 1, 2, 3), split(batch, *[1] * N)):
         assert_close(collect(model, losses, batches, **options), expected)
 
 
@@ -137,13 +138,13 @@ def test_drawn_labels_are_the_model_s_and_keyed_by_sample() -> None:
     )
     other = means(collect(model, class_logits, [batch], kind="fisher", fisher="mats_true", seed=4))
     assert not torch.allclose(first["up.weight"], other["up.weight"])
-    many = {key: value[:1].repeat(150, 1) for key, value in batch.items()}
+    many = {key: value[:1].repeat(400, 1) for key, value in batch.items()}
     drawn = means(
         collect(model, class_logits, [many], kind="fisher", fisher="mats_true", parameters=["back.bias"])
     )
     exact = means(collect(model, class_logits, split(batch, 1, 5)[:1], kind="fisher", fisher="matena_raffel",
                           parameters=["back.bias"]))  # fmt: skip
-    torch.testing.assert_close(drawn["back.bias"], exact["back.bias"], rtol=0.4, atol=0)
+    torch.testing.assert_close(drawn["back.bias"], exact["back.bias"], rtol=0.25, atol=0)
     tokens = collect(model, lambda m, b: m(b["tokens"]), [batch], kind="fisher", fisher="mats_true")
     assert set(means(tokens)) == set(first)
 

@@ -269,32 +269,6 @@ def test_scores_come_from_statistics_files(tmp_path: Path) -> None:
         tvfast.merge(other, [other, other], method="sta", scores=files)
 
 
-@pytest.mark.parametrize("method", ["sta", "sta_forget", "fisher"])
-def test_tensors_that_have_no_scores(method: str, tmp_path: Path) -> None:
-    base, models, scores = model(0), [model(1), model(2)], [powers(0), powers(1)]
-    some = [{name: t for name, t in one.items() if name != "head"} for one in scores]
-    with pytest.raises(StateDictError, match="no score of tensor 'head'"):
-        tvfast.merge(base, models, method=method, scores=some)
-    found = tvfast.merge(base, models, method=method, scores=some, on_missing_stats="plain", scale=0.5)
-    plain = {
-        "sta": ("task_arithmetic", 0.5),
-        "sta_forget": ("task_arithmetic", -0.5),
-        "fisher": ("linear", 0.5),
-    }
-    name, scale = plain[method]
-    assert exact_bits(found["head"], tvfast.merge(base, models, method=name, scale=scale)["head"])
-    options = {"dialect": "mats"} if method == "fisher" else {}
-    found = tvfast.merge(base, models, method=method, scores=some, on_missing_stats="plain", **options)
-    whole = tvfast.merge(base, models, method=method, scores=scores, **options)
-    assert all(exact_bits(found[key], whole[key]) for key in SHAPES if key != "head")
-    with pytest.raises(StateDictError, match="'head'"):
-        tvfast.merge(base, models, method=method, scores=[some[0], scores[1]], on_missing_stats="plain")
-    kind = "fisher" if method == "fisher" else "weight"
-    files = [stats_file(tmp_path / str(k), one, kind) for k, one in enumerate(some)]
-    again = tvfast.merge(base, models, method=method, scores=files, on_missing_stats="plain", **options)
-    assert exact_bits(again["head"], found["head"])
-
-
 BASE, ONE = torch.zeros(3), torch.ones(3)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "none": ({"method": "sta"}, ArgumentError, "needs scores"),

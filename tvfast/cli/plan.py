@@ -43,13 +43,13 @@ CPU_GB_S = {
     "sce": 0.67,
     "della_linear": 0.57,
     "della": 0.57,
-    "fisher": 7.7,
-    "sta": 4.0,
-    "sta_forget": 4.0,
+    "regmean": 0.033,
+    "kfac": 0.00075,
+    "mats": 0.00051,
 }
 """What one core takes in and gives out while it merges three bfloat16 models: an EPYC of two cores, in
-bench/results/20261122T001050-01a477f164e7.json. The last three take in float32 scores, too: CPU time of one
-thread there, beside other work."""
+bench/results/20261122T001050-01a477f164e7.json. The last three solve equations: layers of 1024 x 1024, and as
+much slower as layers are wider."""
 
 MEMORY_GB_S = 40.0
 """What all cores together do at most, there."""

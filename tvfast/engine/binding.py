@@ -14,10 +14,12 @@ from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
 from tvfast.engine.configuration import donor_of, patched_config, ties_embeddings
 from tvfast.engine.rows import Row, Rows
 from tvfast.engine.scoring import Scoring
+from tvfast.engine.statistics import ModelStatistics
 from tvfast.engine.tasks import Task
 from tvfast.engine.vocabulary import check_same_vocabulary, vocabulary_file
 from tvfast.errors import DTypeError, RecipeError, ShapeError
-from tvfast.methods import METHODS, ProgramMethod, make_method
+from tvfast.methods import METHODS, ProgramMethod, TensorMethod
+from tvfast.methods.passthrough import Passthrough
 from tvfast.recipe import Recipe, Resolver
 from tvfast.statistics import StatisticsFile, open_statistics
 
@@ -67,7 +69,8 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     rows = Rows(recipe, checkpoints)
     statistics = {path: open_statistics(path) for path in recipe.statistics_paths()}
     scoring = Scoring(recipe, statistics)
-    binder = _Binder(recipe, checkpoints, scoring, recipe.seed if seed is None else seed)
+    factors = ModelStatistics(recipe, checkpoints, statistics)
+    binder = _Binder(recipe, checkpoints, scoring, factors, recipe.seed if seed is None else seed)
     tasks, ties = binder.tied([(row, binder.task(row)) for row in rows.all()])
     donor = checkpoints[donor_of(recipe, checkpoints)]
     return Binding(
@@ -79,7 +82,7 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
             *recipe.warnings,
             *_doubts(recipe, checkpoints),
             *rows.warnings,
-            *scoring.warnings(),
+            *(factors.notes() if factors.is_read else scoring.warnings()),
         ),
         ties=ties,
         statistics=statistics,
@@ -90,14 +93,20 @@ class _Binder:
     """Makes tasks."""
 
     def __init__(
-        self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], scoring: Scoring, seed: int
+        self,
+        recipe: Recipe,
+        checkpoints: Mapping[str, Checkpoint],
+        scoring: Scoring,
+        factors: ModelStatistics,
+        seed: int,
     ) -> None:
+        self.factors = factors
         self.recipe = recipe
         self.scoring = scoring
         self.checkpoints = checkpoints
         self.resolver = Resolver(recipe, seed)
         self.needs_base = METHODS[recipe.method].needs_base
-        self.copy = make_method("passthrough")
+        self.copy = Passthrough()
 
     def task(self, row: Row) -> Task:
         """The task of a row, keyed by its own name."""
@@ -119,7 +128,7 @@ class _Binder:
             )
         names = [stored.name for stored in present]
         method = self.resolver.method(row.part, names, row.name, row.t)
-        if self.recipe.method == "passthrough":
+        if isinstance(method, Passthrough):
             return self._copied(row, reference, dtype, method)
         for k, stored in enumerate(present):
             if stored.dtype not in MERGEABLE:
@@ -128,6 +137,10 @@ class _Binder:
             raise self._not_mergeable(row, row.part.reference, reference)
         base = reference if self.needs_base else None
         models = tuple(present[k] for k in operands)
+        if isinstance(method, TensorMethod):
+            work, average = self.factors.work(row, operands, method)
+            return Task(row.name, row.name, dtype, reference.shape, average, base, models, tensor=work)
+        assert isinstance(method, ProgramMethod)
         task = Task(row.name, row.name, dtype, reference.shape, method, base, models)
         return self.scoring.with_scores(task, [row.part.sources[k] for k in operands])
 

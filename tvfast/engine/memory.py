@@ -41,6 +41,12 @@ class Block:
     def release(self) -> None:
         self._arena._take_back(self._at, self.n_bytes)
 
+    def drop(self, at: int) -> None:
+        """Return the pages from `at` on to the system: they stand for memory that is taken elsewhere."""
+        begin = self._at + round_up(at, PAGE)
+        if begin < self._at + self.n_bytes:
+            self._arena._map.madvise(mmap.MADV_DONTNEED, begin, self._at + self.n_bytes - begin)
+
     def __enter__(self) -> Block:
         return self
 

@@ -18,7 +18,7 @@ from tvfast.engine.passes import count_passes, count_samples
 from tvfast.engine.sampling import samples
 from tvfast.engine.tasks import Task, row_elements
 from tvfast.errors import ArgumentError, RecipeError
-from tvfast.methods.base import ProgramMethod
+from tvfast.methods.base import Method
 
 if TYPE_CHECKING:
     from tvfast.engine.binding import Binding
@@ -49,6 +49,9 @@ LONG_ROW = 2**17
 
 SEGMENT_BYTES = 56 * MiB
 """What ranking longer rows takes, in segments, for each worker."""
+
+TORCH_BYTES = 320 * MiB
+"""Resident memory of torch, where a method needs it: 230 MiB for its CPU build, and its allocator's."""
 
 STREAM_BYTES = 80 * MiB
 """What the selection of thresholds takes where tensors are streamed; one unit is at a time."""
@@ -115,7 +118,7 @@ class Plan:
     def tensors(self) -> tuple[tuple[str, tuple[int, ...], str, str], ...]:
         """(name, shape, dtype, method and its numbers) of every tensor of the output."""
         return tuple(
-            (task.name, task.shape, task.dtype, describe(task.method)) for task in self.binding.tasks
+            (task.name, task.shape, task.dtype, describe(_method(task))) for task in self.binding.tasks
         )
 
     @property
@@ -125,7 +128,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `tvfast plan --json`."""
-        counts = Counter(describe(task.method) for task in self.binding.tasks)
+        counts = Counter(describe(_method(task)) for task in self.binding.tasks)
         return {
             "tensors": len(self.binding.tasks),
             "units": len(self.units),
@@ -141,7 +144,7 @@ class Plan:
         }
 
 
-def describe(method: ProgramMethod | None) -> str:
+def describe(method: Method | None) -> str:
     """A method and those of its numbers that differ from their defaults, on one line."""
     if method is None:
         return "copy"
@@ -149,6 +152,10 @@ def describe(method: ProgramMethod | None) -> str:
         f"{f.name}={getattr(method, f.name)}" for f in fields(method) if getattr(method, f.name) != f.default
     ]
     return " ".join([method.info.name, *changed])
+
+
+def _method(task: Task) -> Method | None:
+    return task.method if task.tensor is None else task.tensor.method
 
 
 def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_threads: int = 0) -> Plan:
@@ -211,14 +218,17 @@ def _budget(
     )
     n_models = max((len(task.models) for task in (*single, *whole)), default=0)
     streamed = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
+    tensors = sorted(_whole_bytes(t) for t in single if t.tensor is not None)
+    program = PROGRAM_BYTES + (TORCH_BYTES if tensors else 0)
     free = _free_memory() // 2
     n_workers = n_threads + 1
     while True:
-        wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES)
+        together = sum(tensors[-n_workers:])
+        wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES, together)
         scratch = _Scratch.of(single, n_workers, n_threads)
         fixed = arena = 0
         for stream in (streamed,) if whole else (0, streamed):
-            fixed = PROGRAM_BYTES + known + stream
+            fixed = program + known + stream
             if memory is None:
                 arena = max(least, min(wanted, free))
             else:  # scratch grows with the arena: what is left beside the least of it is too much at most
@@ -287,7 +297,11 @@ def _units(tasks: Sequence[Task], unit_bytes: int, arena: int) -> Iterator[Unit]
 
     for task in tasks:
         whole = Part(task, 0, task.n_elements)
-        size = block_bytes(whole)
+        size = _whole_bytes(task)
+        if task.tensor is not None:
+            yield from flush()
+            yield Unit((whole,), 0, size, 1)
+            continue
         if size <= unit_bytes:
             pieces: Iterable[Part] = (whole,)
         elif count_passes([task]) == 1:
@@ -340,8 +354,14 @@ def _least_chunk(task: Task) -> int:
 
 def _smallest(task: Task) -> int:
     """The least memory that a tensor can be merged in."""
-    whole = block_bytes(Part(task, 0, task.n_elements))
-    return min(whole, CHUNKS_IN_FLIGHT * _least_chunk(task))
+    whole = _whole_bytes(task)
+    return whole if task.tensor is not None else min(whole, CHUNKS_IN_FLIGHT * _least_chunk(task))
+
+
+def _whole_bytes(task: Task) -> int:
+    """Memory of a tensor that is held whole, with what its method takes beside it."""
+    scratch = 0 if task.tensor is None else task.tensor.scratch_bytes
+    return block_bytes(Part(task, 0, task.n_elements)) + scratch
 
 
 @dataclass(frozen=True, slots=True)

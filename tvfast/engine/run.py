@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,11 +57,12 @@ class Silence:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did."""
+    """What a run did; `notes` are for the report."""
 
     read_bytes: int
     written_bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 class Run:
@@ -94,6 +96,7 @@ class Run:
         self._counts = threading.Lock()
         self._read_bytes = 0
         self._written_bytes = 0
+        self._notes: dict[str, str] = {}
 
     def execute(self) -> Outcome:
         """Merge everything that the staging area does not hold yet.
@@ -104,6 +107,14 @@ class Run:
         """
         began = time.perf_counter()
         raise_file_limit()
+        with ExitStack() as restoring:
+            if any(part.task.tensor is not None for unit in self._plan.units for part in unit.parts):
+                from tvfast.engine.tensors import restored_threads
+
+                restoring.enter_context(restored_threads())
+            return self._execute(began)
+
+    def _execute(self, began: float) -> Outcome:
         units = [unit for unit in self._plan.units if not self._is_done(unit)]
         self._pending = iter(units)
         self._progress.start(
@@ -131,7 +142,8 @@ class Run:
             self._progress.finish()
         if self._failed:
             raise self._failed[0]
-        return Outcome(self._read_bytes, self._written_bytes, time.perf_counter() - began)
+        notes = tuple(self._notes[name] for name in sorted(self._notes))
+        return Outcome(self._read_bytes, self._written_bytes, time.perf_counter() - began, notes)
 
     # -- workers ------------------------------------------------------------------------------------
 
@@ -173,6 +185,8 @@ class Run:
         for read in self._inputs.read(loaded.arrangement.extents, block):
             read.result()
         self._check_finite(loaded)
+        if unit.parts[0].task.tensor is not None:
+            block.drop(loaded.arrangement.n_bytes)
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
         self._merge(loaded, plan.n_threads if alone else -(-plan.n_threads // plan.n_workers))
@@ -183,7 +197,10 @@ class Run:
         """Parts in memory: copy what is copied, merge what has the same method together."""
         tables: dict[tuple[ProgramMethod, int], list[int]] = {}
         for index, part in enumerate(loaded.parts):
-            if part.task.method is None:
+            if part.task.tensor is not None:
+                if part.n:
+                    self._merge_tensor(loaded, index)
+            elif part.task.method is None:
                 _copy(part, loaded, index)
             elif part.n:
                 tables.setdefault((part.task.method, len(part.task.models)), []).append(index)
@@ -196,6 +213,15 @@ class Run:
             program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
             self._go_on()
             backend.combine(table, program, scalars, n_threads)
+
+    def _merge_tensor(self, loaded: Loaded, index: int) -> None:
+        """A whole tensor outside the stage algebra."""
+        from tvfast.engine.tensors import merge_part
+
+        note = merge_part(loaded, index)
+        if note:
+            with self._counts:
+                self._notes[loaded.parts[index].task.name] = note
 
     def _stream(self, unit: Unit, slots: Slots) -> None:
         """Tensors that are never in memory at once: the method's questions become passes over the files."""
@@ -290,7 +316,7 @@ class Run:
             return
         for part, at in zip(loaded.parts, loaded.arrangement.outputs, strict=True):
             task = part.task
-            if task.method is None or task.dtype not in dtypes.MERGEABLE or part.n == 0:
+            if not task.is_merged or task.dtype not in dtypes.MERGEABLE or part.n == 0:
                 continue
             found = first_nonfinite(loaded.block.address + at, part.n, DType[task.dtype])
             if found >= 0:

@@ -6,8 +6,26 @@ import math
 from dataclasses import dataclass
 
 from tvfast.checkpoint.stored import Stored
-from tvfast.methods.base import ProgramMethod
+from tvfast.methods.base import ProgramMethod, TensorMethod
 from tvfast.program import ScoreSummary
+from tvfast.statistics import StatisticsFile
+
+
+@dataclass(frozen=True, slots=True)
+class TensorWork:
+    """A merge of a whole tensor outside the stage algebra.
+
+    Attributes:
+        method: with the numbers of this very tensor.
+        statistics: of each model: the file and the parameter's name and kind there.
+        record_bytes: of all their records.
+        scratch_bytes: memory that the merge takes beside the tensors.
+    """
+
+    method: TensorMethod
+    statistics: tuple[tuple[StatisticsFile, str, str], ...]
+    record_bytes: int
+    scratch_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +43,8 @@ class Task:
         models: θ_k in the order of the method's weights.
         scores: of every model, where the method reads them.
         summaries: of the scores.
+        tensor: what merges the tensor, where that is not a method of the stage algebra; `method` is None
+        then.
     """
 
     name: str
@@ -36,6 +56,12 @@ class Task:
     models: tuple[Stored, ...]
     scores: tuple[Stored, ...] = ()
     summaries: tuple[ScoreSummary, ...] = ()
+    tensor: TensorWork | None = None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the result is computed; otherwise bytes are copied."""
+        return self.method is not None or self.tensor is not None
 
     @property
     def n_elements(self) -> int:

@@ -11,6 +11,7 @@ from tvfast.methods import (  # noqa: F401  (imported to register)
     dare,
     della,
     fisher,
+    kronecker,
     linear,
     passthrough,
     sce,
@@ -21,9 +22,11 @@ from tvfast.methods import (  # noqa: F401  (imported to register)
 )
 from tvfast.methods.base import (
     METHODS,
+    Method,
     MethodInfo,
     Parameter,
     ProgramMethod,
+    TensorMethod,
     check_name,
     nearest,
     register_method,
@@ -32,16 +35,22 @@ from tvfast.methods.statistics import TableStatistics
 
 __all__ = [
     "METHODS",
+    "STAGED",
+    "Method",
     "MethodInfo",
     "Parameter",
     "ProgramMethod",
     "TableStatistics",
+    "TensorMethod",
     "make_method",
     "method_info",
     "register_method",
 ]
 
-SHARED = frozenset(f.name for f in fields(ProgramMethod))
+STAGED = tuple(sorted(name for name, info in METHODS.items() if issubclass(info.cls, ProgramMethod)))
+"""Methods of the stage algebra; the others are functions of whole tensors and their statistics."""
+
+SHARED = frozenset(f.name for f in fields(Method))
 """Parameters that callers pass to every method, as None where they were not given."""
 
 
@@ -55,7 +64,7 @@ def method_info(name: str) -> MethodInfo:
     return METHODS[name]
 
 
-def make_method(name: str, **parameters: Any) -> ProgramMethod:
+def make_method(name: str, **parameters: Any) -> Method:
     """A method with its parameters checked; parameters that are None keep their defaults.
 
     Raises:

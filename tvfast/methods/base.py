@@ -1,4 +1,4 @@
-"""The registry, and what every method is: a frozen choice of stages and scalars that owns no kernel."""
+"""The registry, and what a method is: a frozen choice of stages and scalars, or a function of tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from tvfast.errors import ArgumentError, UnknownNameError
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import ALWAYS, Entry, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tvfast.factors.records import Curvature
 
 PerModel: TypeAlias = float | Sequence[float]
 """One value, or one per model."""
@@ -41,7 +46,7 @@ class MethodInfo:
     """
 
     name: str
-    cls: type[ProgramMethod]
+    cls: type[Method]
     source: str
     dialects: tuple[str, ...]
     needs_base: bool
@@ -58,7 +63,7 @@ class MethodInfo:
 METHODS: dict[str, MethodInfo] = {}
 """Every registered method by name."""
 
-M = TypeVar("M", bound="ProgramMethod")
+M = TypeVar("M", bound="Method")
 S = TypeVar("S")
 
 
@@ -100,8 +105,8 @@ def parameter(default: Any, meaning: str, words: tuple[str, ...] = ()) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgramMethod(ABC):
-    """A merge method inside the stage algebra. Every parameter is checked when it is made.
+class Method(ABC):
+    """A merge method. Every parameter is checked when it is made.
 
     Raises:
         ArgumentError: a value outside its range, with what was found and expected.
@@ -110,7 +115,7 @@ class ProgramMethod(ABC):
 
     info: ClassVar[MethodInfo]
     unused: ClassVar[frozenset[str]] = frozenset()  # shared parameters that mean nothing here
-    random: ClassVar[bool] = False  # whether entries are drawn, so that every model needs a key
+    statistics: ClassVar[tuple[str, ...]] = ()  # kinds of records that a `TensorMethod` reads of every model
 
     weights: PerModel | None = parameter(None, "w_k: one, or one per model; 1 by default")
     scale: float = parameter(1.0, "λ: multiplies the merged task vector")
@@ -130,6 +135,85 @@ class ProgramMethod(ABC):
         check_name("dialect", self.dialect, self.info.dialects, f"method {self.info.name!r}")
         if self.tie is not None:
             check_name("tie", self.tie, TIES, f"method {self.info.name!r}")
+
+    # -- for subclasses -----------------------------------------------------------------------------
+
+    def check_models(self, n_models: int) -> None:
+        """Raise unless the method takes this many models and every per-model parameter has as many values.
+
+        Raises:
+            ArgumentError: naming the parameter, how many were found and expected.
+        """
+        fewest, most = self.info.n_models
+        if n_models < fewest or (most is not None and n_models > most):
+            expected = (
+                f"{fewest}"
+                if most == fewest
+                else f"at least {fewest}"
+                if most is None
+                else f"{fewest} to {most}"
+            )
+            raise ArgumentError(
+                f"method {self.info.name!r} got {n_models} models; expected {expected} besides the base."
+            )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple) and len(value) != n_models:
+                raise ArgumentError(
+                    f"method {self.info.name!r}: {f.name} has {len(value)} values for {n_models} models; "
+                    "expected one value or one per model."
+                )
+
+    def per_model(self, name: str, n_models: int) -> tuple[float, ...]:
+        """A parameter as one value per model; an absent one is all 1."""
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            return value
+        return (1.0 if value is None else float(value),) * n_models
+
+    def _normalise(self, name: str, *, finite: bool = False, per_model: bool = True) -> None:
+        """Replace a numeric parameter by a float or a tuple of floats."""
+        value = numbers(name, getattr(self, name))
+        if isinstance(value, tuple) and len(value) == 1 and self.info.n_models == (1, 1):
+            value = value[0]  # the one model's
+        if isinstance(value, tuple) and not per_model:
+            raise ArgumentError(f"method {self.info.name!r}: {name} is a sequence; expected one number.")
+        for item in value if isinstance(value, tuple) else (value,):
+            if finite and not math.isfinite(float32(item)):
+                raise ArgumentError(
+                    f"method {self.info.name!r}: {name} is {item}; expected a finite number that "
+                    "float32 holds."
+                )
+        object.__setattr__(self, name, value)
+
+    def _check_fractions(self, *names: str) -> None:
+        """Normalise parameters that are shares; raise unless every value is in [0, 1]."""
+        for name in names:
+            self._normalise(name)
+            value = getattr(self, name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if not 0.0 <= item <= 1.0:
+                    raise ArgumentError(
+                        f"method {self.info.name!r}: {name} is {item}; expected a number in [0, 1]."
+                    )
+
+    def _check_word(self, name: str) -> None:
+        """Raise unless the parameter is one of its words, or None."""
+        known = next(p.words for p in self.info.parameters if p.name == name)
+        if getattr(self, name) is not None:
+            check_name(name, getattr(self, name), known, f"method {self.info.name!r}")
+
+    def _check_flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, bool):
+            raise ArgumentError(f"method {self.info.name!r}: {name} is {value!r}; expected True or False.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramMethod(Method):
+    """A merge method inside the stage algebra."""
+
+    random: ClassVar[bool] = False  # whether entries are drawn, so that every model needs a key
 
     # -- the three questions ------------------------------------------------------------------------
 
@@ -187,39 +271,6 @@ class ProgramMethod(ABC):
     def tie_rule(self) -> Tie:
         return TIES[self.tie or DEFAULT_TIES[self.dialect]]
 
-    def check_models(self, n_models: int) -> None:
-        """Raise unless the method takes this many models and every per-model parameter has as many values.
-
-        Raises:
-            ArgumentError: naming the parameter, how many were found and expected.
-        """
-        fewest, most = self.info.n_models
-        if n_models < fewest or (most is not None and n_models > most):
-            expected = (
-                f"{fewest}"
-                if most == fewest
-                else f"at least {fewest}"
-                if most is None
-                else f"{fewest} to {most}"
-            )
-            raise ArgumentError(
-                f"method {self.info.name!r} got {n_models} models; expected {expected} besides the base."
-            )
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple) and len(value) != n_models:
-                raise ArgumentError(
-                    f"method {self.info.name!r}: {f.name} has {len(value)} values for {n_models} models; "
-                    "expected one value or one per model."
-                )
-
-    def per_model(self, name: str, n_models: int) -> tuple[float, ...]:
-        """A parameter as one value per model; an absent one is all 1."""
-        value = getattr(self, name)
-        if isinstance(value, tuple):
-            return value
-        return (1.0 if value is None else float(value),) * n_models
-
     def plain_scalars(self, table: WorkTable) -> list[TensorScalars]:
         """Weights, scale and, where draws or hashed ties need them, keys. Everything else at its default."""
         weights = self.per_model("weights", table.n_models)
@@ -235,42 +286,63 @@ class ProgramMethod(ABC):
             for entry in table.entries
         ]
 
-    def _normalise(self, name: str, *, finite: bool = False, per_model: bool = True) -> None:
-        """Replace a numeric parameter by a float or a tuple of floats."""
-        value = numbers(name, getattr(self, name))
-        if isinstance(value, tuple) and len(value) == 1 and self.info.n_models == (1, 1):
-            value = value[0]  # the one model's
-        if isinstance(value, tuple) and not per_model:
-            raise ArgumentError(f"method {self.info.name!r}: {name} is a sequence; expected one number.")
-        for item in value if isinstance(value, tuple) else (value,):
-            if finite and not math.isfinite(float32(item)):
-                raise ArgumentError(
-                    f"method {self.info.name!r}: {name} is {item}; expected a finite number that "
-                    "float32 holds."
-                )
-        object.__setattr__(self, name, value)
 
-    def _check_fractions(self, *names: str) -> None:
-        """Normalise parameters that are shares; raise unless every value is in [0, 1]."""
-        for name in names:
-            self._normalise(name)
-            value = getattr(self, name)
-            for item in value if isinstance(value, tuple) else (value,):
-                if not 0.0 <= item <= 1.0:
-                    raise ArgumentError(
-                        f"method {self.info.name!r}: {name} is {item}; expected a number in [0, 1]."
-                    )
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """One tensor to be merged as a whole.
 
-    def _check_word(self, name: str) -> None:
-        """Raise unless the parameter is one of its words, or None."""
-        known = next(p.words for p in self.info.parameters if p.name == name)
-        if getattr(self, name) is not None:
-            check_name(name, getattr(self, name), known, f"method {self.info.name!r}")
+    Attributes:
+        name: for messages.
+        base: θ₀, where the method reads it.
+        models: θ_k.
+        curvature: of each model; None where its statistics have nothing on this tensor.
+    """
 
-    def _check_flag(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not isinstance(value, bool):
-            raise ArgumentError(f"method {self.info.name!r}: {name} is {value!r}; expected True or False.")
+    name: str
+    base: Tensor | None
+    models: tuple[Tensor, ...]
+    curvature: tuple[Curvature | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """A merged tensor, float32 or float64, and what a report says of it; "" for nothing."""
+
+    tensor: Tensor
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorMethod(Method):
+    """A merge method outside the stage algebra: a function of whole tensors, computed with torch."""
+
+    @abstractmethod
+    def merge(self, jobs: Sequence[TensorJob]) -> list[TensorResult]:
+        """Merge tensors; several where they fit in memory together.
+
+        Raises:
+            SolveError: singular or non-finite statistics, naming the tensor.
+            ShapeError: statistics that do not fit it.
+        """
+
+    @abstractmethod
+    def fallback(
+        self, shape: Sequence[int], kinds: Sequence[str | None], n_models: int
+    ) -> tuple[ProgramMethod, str] | None:
+        """What merges a tensor that the method has no rule for, and why; None: the method does.
+
+        Args:
+            shape: of the tensor.
+            kinds: of each model's record of it; None: there is none.
+        """
+
+    @abstractmethod
+    def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
+        """Memory that merging one tensor takes beside its inputs and its result, at most.
+
+        Args:
+            record_bytes: of all models' records of it.
+        """
 
 
 def share_groups(method: ProgramMethod, entries: Sequence[Entry]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tvfast.errors import ArgumentError, RecipeError
-from tvfast.methods import METHODS, ProgramMethod, make_method
+from tvfast.methods import METHODS, Method, make_method
 from tvfast.recipe.keys import Key, method_keys
 from tvfast.recipe.recipe import Recipe, Settings, Slice, Source
 
@@ -26,8 +26,8 @@ class Resolver:
         self._fixed = {"seed": seed, "tie": recipe.tie, "dialect": recipe.dialect, **recipe.words}
         self._keys = tuple(method_keys(recipe.method, recipe.dialect).values())
         self._needs_base = METHODS[recipe.method].needs_base
-        self._methods: dict[Arguments, ProgramMethod] = {}
-        self._constant: dict[str, ProgramMethod | None] = {}  # by place of the slice; None: not constant
+        self._methods: dict[Arguments, Method] = {}
+        self._constant: dict[str, Method | None] = {}  # by place of the slice; None: not constant
 
     def operands(self, part: Slice) -> list[int]:
         """Positions of the sources that are θ_k; where the method has a base, it is none of them."""
@@ -41,7 +41,7 @@ class Resolver:
             for setting in settings.values()
         )
 
-    def method(self, part: Slice, names: Sequence[str], output: str, t: float) -> ProgramMethod:
+    def method(self, part: Slice, names: Sequence[str], output: str, t: float) -> Method:
         """The method of one tensor.
 
         Args:
