@@ -97,7 +97,13 @@ LAYERS = {
     ),
     # `tvfast collect`: YAML is read as recipes are, models come from transformers.
     "tvfast.collection": Layer(
-        inside=("tvfast.errors", "tvfast.importance", "tvfast.recipe", "tvfast.statistics"),
+        inside=(
+            "tvfast.errors",
+            "tvfast.curvature",
+            "tvfast.importance",
+            "tvfast.recipe",
+            "tvfast.statistics",
+        ),
         outside=("torch", "transformers"),
     ),
     "tvfast.importance": Layer(

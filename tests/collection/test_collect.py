@@ -108,6 +108,45 @@ def test_collect_then_merge(
         assert any(not torch.equal(tensor, base[name]) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "mats"), ("bert", "regmean"), ("classifier", "kfac")]
+)
+def test_collect_then_merge_by_curvature(
+    family: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, data = FAMILIES[family]
+    torch.manual_seed(0)
+    start = make()
+    start.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    models = [saved(tmp_path, name, make, seed, start) for seed, name in enumerate(["a", "b"], start=1)]
+    convention = "regmean" if method == "regmean" else "mats"
+    for path in models:
+        entries = {"model": str(path), "data": data(tmp_path), "kind": "kfac", "convention": convention}
+        config = config_file(tmp_path, "config", **entries, batch_size=3, checkpoint_every=1)
+        assert main(["collect", config, str(tmp_path / f"{path.name}.stats"), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["kind"] == "kfac"
+        assert report["parameters"] == len(open_statistics(tmp_path / f"{path.name}.stats").entries) > 4
+    recipe: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(p), "stats": str(tmp_path / f"{p.name}.stats")} for p in models],
+    }
+    if method == "kfac":
+        recipe["base_model"] = str(tmp_path / "base")
+    out = tmp_path / "out"
+    assert main(["merge", config_file(tmp_path, "recipe", **recipe), str(out)]) == 0, capsys.readouterr().err
+    merged = type(start).from_pretrained(out).state_dict()  # transformers takes it
+    base, *originals = [load_file(path / "model.safetensors") for path in (tmp_path / "base", *models)]
+    stats = [tmp_path / f"{path.name}.stats" for path in models]
+    torch.set_num_threads(1)
+    expected = tvfast.merge(base, originals, method, stats=stats, report=[])
+    for name, tensor in expected.items():
+        assert torch.equal(merged[name], tensor), name
+    name = next(iter(open_statistics(stats[0]).entries))[0]
+    assert not torch.allclose(merged[name], (originals[0][name] + originals[1][name]) / 2, atol=1e-4)
+
+
 def quick(folder: Path, make: Callable[[], Any] = llama, **entries: Any) -> StatisticsFile:
     path = folder / "model"
     if not path.exists():

@@ -16,6 +16,11 @@ FORMS = ("text", "jsonl", "tokens")
 SPLITS = ("lines", "blocks")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOSSES = ("sum", "mean")
+KFAC = "kfac"
+CONVENTIONS = ("tak", "kfac_expand", "mats", "regmean")
+FACTORS = ("dense", "block", "root")
+_OF_FACTORS = ("convention", "form", "block", "rank")
+_OF_SCORES = ("micro_batch", "layers_at_a_time")
 
 _MOST_BYTES = 1_000_000
 
@@ -65,6 +70,10 @@ class Configuration:
     checkpoint_every: int = 0
     name: str = ""
     content: bool = False
+    convention: str = "mats"
+    form: str = "dense"
+    block: int = 64
+    rank: int = 1024
 
 
 def read_configuration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Configuration:
@@ -94,7 +103,7 @@ def _configuration(document: Value) -> Configuration:
     readers: dict[str, Callable[[Value], Any]] = {
         "model": lambda v: _path(v),
         "data": _data,
-        "kind": lambda v: _word(v, tuple(KINDS)),
+        "kind": lambda v: _word(v, (*KINDS, KFAC)),
         "task": lambda v: _word(v, TASKS),
         "base": lambda v: _path(v),
         "fisher": lambda v: _word(v, tuple(FISHERS)),
@@ -113,6 +122,10 @@ def _configuration(document: Value) -> Configuration:
         "checkpoint_every": lambda v: _integer(v, 0),
         "name": lambda v: v.text("a name"),
         "content": _flag,
+        "convention": lambda v: _word(v, CONVENTIONS),
+        "form": lambda v: _word(v, FACTORS),
+        "block": lambda v: _integer(v, 1),
+        "rank": lambda v: _integer(v, 1),
     }
     entries = document.mapping(tuple(readers), "a mapping with model, data and kind")
     given = {key: value for key, value in entries.items() if value.plain is not None}
@@ -127,6 +140,10 @@ def _configuration(document: Value) -> Configuration:
         )
     if "fisher" in found and found["kind"] != "fisher":
         raise given["fisher"].error(f"kind is {found['kind']}; expected kind: fisher beside it.")
+    for key in _OF_SCORES if found["kind"] == KFAC else _OF_FACTORS:
+        if key in found:
+            one = "another kind" if found["kind"] == KFAC else f"kind: {KFAC}"
+            raise given[key].error(f"kind is {found['kind']}; expected {one} beside it.")
     return Configuration(where=document.where, **found)
 
 

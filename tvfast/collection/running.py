@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tvfast.collection.configuration import Configuration
+from tvfast.collection.configuration import KFAC, Configuration
 from tvfast.collection.samples import Sample, digest_of, read_samples
+from tvfast.curvature import collect as collect_factors
 from tvfast.errors import ArgumentError, CheckpointError, RecipeError
 from tvfast.importance import Progress, collect
 from tvfast.importance.objectives import FISHERS, generator_of
-from tvfast.statistics import StatisticsFile
+from tvfast.statistics import StatisticsFile, open_statistics
+
+_STORAGE = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 IGNORED = -100
 """The label of a token that is not predicted, as in transformers."""
@@ -68,6 +71,8 @@ def run(
         None if configuration.base is None else _loaded(transformers, configuration, configuration.base, task)
     )
     encoder = Encoder.of(transformers, configuration, task, model)
+    if configuration.kind == KFAC:
+        return _factors(model, encoder, path, resume=resume, progress=progress)
     wanted = configuration.parameters
     chosen = (lambda name: any(part in name for part in wanted)) if wanted else None
     found = collect(
@@ -92,6 +97,43 @@ def run(
     )
     assert isinstance(found, StatisticsFile)
     return found
+
+
+def _factors(
+    model: nn.Module,
+    encoder: Encoder,
+    path: str | os.PathLike[str],
+    *,
+    resume: bool,
+    progress: Callable[[Progress], None] | None,
+) -> StatisticsFile:
+    """Kronecker factors of the linear layers, from the gradient of each sample's own loss."""
+    own = encoder.configuration
+
+    def show(n_done: int, n_planned: int) -> None:
+        if progress is not None:
+            progress(Progress(0, 1, n_done, n_done * own.batch_size))
+
+    collect_factors(
+        model,
+        encoder.loss,
+        encoder.batches,
+        path,
+        convention=own.convention,
+        form=own.form,
+        block=own.block,
+        rank=own.rank,
+        layers=[f"*{part}*" for part in own.parameters] or None,
+        storage=_STORAGE[own.stored_dtype],
+        seed=own.seed,
+        data=encoder.described(),
+        name=own.name or own.model,
+        content=own.content,
+        checkpoint_every=own.checkpoint_every,
+        resume=resume,
+        progress=show,
+    )
+    return open_statistics(path)
 
 
 @dataclass(frozen=True, slots=True)

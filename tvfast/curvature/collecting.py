@@ -51,6 +51,7 @@ def collect(
     storage: str = "F32",
     seed: int = 0,
     name: str = "",
+    content: bool = False,
     data: Mapping[str, Any] | None = None,
     checkpoint_every: int = 0,
     resume: bool = False,
@@ -97,6 +98,7 @@ def collect(
         storage: of the sums in the file: "F32", "F64", "BF16" or "F16".
         seed: of the rows that a square root samples.
         name: of the model, for people.
+        content: digest the model's values, too, so that a state is not continued with others.
         data: what the file says of the data: path, split, seed.
         checkpoint_every: batches between two states on disk, beside `path`; 0: none.
         resume: continue from such a state if there is one.
@@ -145,7 +147,7 @@ def collect(
     ]
     run.vectors = _vectors(model, vectors, chosen)
     document = Document(
-        model_identity(model, name),
+        model_identity(model, name, content=content),
         () if data is None else (dict(data),),
         {
             "convention": convention,
