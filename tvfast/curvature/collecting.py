@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tvfast.curvature.batches import Batches, Mask, masks_of, n_samples_of
 from tvfast.curvature.probes import Losses, Probe
 from tvfast.curvature.progress import Checkpoint, Settings
 from tvfast.curvature.sites import KINDS, find_sites
@@ -23,7 +23,6 @@ from tvfast.factors.records import Statistics
 from tvfast.statistics import Document, Record
 from tvfast.statistics.tensors import model_identity, parameter_names
 
-Mask = str | Callable[[Any], Tensor | Sequence[Tensor] | None] | None
 Report = Callable[[int, int], None]
 
 _STORAGE = ("F32", "F64", "BF16", "F16")
@@ -132,7 +131,7 @@ def collect(
     run = _Collection(
         model=model,
         probe=probe or Losses(loss_fn_or_probe),  # type: ignore[arg-type]
-        batches=_Batches(batches),
+        batches=Batches(batches),
         convention=chosen,
         form=Form(form, block, rank),
         step=Step(batch_first=batch_first, n_draws=probe.n_probes if probe else 1),
@@ -175,7 +174,7 @@ class _Collection:
 
     model: nn.Module
     probe: Probe
-    batches: _Batches
+    batches: Batches
     convention: Convention
     form: Form
     step: Step
@@ -231,7 +230,7 @@ class _Collection:
                     lambda module, args, kwargs, t=tracker: look(t, _input(args, kwargs)), with_kwargs=True
                 )
                 hooks.callback(hook.remove)
-            self.step.n_samples = _n_samples(batch)
+            self.step.n_samples = n_samples_of(batch)
             self._forward(batch)
         return order + [t for t in trackers if t not in order]
 
@@ -314,8 +313,8 @@ class _Collection:
 
     def _batch(self, batch: Any, members: list[Tracker], first_group: bool) -> None:
         step = self.step
-        step.n_samples, step.first, step.probe = _n_samples(batch), self.n_samples, 0
-        step.masks = _masks(self.mask, batch)
+        step.n_samples, step.first, step.probe = n_samples_of(batch), self.n_samples, 0
+        step.masks = masks_of(self.mask, batch)
         step.active = True
         try:
             if self.convention.b_count is None:
@@ -383,48 +382,6 @@ class _Collection:
             self.vector_sums[name].add(stacked, 1.0, keys.to(stacked.device) ^ (self.step.probe << 56))
 
 
-class _Batches:
-    """The data, once for each group of layers.
-
-    Attributes:
-        length: batches; 0: not known.
-    """
-
-    def __init__(self, batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
-        self._make: Callable[[], Iterable[Any]] | None = batches if callable(batches) else None
-        self._source: Iterable[Any] = () if callable(batches) else batches
-        if not callable(batches) and not isinstance(batches, Iterable):
-            raise ArgumentError(
-                f"batches is a {type(batches).__name__}; expected an iterable of batches, or a function that "
-                "returns one."
-            )
-        self._once = isinstance(batches, Iterator)
-        self.length = len(batches) if isinstance(batches, Sized) else 0
-
-    def first(self) -> Any:
-        """The first batch, which is not lost."""
-        iterator = iter(self._make() if self._make else self._source)
-        found = next(iterator, None)
-        if found is None:
-            raise ArgumentError("batches is empty; expected at least one batch.")
-        if self._once:
-            self._source = itertools.chain([found], iterator)
-        return found
-
-    def check(self, n_groups: int) -> None:
-        """Raise if more than one pass is needed over what can be iterated once."""
-        if self._once and n_groups > 1:
-            raise ArgumentError(
-                f"batches is an iterator, and memory= asks for {n_groups} passes over the data; expected "
-                "a list, a "
-                "loader, or a function that returns an iterator."
-            )
-
-    def again(self, *, skip: int) -> Iterator[Any]:
-        """All batches from number `skip` on."""
-        return itertools.islice(iter(self._make() if self._make else self._source), skip, None)
-
-
 def _convention(name: str) -> Convention:
     if name not in CONVENTIONS:
         raise ArgumentError(f"convention is {name!r}; expected one of {', '.join(CONVENTIONS)}.")
@@ -460,45 +417,3 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     if found is None:
         raise ArgumentError("a layer was called without a tensor; exclude it.")
     return found
-
-
-def _n_samples(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch.
-
-    Raises:
-        ArgumentError: there is none.
-    """
-    found = _first_tensor(batch)
-    if found is None or not found.shape[0]:
-        raise ArgumentError(
-            f"a batch is a {type(batch).__name__} without a tensor of at least one sample; expected a "
-            "tensor, or "
-            "a mapping or sequence that begins with one."
-        )
-    return found.shape[0]
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if batch.dim() else None
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    if isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
-        return next((x for item in batch if (x := _first_tensor(item)) is not None), None)
-    return None
-
-
-def _masks(mask: Mask, batch: Any) -> list[Tensor]:
-    if mask is None:
-        return []
-    if callable(mask):
-        found = mask(batch)
-    else:
-        found = batch.get(mask) if isinstance(batch, Mapping) else None
-    if found is None:
-        return []
-    masks = [found] if isinstance(found, Tensor) else list(found)
-    for one in masks:
-        if one.dim() != 2:
-            raise ArgumentError(f"a mask has shape {list(one.shape)}; expected [N, R], true for real tokens.")
-    return [one.bool() for one in masks]
