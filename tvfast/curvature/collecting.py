@@ -116,7 +116,7 @@ def collect(
         Products are float32 (float64 where activations are), sums float64. The sums do not depend on how the
         data are cut into batches, up to the rounding of the model's own forward pass.
 
-    Source: see `CONVENTIONS`; METHODS in docs/curvature.md.
+    Source: that of each of `CONVENTIONS`; docs/curvature.md compares them.
     """
     chosen = _convention(convention)
     if storage not in _STORAGE:
