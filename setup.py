@@ -26,7 +26,7 @@ def required_tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures the `release` preset, builds the module and installs it where setuptools wants it."""
+    """Configures the `release` preset, builds the modules and installs them where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -44,9 +44,8 @@ class CMakeBuild(build_ext):
             f"-DTVFAST_CUDA={os.environ.get('TVFAST_CUDA', 'AUTO')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        module = ext.name.rpartition(".")[2]
         install = [cmake, "--install", str(build), "--component", "python", "--prefix", str(destination)]
-        for command in (configure, [cmake, "--build", str(build), "--target", module], install):
+        for command in (configure, [cmake, "--build", str(build)], install):
             try:
                 subprocess.run(command, cwd=ROOT, check=True)
             except subprocess.CalledProcessError as error:

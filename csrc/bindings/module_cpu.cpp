@@ -26,7 +26,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   using namespace tvfast;
   m.doc() = "C++ kernels of tvfast for the CPU";
 
-  py::class_<Table>(m, "Table")
+  py::class_<Table>(m, "Table", py::module_local())
       .def(py::init([](int n_models) {
         auto table = std::make_unique<Table>();
         table->n_models = n_models;

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../core/philox.hpp"
+#include "../core/tie_hash.hpp"
 #include "kernels.hpp"
 
 #define TVFAST_INLINE static inline __attribute__((always_inline))

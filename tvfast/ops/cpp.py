@@ -9,6 +9,7 @@ from typing import Any
 
 from tvfast import _C_cpu
 from tvfast.errors import ArgumentError
+from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
 from tvfast.ops.cpp_products import CppProducts
 from tvfast.ops.raw import Wants
 from tvfast.program import (
@@ -18,7 +19,6 @@ from tvfast.program import (
     RankQuery,
     TensorScalars,
     Threshold,
-    View,
     WorkTable,
 )
 
@@ -28,70 +28,16 @@ def isas() -> list[str]:
     return list(_C_cpu.isas())
 
 
-def _pair(view: View | None) -> tuple[int, int]:
-    return (0, 0) if view is None else (view.address, int(view.dtype))
-
-
 def _native_table(table: WorkTable) -> Any:
     native = table.cache.get("cpp")
     if native is None:
-        native = _C_cpu.Table(table.n_models)
-        for entry in table.entries:
-            native.add(
-                _pair(entry.base),
-                [_pair(view) for view in entry.models],
-                _pair(entry.out),
-                [_pair(view) for view in entry.scores],
-                [(m.scale, m.shift, m.floor) for m in entry.score_maps],
-                [view.address for view in entry.masks],
-                entry.n_elements,
-                entry.row,
-                entry.offset,
-                entry.group,
-                entry.group_offset,
-            )
+        native = native_table(_C_cpu, table)
         table.cache["cpp"] = native
     return native
 
 
-def _native_program(program: Program) -> tuple[int, ...]:
-    return (
-        int(program.keep),
-        int(program.tie),
-        int(program.gain),
-        int(program.vote),
-        int(program.ballot),
-        int(program.zero_sign),
-        int(program.members),
-        int(program.reduce),
-        int(program.divisor),
-        int(program.cross),
-        int(program.weighting),
-    )
-
-
 def _native_scalars(scalars: Sequence[TensorScalars]) -> Any:
-    tensors = [(s.scale, s.majority, s.divisor_floor, s.divisor_fill) for s in scalars]
-    models = [
-        (
-            m.weight,
-            m.gain,
-            m.lo,
-            m.hi,
-            m.lo_cut,
-            m.hi_cut,
-            m.limit,
-            m.limit_step,
-            m.prob,
-            m.prob_step,
-            m.rank_lo,
-            m.rank_hi,
-            m.key,
-        )
-        for s in scalars
-        for m in s.models
-    ]
-    return _C_cpu.Scalars(tensors, models)
+    return _C_cpu.Scalars(*scalar_tuples(scalars))
 
 
 class CppBackend(CppProducts):
@@ -149,14 +95,14 @@ class CppBackend(CppProducts):
     ) -> list[Moments]:
         found = _C_cpu.measure(
             _native_table(table),
-            _native_program(program),
+            program_tuple(program),
             _native_scalars(scalars),
             int(wants),
             self._isa,
             n_threads,
             self._tile,
         )
-        return [_moments(answer, table.n_models) for answer in found]
+        return [moments_of(answer, table.n_models) for answer in found]
 
     def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
         _C_cpu.score(_native_table(table), _native_scalars(scalars), self._isa, n_threads, self._tile)
@@ -180,7 +126,7 @@ class CppBackend(CppProducts):
     ) -> list[Moments]:
         found = _C_cpu.row_masks(
             _native_table(table),
-            _native_program(program),
+            program_tuple(program),
             _native_scalars(scalars),
             int(wants),
             self._isa,
@@ -198,7 +144,7 @@ class CppBackend(CppProducts):
     ) -> None:
         _C_cpu.combine(
             _native_table(table),
-            _native_program(program),
+            program_tuple(program),
             _native_scalars(scalars),
             self._isa,
             n_threads,
@@ -267,7 +213,7 @@ class CppAccumulation:
     ) -> None:
         self.native.measure(
             _native_table(part),
-            _native_program(program),
+            program_tuple(program),
             _native_scalars(scalars),
             int(wants),
             list(rows),
@@ -277,23 +223,7 @@ class CppAccumulation:
         )
 
     def finish(self) -> list[Moments]:
-        return [_moments(answer, self.n_models) for answer in self.native.finish()]
-
-
-def _moments(answer: Any, n_models: int) -> Moments:
-    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite, n_base_nonfinite, elected, n_conflict = answer
-    gram = [[upper[min(a, b) * n_models + max(a, b)] for b in range(n_models)] for a in range(n_models)]
-    return Moments(
-        l1_before=l1_before,
-        l1=l1,
-        gram=gram,
-        n_kept=n_kept,
-        n_nonzero=n_nonzero,
-        n_nonfinite=n_nonfinite,
-        n_base_nonfinite=n_base_nonfinite,
-        elected=elected,
-        n_conflict=n_conflict,
-    )
+        return [moments_of(answer, self.n_models) for answer in self.native.finish()]
 
 
 @cache

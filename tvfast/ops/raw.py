@@ -190,6 +190,7 @@ class BackendStatus:
 # In order of preference. `cpp` refuses GPU tensors, and before `triton` it keeps torch out of CPU merges.
 _MODULES = {
     "cpp": "tvfast.ops.cpp",
+    "cuda": "tvfast.ops.cuda",
     "triton": "tvfast.ops.triton",
     "reference": "tvfast.ops.reference",
 }

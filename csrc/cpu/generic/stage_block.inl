@@ -91,14 +91,6 @@ static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, s
   return out + (index & 3);
 }
 
-// Words of an index in the tie hash, and what its key becomes.
-inline constexpr std::uint32_t kMixIndex = 0x7FEB352Du, kMixHigh = 0x9E3779B9u * kMixIndex;
-
-static std::uint32_t hash_multiplier(std::uint64_t key) {
-  return (static_cast<std::uint32_t>(key) ^ static_cast<std::uint32_t>(key >> 32) * 0x85EBCA6Bu) |
-         1u;
-}
-
 // Which of the tie ranks of consecutive elements are below a cut.
 struct TieCut {
   Tie tie;

@@ -1,0 +1,94 @@
+// tvfast._C_cuda, and tvfast._C_simt, the host build of the same kernels: addresses of device
+// memory and numbers in, numbers out. Arguments were checked by tvfast.ops; nothing is computed
+// here.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../cuda/api.hpp"
+#include "arguments.hpp"
+
+#ifndef TVFAST_MODULE
+#error "TVFAST_MODULE is the name of the Python module"
+#endif
+
+namespace tvfast::gpu {
+namespace {
+
+Place to_place(int device, Address stream) { return {device, reinterpret_cast<void*>(stream)}; }
+
+// Something packed on the host, and where its copy in device memory is.
+template <class Packed>
+struct Resident {
+  Packed packed;
+  const void* address = nullptr;
+
+  auto at() const { return packed.at(address); }
+  void upload(Address to, int device, Address stream) {
+    const OnDevice current(device);
+    address = reinterpret_cast<const void*>(to);
+    copy_to_device(reinterpret_cast<void*>(to), packed.bytes().data(), packed.bytes().size(),
+                   to_place(device, stream));
+  }
+};
+
+using ResidentTable = Resident<PackedTable>;
+
+struct ResidentScalars : Resident<PackedScalars> {
+  Ends ends;
+};
+
+template <class Class>
+void define_resident(Class& type) {
+  using T = typename Class::type;
+  type.def_property_readonly("n_bytes", [](const T& self) { return self.packed.bytes().size(); })
+      .def("upload", [](T& self, Address to, int device, Address stream) {
+        const py::gil_scoped_release unlocked;
+        self.upload(to, device, stream);
+      });
+}
+
+}  // namespace
+}  // namespace tvfast::gpu
+
+PYBIND11_MODULE(TVFAST_MODULE, m) {
+  using namespace tvfast;
+  using namespace tvfast::gpu;
+  m.doc() = "CUDA kernels of tvfast";
+  py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
+
+  py::class_<Table>(m, "Table", py::module_local())
+      .def(py::init([](int n_models) {
+        auto table = std::make_unique<Table>();
+        table->n_models = n_models;
+        return table;
+      }))
+      .def("add", &add_entry);
+
+  py::class_<ResidentTable> table_type(m, "ResidentTable", py::module_local());
+  table_type.def(py::init([](const Table& table, const std::vector<Address>& ranks) {
+    std::vector<const std::uint32_t*> pointers;
+    for (const Address address : ranks)
+      pointers.push_back(reinterpret_cast<const std::uint32_t*>(address));
+    return std::make_unique<ResidentTable>(ResidentTable{PackedTable(table, pointers), nullptr});
+  }));
+  define_resident(table_type);
+
+  py::class_<ResidentScalars> scalars_type(m, "ResidentScalars", py::module_local());
+  scalars_type.def(
+      py::init([](const std::vector<TensorTuple>& tensors, const std::vector<ModelTuple>& models) {
+        const Scalars scalars = to_scalars(tensors, models);
+        return std::make_unique<ResidentScalars>(
+            ResidentScalars{{PackedScalars(scalars), nullptr}, ends_of(scalars)});
+      }));
+  define_resident(scalars_type);
+
+  m.def("combine", [](const ResidentTable& table, const ProgramChoices& program,
+                      const ResidentScalars& scalars, int device, Address stream) {
+    const py::gil_scoped_release unlocked;
+    combine(table.at(), to_program(program), scalars.at(), scalars.ends, to_place(device, stream));
+  });
+  m.def("architectures", &architectures);
+  m.def("require", &require);
+  m.def("device_name", [](int device) { return facts(device).name; });
+}

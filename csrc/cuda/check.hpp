@@ -1,0 +1,18 @@
+// CUDA's error codes as exceptions.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "place.hpp"
+
+namespace tvfast::gpu {
+
+inline void check(cudaError_t code, const char* doing) {
+  if (code == cudaSuccess) return;
+  throw DeviceError(std::string(doing) + " failed: " + cudaGetErrorName(code) + ": " +
+                    cudaGetErrorString(code));
+}
+
+}  // namespace tvfast::gpu

@@ -1,0 +1,483 @@
+// combine: every tensor of a table in one launch, one pass from storage to storage.
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "api.hpp"
+#include "keeping.cuh"
+#include "tiles.cuh"
+
+namespace tvfast::gpu {
+
+namespace {
+
+// How a quad is merged. Fixed programs become constants in the kernel; every other one runs the
+// same text on a program read at run time.
+template <Program fixed, Ends tested>
+struct Fixed {
+  static constexpr Ends kEnds = tested;
+  static __device__ constexpr Program get(const Program&) { return fixed; }
+};
+struct AtRunTime {
+  static constexpr Ends kEnds = Ends::BOTH;
+  static __device__ const Program& get(const Program& program) { return program; }
+};
+
+// The lower end of a model's band with its ties resolved for hashed indices: an entry equal to `lo`
+// survives iff its hash is at most `lo_last`.
+struct LowerEnd {
+  F lo, above_lo;
+  U lo_last, multiplier;
+};
+
+TVFAST_STAGE LowerEnd lower_end(const ModelScalars& s) {
+  const F above = from_bits(bits(s.lo) + 1u);  // lo is finite and not negative
+  LowerEnd end{s.lo, above, 0xffffffffu, hash_multiplier(s.key)};
+  if (s.lo_cut == 0) end.lo = above;
+  if (s.lo_cut != 0 && s.lo_cut >> 32 == 0) end.lo_last = static_cast<U>(s.lo_cut) - 1u;
+  return end;
+}
+
+// Scalars of a tile's entry, in shared memory: no store of the merge can alias them.
+template <int kModels>
+struct TileScalars {
+  TensorScalars tensor;
+  ModelScalars models[kModels];
+  LowerEnd ends[kModels];
+};
+template <>
+struct TileScalars<0> {
+  TensorScalars tensor;
+};
+
+TVFAST_STAGE F zero_sign(const Program& program, const TensorScalars& tensor) {
+  switch (program.zero_sign) {
+    case ZeroSign::PLUS: return 1.0f;
+    case ZeroSign::MINUS: return -1.0f;
+    case ZeroSign::NONE: return 0.0f;
+    case ZeroSign::MAJORITY: return tensor.majority;
+  }
+  return 0.0f;
+}
+
+TVFAST_STAGE F cast_ballot(const Program& program, F t, F weight) {
+  return program.ballot == Ballot::WEIGHTED ? t * weight : t;
+}
+
+TVFAST_STAGE F add_vote(const Program& program, F votes, F t, F weight) {
+  const F ballot = cast_ballot(program, t, weight);
+  return votes + (program.vote == Vote::MASS ? ballot : sign_of(ballot));
+}
+
+struct Reduced {
+  F value, divisor;
+};
+
+TVFAST_STAGE void join(const Program& program, Reduced& reduced, F t, F weight, F sign) {
+  const F v = t * weight;
+  M member = true;
+  if (program.vote == Vote::NONE) {
+    if (program.members == Members::STRICT) member = not_zero(v);
+  } else {
+    const F ballot = program.ballot == Ballot::WEIGHTED ? v : t;
+    member = program.members == Members::STRICT ? agrees(ballot, sign, false)
+                                                : agrees_or_zero(ballot, sign);
+  }
+  if (program.reduce == Reduce::SUM) reduced.value += masked(member, v);
+  if (program.reduce == Reduce::FUSED_SUM)
+    reduced.value = __fmaf_rn(masked(member, t), weight, reduced.value);
+  if (program.reduce == Reduce::MAX_ABS) reduced.value = larger(reduced.value, v, member);
+  if (program.divisor == Divisor::COUNT) reduced.divisor += masked(member, 1.0f);
+  if (program.divisor == Divisor::WEIGHT) reduced.divisor += masked(member, weight);
+}
+
+TVFAST_STAGE F finish(const Program& program, const TensorScalars& tensor, Reduced reduced,
+                      bool has_base, F base) {
+  if (program.divisor != Divisor::NONE)
+    reduced.value =
+        reduced.value / safe_divisor(reduced.divisor, tensor.divisor_floor, tensor.divisor_fill);
+  const F result = reduced.value * tensor.scale;
+  return has_base ? base + result : result;
+}
+
+TVFAST_STAGE Reduced nothing(const Program& program) {
+  return {program.reduce == Reduce::MAX_ABS ? 0.0f : -0.0f, 0.0f};
+}
+
+// What a kernel knows of the entry that it merges.
+template <int kModels>
+struct Merge {
+  const Program& program;
+  const TileScalars<kModels>& scalars;
+  const ModelScalars* all_scalars;  // [n_models] in device memory
+  const DeviceEntry& entry;
+  const DeviceModel* models;
+  int n_models;
+};
+
+// t_k of a quad from d_k.
+TVFAST_STAGE void keep_and_rescale(const Program& program, const ModelScalars& s,
+                                   const DeviceModel& model, const Quad& quad, KeptBy& by, F* tau) {
+  if (uses_ranks(program.keep)) load_ranks(model, quad, by.ranks);
+  M kept[kQuad];
+  keep_quad(program, s, model, quad, by, tau, kept);
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e)
+    tau[e] =
+        rescale(program, s, uses_ranks(program.keep) ? by.ranks[e] : 0u, masked(kept[e], tau[e]));
+}
+
+TVFAST_STAGE F keep_from_end(Tie tie, const LowerEnd& end, U mixed, F tau) {
+  const F a = magnitude(tau);
+  return masked(tie == Tie::HASH ? from_end_hashed(a, end.lo, end.above_lo,
+                                                   tie_hash(mixed, end.multiplier) > end.lo_last)
+                                 : from_end(a, end.lo),
+                tau);
+}
+
+// Merges one quad; load(k, x) gives model k's elements, load(-1, x) the base's. The entries of at
+// most kModels models stay in registers.
+template <class Choice, int kModels, bool exact, class Load>
+TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load&& load,
+                             F* result) {
+  const Program program = Choice::get(merge.program);
+  const int n_models = exact ? kModels : merge.n_models;
+  const bool has_base = merge.entry.base.data != nullptr;
+  const F zero = zero_sign(program, merge.scalars.tensor);
+  F base[kQuad] = {};
+  if (has_base) load(-1, base);
+  F t[kModels][kQuad];
+#pragma unroll
+  for (int k = 0; k < kModels; ++k) {
+    if (k >= n_models) break;
+    load(k, t[k]);
+    if (has_base) {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) t[k][e] = t[k][e] - base[e];
+    }
+  }
+  KeptBy by;
+  if (program.keep == Keep::VARIANCE) {
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) {
+      double sum = 0.0, spread = 0.0;
+#pragma unroll
+      for (int k = 0; k < kModels; ++k)
+        if (k < n_models) sum += static_cast<double>(t[k][e]);
+      const double mean = sum / n_models;
+#pragma unroll
+      for (int k = 0; k < kModels; ++k) {
+        const double apart = static_cast<double>(t[k][e]) - mean;
+        if (k < n_models) spread += apart * apart;
+      }
+      by.variance[e] = static_cast<F>(spread / n_models);
+    }
+  }
+  if constexpr (Choice::kEnds == Ends::BOTH) {
+#pragma unroll
+    for (int k = 0; k < kModels; ++k)
+      if (k < n_models)
+        keep_and_rescale(program, merge.scalars.models[k], merge.models[k], quad, by, t[k]);
+  }
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) {
+    if constexpr (Choice::kEnds == Ends::LOWER) {
+      const U mixed = program.tie == Tie::HASH ? mixed_index(scaled_index(quad.index + e)) : 0u;
+#pragma unroll
+      for (int k = 0; k < kModels; ++k)
+        if (k < n_models)
+          t[k][e] = keep_from_end(program.tie, merge.scalars.ends[k], mixed, t[k][e]) *
+                    merge.scalars.models[k].gain;
+    }
+    F sign = zero;
+    if (program.vote != Vote::NONE) {
+      F votes = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kModels; ++k)
+        if (k < n_models) votes = add_vote(program, votes, t[k][e], merge.scalars.models[k].weight);
+      sign = elected(votes, zero);
+    }
+    Reduced reduced = nothing(program);
+#pragma unroll
+    for (int k = 0; k < kModels; ++k)
+      if (k < n_models) join(program, reduced, t[k][e], merge.scalars.models[k].weight, sign);
+    result[e] = finish(program, merge.scalars.tensor, reduced, has_base, base[e]);
+  }
+}
+
+// The same for any number of models, whose entries are read again where they are needed again.
+template <class Load>
+TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Load&& load,
+                                     F* result) {
+  const Program& program = merge.program;
+  const bool has_base = merge.entry.base.data != nullptr;
+  const F zero = zero_sign(program, merge.scalars.tensor);
+  F base[kQuad] = {};
+  if (has_base) load(-1, base);
+  const auto load_tau = [&](int k, F* tau) {
+    load(k, tau);
+    if (has_base) {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) tau[e] = tau[e] - base[e];
+    }
+  };
+  KeptBy by;
+  if (program.keep == Keep::VARIANCE) {
+    double sum[kQuad] = {}, spread[kQuad] = {};
+    F tau[kQuad];
+    for (int k = 0; k < merge.n_models; ++k) {
+      load_tau(k, tau);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) sum[e] += static_cast<double>(tau[e]);
+    }
+    for (int k = 0; k < merge.n_models; ++k) {
+      load_tau(k, tau);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) {
+        const double apart = static_cast<double>(tau[e]) - sum[e] / merge.n_models;
+        spread[e] += apart * apart;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) by.variance[e] = static_cast<F>(spread[e] / merge.n_models);
+  }
+  const auto load_kept = [&](int k, F* t) {
+    load_tau(k, t);
+    keep_and_rescale(program, merge.all_scalars[k], merge.models[k], quad, by, t);
+  };
+  F sign[kQuad] = {zero, zero, zero, zero}, t[kQuad];
+  if (program.vote != Vote::NONE) {
+    F votes[kQuad] = {};
+    for (int k = 0; k < merge.n_models; ++k) {
+      load_kept(k, t);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        votes[e] = add_vote(program, votes[e], t[e], merge.all_scalars[k].weight);
+    }
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) sign[e] = elected(votes[e], zero);
+  }
+  Reduced reduced[kQuad];
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) reduced[e] = nothing(program);
+  for (int k = 0; k < merge.n_models; ++k) {
+    load_kept(k, t);
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e)
+      join(program, reduced[e], t[e], merge.all_scalars[k].weight, sign[e]);
+  }
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e)
+    result[e] = finish(program, merge.scalars.tensor, reduced[e], has_base, base[e]);
+}
+
+template <class Choice, int kModels, bool exact, class Load>
+TVFAST_STAGE void merge_any(const Merge<kModels>& merge, const Quad& quad, Load&& load, F* result) {
+  if constexpr (kModels == 0) {
+    merge_quad_of_many(merge, quad, load, result);
+  } else {
+    merge_quad<Choice, kModels, exact>(merge, quad, load, result);
+  }
+}
+
+// Quads of any types and alignment.
+template <class Choice, int kModels, bool exact>
+TVFAST_STAGE void merge_loaded(const Merge<kModels>& merge, std::int64_t i, int n, bool whole) {
+  const DeviceEntry& entry = merge.entry;
+  const Quad quad{i, static_cast<std::uint64_t>(entry.offset + i), n, whole};
+  F result[kQuad];
+  merge_any<Choice, kModels, exact>(
+      merge, quad,
+      [&](int k, F* x) { load_quad(k < 0 ? entry.base : merge.models[k].model, i, n, whole, x); },
+      result);
+  store_quad(entry.out, entry.out_dtype, i, n, whole, result);
+}
+
+// Packets of one 16-bit type: all are asked for before the first is used.
+template <class Choice, int kModels, bool exact, DType dtype>
+TVFAST_STAGE void merge_packets(const Merge<kModels>& merge, const TileSpan& span) {
+  const DeviceEntry& entry = merge.entry;
+  const int n_models = exact ? kModels : merge.n_models;
+  constexpr int kStep = 2 * kQuad;
+  for (std::int64_t i = span.body + kStep * static_cast<int>(threadIdx.x); i < span.body_end;
+       i += kStep * static_cast<int>(blockDim.x)) {
+    Packet base{}, packets[kModels];
+    if (entry.base.data != nullptr) base = load_packet(entry.base.data, i);
+#pragma unroll
+    for (int k = 0; k < kModels; ++k)
+      if (k < n_models) packets[k] = load_packet(merge.models[k].model.data, i);
+    uint2 halves[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t at = i + kQuad * half;
+      const Quad quad{at, static_cast<std::uint64_t>(entry.offset + at), kQuad, true};
+      F result[kQuad];
+      merge_any<Choice, kModels, exact>(
+          merge, quad,
+          [&](int k, F* x) {
+            if (k < 0) {
+              unpack<dtype>(base, half, x);
+            } else {
+#pragma unroll
+              for (int m = 0; m < kModels; ++m)
+                if (m == k) unpack<dtype>(packets[m], half, x);
+            }
+          },
+          result);
+      halves[half] = pack<dtype>(result);
+    }
+    __stcs(reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(entry.out) + i),
+           uint4{halves[0].x, halves[0].y, halves[1].x, halves[1].y});
+  }
+}
+
+// A fixed choice merges packets of 16-bit types on a path of its own. A choice at run time takes
+// quads of any types, and so do more models, whose packets would leave too few registers: as many
+// bytes are on their way with twice the threads.
+template <class Choice, int kModels>
+inline constexpr bool kPackets = kModels >= 1 && kModels <= 4;
+template <int kModels>
+inline constexpr bool kPackets<AtRunTime, kModels> = false;
+
+// More models, or a program that is read at run time, need more registers.
+template <class Choice, bool exact>
+constexpr int blocks_per_multiprocessor() {
+  if (exact) return kBlocksPerMultiprocessor;
+  return std::is_same_v<Choice, AtRunTime> ? kBlocksPerMultiprocessor / 2
+                                           : kBlocksPerMultiprocessor - 1;
+}
+
+template <class Choice, int kModels, bool exact>
+__global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, exact>()))
+    combine_kernel(DeviceTable table, DeviceScalars scalars, Program program) {
+  // As bytes: shared memory is not initialised, and the scalars' defaults would be.
+  alignas(16) __shared__ unsigned char storage[sizeof(TileScalars<kModels>)];
+  auto& tile_scalars = *reinterpret_cast<TileScalars<kModels>*>(storage);
+  for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
+    const TileSpan span = span_of(table, tile);
+    const DeviceEntry& entry = table.entries[span.entry];
+    const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
+    const ModelScalars* all_scalars = scalars.models + first_model;
+    __syncthreads();
+    if (threadIdx.x == 0) tile_scalars.tensor = scalars.tensors[span.entry];
+    if constexpr (kModels > 0) {
+      const int k = static_cast<int>(threadIdx.x);
+      if (k < table.n_models) {
+        tile_scalars.models[k] = all_scalars[k];
+        tile_scalars.ends[k] = lower_end(all_scalars[k]);
+      }
+    }
+    __syncthreads();
+    const Merge<kModels> merge{
+        program, tile_scalars, all_scalars, entry, table.models + first_model, table.n_models};
+    const auto one_quad = [&](std::int64_t i, int n, bool whole) {
+      merge_loaded<Choice, kModels, exact>(merge, i, n, whole);
+    };
+    if constexpr (kPackets<Choice, kModels>) {
+      if (entry.form == Form::PACKED_BF16) {
+        merge_packets<Choice, kModels, exact, DType::BF16>(merge, span);
+      } else if (entry.form == Form::PACKED_F16) {
+        merge_packets<Choice, kModels, exact, DType::F16>(merge, span);
+      } else {
+        for_each_quad(entry, span, one_quad);
+      }
+    } else {
+      for_each_quad(entry, span, one_quad);
+    }
+    for_each_edge(span, one_quad);
+  }
+}
+
+using CombineKernel = void (*)(DeviceTable, DeviceScalars, Program);
+
+template <class Choice>
+CombineKernel for_model_count(int n_models) {
+  switch (n_models) {
+    case 1: return combine_kernel<Choice, 1, true>;
+    case 2: return combine_kernel<Choice, 2, true>;
+    case 3: return combine_kernel<Choice, 3, true>;
+    case 4: return combine_kernel<Choice, 4, true>;
+    default: return n_models <= 8 ? combine_kernel<Choice, 8, false> : nullptr;
+  }
+}
+
+CombineKernel for_any_program(int n_models) {
+  if (n_models <= 4) return combine_kernel<AtRunTime, 4, false>;
+  if (n_models <= 8) return combine_kernel<AtRunTime, 8, false>;
+  return combine_kernel<AtRunTime, 0, false>;
+}
+
+constexpr Program kSum{};
+constexpr Program kFusedSum{.reduce = Reduce::FUSED_SUM};
+constexpr Program kFusedMean{.reduce = Reduce::FUSED_SUM, .divisor = Divisor::WEIGHT};
+
+constexpr Program ties(Tie tie, Divisor divisor) {
+  return {.keep = Keep::BAND,
+          .tie = tie,
+          .vote = Vote::MASS,
+          .ballot = divisor == Divisor::WEIGHT ? Ballot::WEIGHTED : Ballot::RAW,
+          .members = Members::STRICT,
+          .divisor = divisor};
+}
+
+// The program with what it does not read set to the first choice.
+Program canonical(Program p) {
+  if (p.keep == Keep::ALL || p.keep == Keep::MASK || p.keep == Keep::RANDOM || uses_ranks(p.keep))
+    p.tie = Tie::GE;
+  if (p.vote == Vote::NONE) {
+    p.ballot = Ballot::RAW;
+    p.zero_sign = ZeroSign::PLUS;
+  }
+  return p;
+}
+
+template <Program program, Ends ends>
+CombineKernel if_fixed(const Program& asked, Ends tested, int n_models) {
+  if (!(asked == program) || tested > ends) return nullptr;
+  return for_model_count<Fixed<program, ends>>(n_models);
+}
+
+CombineKernel choose(const Program& program, Ends ends, int n_models) {
+  const Program p = canonical(program);
+  CombineKernel found = nullptr;
+  const auto otherwise = [&](CombineKernel next) {
+    if (found == nullptr) found = next;
+  };
+  if (p.keep == Keep::ALL) {
+    otherwise(if_fixed<kSum, Ends::BOTH>(p, ends, n_models));
+    otherwise(if_fixed<kFusedSum, Ends::BOTH>(p, ends, n_models));
+    otherwise(if_fixed<kFusedMean, Ends::BOTH>(p, ends, n_models));
+  } else if (p.keep == Keep::BAND) {
+    otherwise(if_fixed<ties(Tie::GE, Divisor::WEIGHT), Ends::LOWER>(p, ends, n_models));
+    otherwise(if_fixed<ties(Tie::GE, Divisor::COUNT), Ends::LOWER>(p, ends, n_models));
+    otherwise(if_fixed<ties(Tie::HASH, Divisor::WEIGHT), Ends::LOWER>(p, ends, n_models));
+    otherwise(if_fixed<ties(Tie::HASH, Divisor::COUNT), Ends::LOWER>(p, ends, n_models));
+  }
+  otherwise(for_any_program(n_models));
+  return found;
+}
+
+}  // namespace
+
+Ends ends_of(const Scalars& scalars) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const bool lower =
+      std::all_of(scalars.models.begin(), scalars.models.end(), [=](const ModelScalars& s) {
+        return s.hi == infinity && s.hi_cut == 0 && s.lo >= 0.0f && s.lo < infinity;
+      });
+  return lower ? Ends::LOWER : Ends::BOTH;
+}
+
+std::int64_t persistent_grid(const DeviceTable& table, Place place) {
+  return std::min<std::int64_t>(table.n_tiles, std::int64_t{facts(place.device).n_multiprocessors} *
+                                                   kBlocksPerMultiprocessor);
+}
+
+void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+             Ends ends, Place place) {
+  const OnDevice current(place.device);
+  launch(choose(program, ends, table.n_models), persistent_grid(table, place), kThreads, place,
+         table, scalars, program);
+}
+
+}  // namespace tvfast::gpu

@@ -1,0 +1,117 @@
+#include "device_table.hpp"
+
+#include <cstring>
+
+#include "policy.hpp"
+
+namespace tvfast::gpu {
+
+namespace {
+
+constexpr std::size_t kAlignment = 16;
+
+// Appends an array at an aligned place and returns the place.
+template <class T>
+std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) {
+  const std::size_t at = (bytes.size() + kAlignment - 1) / kAlignment * kAlignment;
+  bytes.resize(at + values.size() * sizeof(T));
+  if (!values.empty()) std::memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
+  return at;
+}
+
+template <class T>
+const T* place(const void* address, std::size_t at) {
+  return reinterpret_cast<const T*>(static_cast<const std::byte*>(address) + at);
+}
+
+// Elements before the first at which `n_bytes` of the view are aligned; -1 if there is none.
+int head_of(const void* data, DType dtype, std::size_t n_bytes) {
+  const std::size_t size = size_of(dtype);
+  const std::size_t past = reinterpret_cast<std::uintptr_t>(data) % n_bytes;
+  if (past % size != 0) return -1;
+  return static_cast<int>((n_bytes - past) % n_bytes / size);
+}
+
+bool is_quads(const View& view, int head) {
+  return view.data != nullptr &&
+         head_of(view.data, view.dtype, 4 * size_of(view.dtype)) == head % 4;
+}
+
+struct Arrangement {
+  Form form = Form::SINGLES;
+  int head = 0;
+};
+
+Arrangement arrange(const Entry& entry) {
+  std::vector<View> views = entry.models;
+  if (entry.base.data != nullptr) views.push_back(entry.base);
+  if (entry.out != nullptr) views.push_back({entry.out, entry.out_dtype});
+  if (views.empty()) return {};
+  const DType dtype = views.front().dtype;
+  bool one_type = dtype != DType::F32;
+  for (const View& view : views) one_type = one_type && view.dtype == dtype;
+  const auto agree = [&](auto&& bytes_of) {
+    const int head = head_of(views.front().data, dtype, bytes_of(dtype));
+    for (const View& view : views)
+      if (head < 0 || head_of(view.data, view.dtype, bytes_of(view.dtype)) != head) return -1;
+    return head;
+  };
+  if (one_type) {
+    if (const int head = agree([](DType) { return std::size_t{16}; }); head >= 0)
+      return {dtype == DType::BF16 ? Form::PACKED_BF16 : Form::PACKED_F16, head};
+  }
+  if (const int head = agree([](DType d) { return 4 * size_of(d); }); head >= 0)
+    return {Form::QUADS, head};
+  return {};
+}
+
+}  // namespace
+
+PackedTable::PackedTable(const Table& table, const std::vector<const std::uint32_t*>& ranks) {
+  n_entries_ = static_cast<std::int32_t>(table.entries.size());
+  n_models_ = table.n_models;
+  std::vector<DeviceEntry> entries;
+  std::vector<DeviceModel> models;
+  std::vector<std::int64_t> first_tiles{0};
+  for (const Entry& entry : table.entries) {
+    const auto [form, head] = arrange(entry);
+    const auto to_view = [head = head](const View& view) {
+      return DeviceView{view.data, static_cast<std::int32_t>(view.dtype), is_quads(view, head)};
+    };
+    entries.push_back({to_view(entry.base), entry.out, static_cast<std::int32_t>(entry.out_dtype),
+                       form, entry.n, entry.row_length(), entry.offset,
+                       entry.group_offset + entry.offset, entry.group, head});
+    for (int k = 0; k < n_models_; ++k) {
+      const std::size_t at = models.size();
+      models.push_back(
+          {to_view(entry.models[k]), entry.scores.empty() ? DeviceView{} : to_view(entry.scores[k]),
+           entry.masks.empty() ? nullptr : entry.masks[k], ranks.empty() ? nullptr : ranks[at]});
+    }
+    const std::int64_t after_head = entry.n > head ? entry.n - head : entry.n > 0 ? 1 : 0;
+    first_tiles.push_back(first_tiles.back() + (after_head + kTile - 1) / kTile);
+  }
+  n_tiles_ = first_tiles.back();
+  append(bytes_, entries);
+  models_at_ = append(bytes_, models);
+  tiles_at_ = append(bytes_, first_tiles);
+}
+
+DeviceTable PackedTable::at(const void* address) const {
+  return {place<DeviceEntry>(address, 0),
+          place<DeviceModel>(address, models_at_),
+          place<std::int64_t>(address, tiles_at_),
+          n_tiles_,
+          n_entries_,
+          n_models_};
+}
+
+PackedScalars::PackedScalars(const Scalars& scalars) {
+  append(bytes_, scalars.tensors);
+  models_at_ = append(bytes_, scalars.models);
+}
+
+DeviceScalars PackedScalars::at(const void* address) const {
+  return {place<TensorScalars>(address, 0), place<ModelScalars>(address, models_at_)};
+}
+
+}  // namespace tvfast::gpu

@@ -1,0 +1,151 @@
+// The keep stage of one model on the quad of elements that a thread holds.
+#pragma once
+
+#include "../core/tie_hash.hpp"
+#include "lanes.cuh"
+
+namespace tvfast::gpu {
+
+// One quad of an entry: elements [i, i + n), n <= 4.
+struct Quad {
+  std::int64_t i;
+  std::uint64_t index;  // global index of element i
+  int n;
+  bool whole;  // may be one load
+};
+
+// What the keep stage needs of a quad besides the task vector.
+struct KeptBy {
+  F variance[kQuad];
+  U ranks[kQuad];
+};
+
+// Draws of elements [index, index + 4).
+TVFAST_STAGE void draw_quad(std::uint64_t key, std::uint64_t index, U* draws) {
+  const auto block = [key](std::uint64_t number) {
+    return philox(
+        {static_cast<std::uint32_t>(number), static_cast<std::uint32_t>(number >> 32), 0u, 0u},
+        static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32));
+  };
+  const auto low = block(index >> 2);
+  const int shift = static_cast<int>(index & 3u);
+  if (shift == 0) {
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) draws[e] = low[e];
+    return;
+  }
+  const auto high = block((index >> 2) + 1);
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e)
+    draws[e] = shift == 1   ? (e < 3 ? low[(e + 1) & 3] : high[(e + 1) & 3])
+               : shift == 2 ? (e < 2 ? low[(e + 2) & 3] : high[(e + 2) & 3])
+                            : (e < 1 ? low[(e + 3) & 3] : high[(e + 3) & 3]);
+}
+
+TVFAST_STAGE U scaled_index(std::uint64_t index) {
+  return static_cast<U>(index) * kMixIndex + static_cast<U>(index >> 32) * kMixHigh;
+}
+
+// lo <= a <= hi with the tie rule at both ends.
+TVFAST_STAGE M banded(F a, const ModelScalars& s, Tie tie, std::uint64_t index) {
+  if (tie == Tie::GE) return in_band(a, s.lo, s.hi);
+  const std::uint64_t rank =
+      tie == Tie::INDEX
+          ? index
+          : std::uint64_t{tie_hash(mixed_index(scaled_index(index)), hash_multiplier(s.key))};
+  return in_band_ties(a, s.lo, s.hi, rank < s.lo_cut, rank < s.hi_cut);
+}
+
+// Population variance of one element across models, in float64 rounded once; tau(k) gives d_k.
+template <class Tau>
+TVFAST_STAGE F variance_of(int n_models, Tau&& tau) {
+  double sum = 0.0;
+  for (int k = 0; k < n_models; ++k) sum += static_cast<double>(tau(k));
+  const double mean = sum / n_models;
+  double spread = 0.0;
+  for (int k = 0; k < n_models; ++k) {
+    const double apart = static_cast<double>(tau(k)) - mean;
+    spread += apart * apart;
+  }
+  return static_cast<F>(spread / n_models);
+}
+
+TVFAST_STAGE void load_ranks(const DeviceModel& model, const Quad& quad, U* ranks) {
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) ranks[e] = e < quad.n ? model.ranks[quad.i + e] : 0u;
+}
+
+TVFAST_STAGE constexpr bool uses_ranks(Keep keep) {
+  return keep == Keep::RANDOM_BY_RANK || keep == Keep::BAND_BY_RANK;
+}
+
+// kept_k of a quad.
+TVFAST_STAGE void keep_quad(const Program& program, const ModelScalars& s, const DeviceModel& model,
+                            const Quad& quad, const KeptBy& by, const F* tau, M* kept) {
+  switch (program.keep) {
+    case Keep::ALL: {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) kept[e] = true;
+      return;
+    }
+    case Keep::BAND: {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        kept[e] = banded(magnitude(tau[e]), s, program.tie, quad.index + e);
+      break;
+    }
+    case Keep::SCORE: {
+      F score[kQuad];
+      load_quad(model.score, quad.i, quad.n, quad.whole, score);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        kept[e] = banded(magnitude(score[e]), s, program.tie, quad.index + e);
+      break;
+    }
+    case Keep::VARIANCE: {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        kept[e] = banded(by.variance[e], s, program.tie, quad.index + e);
+      break;
+    }
+    case Keep::RANDOM: {
+      U draws[kQuad];
+      draw_quad(s.key, quad.index, draws);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) kept[e] = draws[e] < s.limit;
+      break;
+    }
+    case Keep::RANDOM_BY_RANK: {
+      U draws[kQuad];
+      draw_quad(s.key, quad.index, draws);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        kept[e] = draws[e] < s.limit + ((by.ranks[e] * s.limit_step) >> 32);
+      break;
+    }
+    case Keep::BAND_BY_RANK: {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) kept[e] = by.ranks[e] >= s.rank_lo && by.ranks[e] < s.rank_hi;
+      break;
+    }
+    case Keep::MASK: {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) {
+        const std::int64_t i = quad.i + e;
+        kept[e] = e < quad.n && (__ldg(model.mask + (i >> 6)) >> (i & 63) & 1u) != 0;
+      }
+      break;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) kept[e] = kept[e] | is_nan(tau[e]);
+}
+
+// t_k from kept entries.
+TVFAST_STAGE F rescale(const Program& program, const ModelScalars& s, U rank, F kept) {
+  if (program.gain == Gain::MODEL) return kept * s.gain;
+  if (!uses_ranks(program.keep)) return kept / s.prob;
+  return kept / (s.prob + static_cast<F>(rank) * s.prob_step);
+}
+
+}  // namespace tvfast::gpu

@@ -1,0 +1,39 @@
+// The language of the kernels, in two worlds: CUDA, and a host build that runs the same text on the
+// CPU, thread by thread, for tests on machines without a GPU (host/simt.hpp).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "check.hpp"
+
+namespace tvfast::gpu {
+
+// Starts a kernel on a stream. An error of the launch itself is thrown at once.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), std::int64_t n_blocks, int n_threads, Place place,
+            Arguments... arguments) {
+  if (n_blocks == 0) return;
+  kernel<<<static_cast<unsigned>(n_blocks), n_threads, 0,
+           static_cast<cudaStream_t>(place.stream)>>>(arguments...);
+  check(cudaGetLastError(), "launching a kernel");
+}
+
+__device__ __forceinline__ float half_to_float(std::uint16_t h) {
+  return __half2float(__ushort_as_half(h));
+}
+__device__ __forceinline__ std::uint16_t float_to_half(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+
+}  // namespace tvfast::gpu
+
+#else
+
+#include "host/simt.hpp"
+
+#endif

@@ -1,0 +1,91 @@
+"""What the compiled modules take and return: tuples of numbers for tables, programs, scalars and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvfast.program import Moments, Program, TensorScalars, View, WorkTable
+
+
+def _pair(view: View | None) -> tuple[int, int]:
+    return (0, 0) if view is None else (view.address, int(view.dtype))
+
+
+def native_table(module: Any, table: WorkTable) -> Any:
+    """The `Table` of a compiled module with the entries of a work table."""
+    native = module.Table(table.n_models)
+    for entry in table.entries:
+        native.add(
+            _pair(entry.base),
+            [_pair(view) for view in entry.models],
+            _pair(entry.out),
+            [_pair(view) for view in entry.scores],
+            [(m.scale, m.shift, m.floor) for m in entry.score_maps],
+            [view.address for view in entry.masks],
+            entry.n_elements,
+            entry.row,
+            entry.offset,
+            entry.group,
+            entry.group_offset,
+        )
+    return native
+
+
+def program_tuple(program: Program) -> tuple[int, ...]:
+    """The choices of a program, in the order of its fields."""
+    return (
+        int(program.keep),
+        int(program.tie),
+        int(program.gain),
+        int(program.vote),
+        int(program.ballot),
+        int(program.zero_sign),
+        int(program.members),
+        int(program.reduce),
+        int(program.divisor),
+        int(program.cross),
+        int(program.weighting),
+    )
+
+
+def scalar_tuples(scalars: Sequence[TensorScalars]) -> tuple[list[Any], list[Any]]:
+    """The scalars of every tensor, and those of every model of every tensor."""
+    tensors = [(s.scale, s.majority, s.divisor_floor, s.divisor_fill) for s in scalars]
+    models = [
+        (
+            m.weight,
+            m.gain,
+            m.lo,
+            m.hi,
+            m.lo_cut,
+            m.hi_cut,
+            m.limit,
+            m.limit_step,
+            m.prob,
+            m.prob_step,
+            m.rank_lo,
+            m.rank_hi,
+            m.key,
+        )
+        for s in scalars
+        for m in s.models
+    ]
+    return tensors, models
+
+
+def moments_of(answer: Any, n_models: int) -> Moments:
+    """Moments from the tuple that a compiled module gives for one entry."""
+    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite, n_base_nonfinite, elected, n_conflict = answer
+    gram = [[upper[min(a, b) * n_models + max(a, b)] for b in range(n_models)] for a in range(n_models)]
+    return Moments(
+        l1_before=l1_before,
+        l1=l1,
+        gram=gram,
+        n_kept=n_kept,
+        n_nonzero=n_nonzero,
+        n_nonfinite=n_nonfinite,
+        n_base_nonfinite=n_base_nonfinite,
+        elected=elected,
+        n_conflict=n_conflict,
+    )
