@@ -88,6 +88,35 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
     const py::gil_scoped_release unlocked;
     combine(table.at(), to_program(program), scalars.at(), scalars.ends, to_place(device, stream));
   });
+  m.def("measure_workspace", &measure_workspace);
+  m.def("measure", [](const ResidentTable& table, const std::array<int, 9>& program,
+                      const ResidentScalars& scalars, unsigned wants, Address workspace, int device,
+                      Address stream) {
+    const py::gil_scoped_release unlocked;
+    measure(table.at(), to_program(program), scalars.at(), wants,
+            reinterpret_cast<void*>(workspace), to_place(device, stream));
+  });
+  // From a host copy of the workspace.
+  m.def("moments", [](Address workspace, std::int64_t n_entries, int n_models) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(workspace);
+    return to_python(
+        moments({bytes, bytes + measure_workspace(n_entries, n_models)}, n_entries, n_models));
+  });
+  m.def("row_masks", [](const ResidentTable& table, const std::array<int, 9>& program,
+                        const ResidentScalars& scalars, int device, Address stream) {
+    const py::gil_scoped_release unlocked;
+    row_masks(table.at(), to_program(program), scalars.at(), to_place(device, stream));
+  });
+  py::class_<RankPlan>(m, "RankPlan", py::module_local())
+      .def(py::init([](const Table& table, int device, Address stream) {
+        return rank_plan(table, to_place(device, stream));
+      }))
+      .def_readonly("n_bytes", &RankPlan::n_bytes);
+  m.def("rank_rows", [](const ResidentTable& table, const RankPlan& plan, Address workspace,
+                        int device, Address stream) {
+    const py::gil_scoped_release unlocked;
+    rank_rows(table.at(), plan, reinterpret_cast<void*>(workspace), to_place(device, stream));
+  });
   m.def("architectures", &architectures);
   m.def("require", &require);
   m.def("device_name", [](int device) { return facts(device).name; });

@@ -23,4 +23,32 @@ Ends ends_of(const Scalars& scalars);
 void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
              Ends ends, Place place);
 
+// Bytes that `measure` needs, which the caller copies to the host and gives to `moments`.
+std::size_t measure_workspace(std::int64_t n_entries, int n_models);
+
+// Gathers the statistics that `wants` names; those of all entries in one launch for up to 64 sums.
+void measure(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+             unsigned wants, void* workspace, Place place);
+
+// One Moments per entry from the bytes that `measure` left.
+std::vector<Moments> moments(const std::vector<unsigned char>& workspace, std::int64_t n_entries,
+                             int n_models);
+
+// Sets the bit planes to the keep stage's answers, and the bits past the end to zero.
+void row_masks(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+               Place place);
+
+// Workspace of `rank_rows`: at most this, or what one row and model need.
+inline constexpr std::int64_t kRankBytes = std::int64_t{256} << 20;
+
+struct RankPlan {
+  std::vector<std::int64_t> first_rows;  // [n_entries + 1]
+  std::int64_t longest = 0, n_blocks = 0;
+  std::size_t n_bytes = 0;
+};
+RankPlan rank_plan(const Table& table, Place place);
+
+// Writes the ranks of |d_k| within rows, equals by index, where the table's models say.
+void rank_rows(const DeviceTable& table, const RankPlan& plan, void* workspace, Place place);
+
 }  // namespace tvfast::gpu

@@ -60,15 +60,6 @@ TVFAST_STAGE F zero_sign(const Program& program, const TensorScalars& tensor) {
   return 0.0f;
 }
 
-TVFAST_STAGE F cast_ballot(const Program& program, F t, F weight) {
-  return program.ballot == Ballot::WEIGHTED ? t * weight : t;
-}
-
-TVFAST_STAGE F add_vote(const Program& program, F votes, F t, F weight) {
-  const F ballot = cast_ballot(program, t, weight);
-  return votes + (program.vote == Vote::MASS ? ballot : sign_of(ballot));
-}
-
 struct Reduced {
   F value, divisor;
 };
@@ -222,25 +213,7 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
     }
   };
   KeptBy by;
-  if (program.keep == Keep::VARIANCE) {
-    double sum[kQuad] = {}, spread[kQuad] = {};
-    F tau[kQuad];
-    for (int k = 0; k < merge.n_models; ++k) {
-      load_tau(k, tau);
-#pragma unroll
-      for (int e = 0; e < kQuad; ++e) sum[e] += static_cast<double>(tau[e]);
-    }
-    for (int k = 0; k < merge.n_models; ++k) {
-      load_tau(k, tau);
-#pragma unroll
-      for (int e = 0; e < kQuad; ++e) {
-        const double apart = static_cast<double>(tau[e]) - sum[e] / merge.n_models;
-        spread[e] += apart * apart;
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kQuad; ++e) by.variance[e] = static_cast<F>(spread[e] / merge.n_models);
-  }
+  if (program.keep == Keep::VARIANCE) variance_quad(merge.n_models, load_tau, by.variance);
   const auto load_kept = [&](int k, F* t) {
     load_tau(k, t);
     keep_and_rescale(program, merge.all_scalars[k], merge.models[k], quad, by, t);
@@ -476,8 +449,9 @@ std::int64_t persistent_grid(const DeviceTable& table, Place place) {
 void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
              Ends ends, Place place) {
   const OnDevice current(place.device);
-  launch(choose(program, ends, table.n_models), persistent_grid(table, place), kThreads, place,
-         table, scalars, program);
+  launch(choose(program, ends, table.n_models),
+         persistent_grid(table, kBlocksPerMultiprocessor, place), kThreads, place, table, scalars,
+         program);
 }
 
 }  // namespace tvfast::gpu

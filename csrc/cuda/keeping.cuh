@@ -56,18 +56,26 @@ TVFAST_STAGE M banded(F a, const ModelScalars& s, Tie tie, std::uint64_t index) 
   return in_band_ties(a, s.lo, s.hi, rank < s.lo_cut, rank < s.hi_cut);
 }
 
-// Population variance of one element across models, in float64 rounded once; tau(k) gives d_k.
-template <class Tau>
-TVFAST_STAGE F variance_of(int n_models, Tau&& tau) {
-  double sum = 0.0;
-  for (int k = 0; k < n_models; ++k) sum += static_cast<double>(tau(k));
-  const double mean = sum / n_models;
-  double spread = 0.0;
+// Population variance of d_1 ... d_K in float64, rounded once; load_tau(k, tau) gives d_k.
+template <class LoadTau>
+TVFAST_STAGE void variance_quad(int n_models, LoadTau&& load_tau, F* variance) {
+  double sum[kQuad] = {}, spread[kQuad] = {};
+  F tau[kQuad];
   for (int k = 0; k < n_models; ++k) {
-    const double apart = static_cast<double>(tau(k)) - mean;
-    spread += apart * apart;
+    load_tau(k, tau);
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) sum[e] += static_cast<double>(tau[e]);
   }
-  return static_cast<F>(spread / n_models);
+  for (int k = 0; k < n_models; ++k) {
+    load_tau(k, tau);
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) {
+      const double apart = static_cast<double>(tau[e]) - sum[e] / n_models;
+      spread[e] += apart * apart;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) variance[e] = static_cast<F>(spread[e] / n_models);
 }
 
 TVFAST_STAGE void load_ranks(const DeviceModel& model, const Quad& quad, U* ranks) {
@@ -146,6 +154,15 @@ TVFAST_STAGE F rescale(const Program& program, const ModelScalars& s, U rank, F 
   if (program.gain == Gain::MODEL) return kept * s.gain;
   if (!uses_ranks(program.keep)) return kept / s.prob;
   return kept / (s.prob + static_cast<F>(rank) * s.prob_step);
+}
+
+TVFAST_STAGE F cast_ballot(const Program& program, F t, F weight) {
+  return program.ballot == Ballot::WEIGHTED ? t * weight : t;
+}
+
+TVFAST_STAGE F add_vote(const Program& program, F votes, F t, F weight) {
+  const F ballot = cast_ballot(program, t, weight);
+  return votes + (program.vote == Vote::MASS ? ballot : sign_of(ballot));
 }
 
 }  // namespace tvfast::gpu

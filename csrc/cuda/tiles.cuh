@@ -2,9 +2,18 @@
 // threads.
 #pragma once
 
+#include <algorithm>
+
 #include "lanes.cuh"
 
 namespace tvfast::gpu {
+
+// Blocks that take the tiles of a table: as many as run at once, or one a tile.
+inline std::int64_t persistent_grid(const DeviceTable& table, int blocks_per_multiprocessor,
+                                    Place place) {
+  return std::min<std::int64_t>(table.n_tiles, std::int64_t{facts(place.device).n_multiprocessors} *
+                                                   blocks_per_multiprocessor);
+}
 
 // The entry that a tile belongs to: the last one that starts at or before it.
 static __device__ __forceinline__ std::int32_t find_entry(const DeviceTable& table,
@@ -68,6 +77,21 @@ static __device__ __forceinline__ void for_each_edge(const TileSpan& span, Fn&& 
   } else if (at - before < after) {
     fn(span.body_end + (at - before), 1, false);
   }
+}
+
+// A tile cut at multiples of kTile from element 0, which bit planes need: their words are not
+// shared by two tiles.
+static __device__ __forceinline__ TileSpan whole_words_of(const DeviceTable& table,
+                                                          std::int64_t tile) {
+  TileSpan span;
+  span.entry = find_entry(table, tile);
+  const DeviceEntry& entry = table.entries[span.entry];
+  span.begin = (tile - table.first_tiles[span.entry]) * kTile;
+  // The last tile takes the elements that the others lack for the head.
+  span.end = tile + 1 == table.first_tiles[span.entry + 1] ? entry.n : span.begin + kTile;
+  span.body = span.begin;
+  span.body_end = span.end;
+  return span;
 }
 
 }  // namespace tvfast::gpu

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 from tvfast.errors import ArgumentError
-from tvfast.ops._native import native_table, program_tuple, scalar_tuples
-from tvfast.program import Program, TensorScalars, WorkTable
+from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
+from tvfast.ops.raw import Wants
+from tvfast.program import Entry, Moments, Program, TensorScalars, WorkTable
+
+MOST_RANKS = 1 << 26
+"""Ranks in device memory at a time, 256 MiB, or those of one tensor if that has more."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Resident:
-    """A packed table or packed scalars, and the device memory that holds the copy."""
+    """A packed table or packed scalars, and the device memory that it names."""
 
     native: Any
-    memory: Tensor
+    alive: tuple[Tensor, ...]
 
 
 class CudaBackend:
@@ -71,6 +75,43 @@ class CudaBackend:
             return str(error)
         return None
 
+    def measure(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        wants: Wants,
+        n_threads: int = 0,
+    ) -> list[Moments]:
+        """One `Moments` per entry; fields that are not asked for are zero. Waits for the device."""
+        found: list[Moments] = []
+        for part, resident in self._ready(table, program):
+            own = self._scalars(scalars[len(found) : len(found) + len(part.entries)], part)
+            n_entries, device = len(part.entries), _device(part)
+            n_bytes = self._module.measure_workspace(n_entries, table.n_models)
+            workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+            self._module.measure(
+                resident.native,
+                program_tuple(program),
+                own.native,
+                int(wants),
+                workspace.data_ptr(),
+                *self._place(device),
+            )
+            answers = self._module.moments(workspace.cpu().data_ptr(), n_entries, table.n_models)
+            found += [moments_of(answer, table.n_models) for answer in answers]
+        return found
+
+    def row_masks(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> None:
+        """Writes kept_k, NaN entries included, into the entries' bit planes; padding bits become zero."""
+        self._run(self._module.row_masks, table, program, scalars)
+
     def combine(
         self,
         table: WorkTable,
@@ -82,25 +123,62 @@ class CudaBackend:
         for entry in table.entries:
             if entry.out is None:
                 raise ArgumentError(f"tensor {entry.name!r}: combine needs an output; found out=None.")
+        self._run(self._module.combine, table, program, scalars)
+
+    def _run(self, verb: Any, table: WorkTable, program: Program, scalars: Sequence[TensorScalars]) -> None:
+        done = 0
+        for part, resident in self._ready(table, program):
+            own = self._scalars(scalars[done : done + len(part.entries)], part)
+            verb(resident.native, program_tuple(program), own.native, *self._place(_device(part)))
+            done += len(part.entries)
+
+    def _ready(self, table: WorkTable, program: Program) -> Iterator[tuple[WorkTable, _Resident]]:
+        """The table on its device; in parts with the ranks of their rows if the keep stage reads ranks."""
         if not table.entries:
             return
-        device = _device(table)
-        resident = self._table(table, device)
-        own = self._resident(self._module.ResidentScalars(*scalar_tuples(scalars)), device)
-        self._module.combine(resident.native, program_tuple(program), own.native, *self._place(device))
+        if not program.ranks_rows:
+            yield table, self._table(table)
+            return
+        batch: list[Entry] = []
+        n_ranks = 0
+        for entry in table.entries:
+            if batch and n_ranks + table.n_models * entry.n_elements > MOST_RANKS:
+                yield self._ranked(WorkTable(batch, table.n_models))
+                batch, n_ranks = [], 0
+            batch.append(entry)
+            n_ranks += table.n_models * entry.n_elements
+        yield self._ranked(WorkTable(batch, table.n_models))
 
-    def _table(self, table: WorkTable, device: torch.device) -> _Resident:
+    def _ranked(self, part: WorkTable) -> tuple[WorkTable, _Resident]:
+        device = _device(part)
+        ranks = [
+            torch.empty(entry.n_elements, dtype=torch.int32, device=device)
+            for entry in part.entries
+            for _ in range(part.n_models)
+        ]
+        native = native_table(self._module, part)
+        packed = self._module.ResidentTable(native, [one.data_ptr() for one in ranks])
+        resident = self._resident(packed, device, ranks)
+        plan = self._module.RankPlan(native, *self._place(device))
+        workspace = torch.empty(plan.n_bytes, dtype=torch.uint8, device=device)
+        self._module.rank_rows(resident.native, plan, workspace.data_ptr(), *self._place(device))
+        return part, resident
+
+    def _table(self, table: WorkTable) -> _Resident:
         found: _Resident | None = table.cache.get("cuda")
         if found is None:
             packed = self._module.ResidentTable(native_table(self._module, table), [])
-            found = self._resident(packed, device)
+            found = self._resident(packed, _device(table))
             table.cache["cuda"] = found
         return found
 
-    def _resident(self, native: Any, device: torch.device) -> _Resident:
+    def _scalars(self, scalars: Sequence[TensorScalars], part: WorkTable) -> _Resident:
+        return self._resident(self._module.ResidentScalars(*scalar_tuples(scalars)), _device(part))
+
+    def _resident(self, native: Any, device: torch.device, alive: Sequence[Tensor] = ()) -> _Resident:
         memory = torch.empty(native.n_bytes, dtype=torch.uint8, device=device)
         native.upload(memory.data_ptr(), *self._place(device))
-        return _Resident(native, memory)
+        return _Resident(native, (memory, *alive))
 
     def _place(self, device: torch.device) -> tuple[int, int]:
         """Number of the device, and torch's current stream there."""

@@ -110,6 +110,30 @@ T __shfl_sync(unsigned mask, T value, int from) {
   simt::exchange(mask, simt::to_word(value), words);
   return simt::from_word<T>(words[from & 31]);
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  std::uint64_t words[32];
+  simt::exchange(mask, value, words);
+  unsigned sum = 0;
+  for (unsigned i = 0; i < 32; ++i)
+    if ((mask >> i & 1u) != 0) sum += static_cast<unsigned>(words[i]);
+  return sum;
+}
+inline int __reduce_max_sync(unsigned mask, int value) {
+  std::uint64_t words[32];
+  simt::exchange(mask, simt::to_word(value), words);
+  int most = value;
+  for (unsigned i = 0; i < 32; ++i)
+    if ((mask >> i & 1u) != 0) most = std::max(most, simt::from_word<int>(words[i]));
+  return most;
+}
+inline unsigned __match_any_sync(unsigned mask, unsigned value) {
+  std::uint64_t words[32];
+  simt::exchange(mask, value, words);
+  unsigned same = 0;
+  for (unsigned i = 0; i < 32; ++i)
+    if ((mask >> i & 1u) != 0 && static_cast<unsigned>(words[i]) == value) same |= 1u << i;
+  return same;
+}
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int with) {
   return __shfl_sync(mask, value, static_cast<int>(simt::lane()) ^ with);

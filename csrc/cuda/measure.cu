@@ -1,0 +1,499 @@
+// measure and row_masks: sums, counts, votes and bit planes of every entry of a table.
+#include <algorithm>
+#include <cstring>
+
+#include "../core/accumulate.hpp"
+#include "api.hpp"
+#include "keeping.cuh"
+#include "sums.cuh"
+#include "tiles.cuh"
+
+namespace tvfast::gpu {
+
+static_assert(kSumWindowBits == kWindowBits && kNoSum == kNoWindow);
+
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kMeasureBlocksPerMultiprocessor = 2;
+
+// Elements of a tile that are gone through for one sum after the other: with 32 elements a thread,
+// joining a warp costs a fifth of adding; the tensors' parts stay in the first-level cache.
+constexpr std::int64_t kMeasureSpan = kTile / 2;
+
+// Sums that one launch keeps in shared memory, for each warp.
+constexpr int kSumsOfLaunch = 64;
+
+// Sums of an entry: L1 before [K], L1 [K], products [K][K] of which j <= k are filled.
+struct SumNumbers {
+  int n_models;
+  __host__ __device__ int l1_before(int k) const { return k; }
+  __host__ __device__ int l1(int k) const { return n_models + k; }
+  __host__ __device__ int product(int j, int k) const { return (2 + j) * n_models + k; }
+  __host__ __device__ int size() const { return (2 + n_models) * n_models; }
+};
+
+// Counts of an entry: kept, non-zero and non-finite [K] each, then three of the entry.
+struct CountNumbers {
+  int n_models;
+  __host__ __device__ int kept(int k) const { return k; }
+  __host__ __device__ int nonzero(int k) const { return n_models + k; }
+  __host__ __device__ int nonfinite(int k) const { return 2 * n_models + k; }
+  __host__ __device__ int base_nonfinite() const { return 3 * n_models; }
+  __host__ __device__ int elected() const { return 3 * n_models + 1; }
+  __host__ __device__ int conflicts() const { return 3 * n_models + 2; }
+  __host__ __device__ int size() const { return 3 * n_models + 3; }
+};
+
+// Where the statistics of all entries are gathered; zero before the launch.
+struct Gathered {
+  unsigned long long* limbs;   // [n_entries][S][kWindows][kLimbs]
+  double* nonfinite;           // [n_entries][S]
+  unsigned* used;              // [n_entries][S], a bit for each window
+  unsigned long long* counts;  // [n_entries][C]
+};
+
+// What one thread knows of the entry that it measures.
+struct Measured {
+  const Program& program;
+  const DeviceEntry& entry;
+  const DeviceModel* models;
+  const ModelScalars* scalars;
+  int n_models;
+};
+
+struct TauQuad {
+  F tau[kQuad];   // d_k
+  F kept[kQuad];  // d_k where kept, otherwise +0
+  M is_kept[kQuad];
+  U ranks[kQuad];
+};
+
+TVFAST_STAGE void load_tau(const Measured& m, int k, const Quad& quad, F* tau) {
+  load_quad(m.models[k].model, quad.i, quad.n, quad.whole, tau);
+  if (m.entry.base.data == nullptr) return;
+  F base[kQuad];
+  load_quad(m.entry.base, quad.i, quad.n, quad.whole, base);
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) tau[e] = tau[e] - base[e];
+}
+
+TVFAST_STAGE void load_kept(const Measured& m, int k, const Quad& quad, TauQuad& t) {
+  load_tau(m, k, quad, t.tau);
+  KeptBy by;
+  if (m.program.keep == Keep::VARIANCE)
+    variance_quad(
+        m.n_models, [&](int other, F* tau) { load_tau(m, other, quad, tau); }, by.variance);
+  if (uses_ranks(m.program.keep)) load_ranks(m.models[k], quad, by.ranks);
+  keep_quad(m.program, m.scalars[k], m.models[k], quad, by, t.tau, t.is_kept);
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e) {
+    t.is_kept[e] = t.is_kept[e] && e < quad.n;
+    t.kept[e] = masked(t.is_kept[e], t.tau[e]);
+    t.ranks[e] = uses_ranks(m.program.keep) ? by.ranks[e] : 0u;
+  }
+}
+
+TVFAST_STAGE M is_finite(F x) { return (bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+// fn(quad) for this thread's quads of a span, and for single elements around them.
+template <class Fn>
+TVFAST_STAGE void for_each(const DeviceEntry& entry, const TileSpan& span, std::int64_t from,
+                           Fn&& fn) {
+  const auto call = [&](std::int64_t i, int n, bool whole) {
+    fn(Quad{i, static_cast<std::uint64_t>(entry.offset + i), n, whole});
+  };
+  const std::int64_t to = from + kMeasureSpan < span.body_end ? from + kMeasureSpan : span.body_end;
+  // One call of `fn` in the code, for quads and edges alike: it is long.
+  const int before = from == span.body ? static_cast<int>(span.body - span.begin) : 0;
+  const int after = from == span.body ? static_cast<int>(span.end - span.body_end) : 0;
+  std::int64_t i = from + kQuad * static_cast<int>(threadIdx.x);
+  const int edge = static_cast<int>(threadIdx.x);
+  bool at_edge = edge < before + after;
+#pragma unroll 1
+  while (i < to || at_edge) {
+    const bool inner = i < to;
+    const std::int64_t at = inner           ? i
+                            : edge < before ? span.begin + edge
+                                            : span.body_end + (edge - before);
+    call(at, inner ? kQuad : 1, inner && entry.form != Form::SINGLES);
+    at_edge = at_edge && inner;
+    i += kQuad * static_cast<int>(blockDim.x);
+  }
+}
+
+// A block's statistics of one entry until the next begins.
+struct BlockSums {
+  WindowedSum sums[kWarps][kSumsOfLaunch];
+  double nonfinite[kWarps][kSumsOfLaunch];
+};
+
+// Joins a warp's sums into the block's.
+TVFAST_STAGE void put(BlockSums& all, int number, const ThreadSum& own) {
+  const WindowedSum sum = join_warp(own);
+  const bool any = __any_sync(0xffffffffu, own.nonfinite != 0.0);
+  double nonfinite = own.nonfinite;
+  if (any) {
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) nonfinite += __shfl_xor_sync(0xffffffffu, nonfinite, by);
+  }
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x % 32 != 0) return;
+  if (sum.window != kNoSum) add(all.sums[warp][number], sum);
+  if (any) all.nonfinite[warp][number] += nonfinite;
+}
+
+TVFAST_STAGE void put_count(unsigned long long* counts, int number, int own) {
+  const unsigned sum = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(own));
+  if (threadIdx.x % 32 == 0 && sum != 0)
+    atomicAdd(counts + number,
+              static_cast<unsigned long long>(static_cast<long long>(static_cast<int>(sum))));
+}
+
+// Sums and counts of one model over a span.
+TVFAST_STAGE void measure_model(const Measured& m, const TileSpan& span, std::int64_t from, int k,
+                                unsigned wants, int first_sum, int n_sums, BlockSums& all,
+                                unsigned long long* counts) {
+  const SumNumbers numbers{m.n_models};
+  const auto taken = [=](int number) { return number >= first_sum && number < first_sum + n_sums; };
+  const bool before = (wants & L1_BEFORE) != 0 && taken(numbers.l1_before(k));
+  const bool after = (wants & L1) != 0 && taken(numbers.l1(k));
+  const bool square = (wants & SQUARES) != 0 && (wants & GRAM) == 0 && taken(numbers.product(k, k));
+  const bool counted = (wants & COUNTS) != 0 && first_sum == 0;
+  if (!before && !after && !square && !counted) return;
+  ThreadSum l1_before, l1, squares;
+  int n_kept = 0, n_nonzero = 0, n_nonfinite = 0;
+  for_each(m.entry, span, from, [&](const Quad& quad) {
+    TauQuad t;
+    load_kept(m, k, quad, t);
+    double x[kQuad];
+    if (before) {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) x[e] = static_cast<double>(magnitude(t.tau[e]));
+      add_quad(l1_before, x);
+    }
+    if (after) {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) x[e] = static_cast<double>(magnitude(t.kept[e]));
+      add_quad(l1, x);
+    }
+    if (square) {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        x[e] = static_cast<double>(t.kept[e]) * static_cast<double>(t.kept[e]);
+      add_quad(squares, x);
+    }
+    if (counted) {
+      F model[kQuad];
+      load_quad(m.models[k].model, quad.i, quad.n, quad.whole, model);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) {
+        n_kept += t.is_kept[e];
+        n_nonzero += t.is_kept[e] && not_zero(t.kept[e]);
+        n_nonfinite += e < quad.n && !is_finite(model[e]);
+      }
+    }
+  });
+  if (before) put(all, numbers.l1_before(k) - first_sum, l1_before);
+  if (after) put(all, numbers.l1(k) - first_sum, l1);
+  if (square) put(all, numbers.product(k, k) - first_sum, squares);
+  if (counted) {
+    const CountNumbers places{m.n_models};
+    put_count(counts, places.kept(k), n_kept);
+    put_count(counts, places.nonzero(k), n_nonzero);
+    put_count(counts, places.nonfinite(k), n_nonfinite);
+  }
+}
+
+// The product of models j and k over a span.
+TVFAST_STAGE void measure_product(const Measured& m, const TileSpan& span, std::int64_t from, int j,
+                                  int k, int first_sum, int n_sums, BlockSums& all) {
+  const int number = SumNumbers{m.n_models}.product(j, k) - first_sum;
+  if (number < 0 || number >= n_sums) return;
+  ThreadSum sum;
+  for_each(m.entry, span, from, [&](const Quad& quad) {
+    TauQuad one, other;
+    load_kept(m, j, quad, one);
+    load_kept(m, k, quad, other);
+    double x[kQuad];
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e)
+      x[e] = static_cast<double>(one.kept[e]) * static_cast<double>(other.kept[e]);
+    add_quad(sum, x);
+  });
+  put(all, number, sum);
+}
+
+// Conflicts, elected signs and non-finite entries of the base over a span.
+TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::int64_t from,
+                                unsigned wants, unsigned long long* counts) {
+  const CountNumbers places{m.n_models};
+  if ((wants & COUNTS) != 0 && m.entry.base.data != nullptr) {
+    int n_nonfinite = 0;
+    for_each(m.entry, span, from, [&](const Quad& quad) {
+      F base[kQuad];
+      load_quad(m.entry.base, quad.i, quad.n, quad.whole, base);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) n_nonfinite += e < quad.n && !is_finite(base[e]);
+    });
+    put_count(counts, places.base_nonfinite(), n_nonfinite);
+  }
+  if ((wants & VOTES) == 0) return;
+  int n_conflicts = 0, n_elected = 0;
+  for_each(m.entry, span, from, [&](const Quad& quad) {
+    F votes[kQuad] = {};
+    M positive[kQuad] = {}, negative[kQuad] = {};
+    for (int k = 0; k < m.n_models; ++k) {
+      TauQuad t;
+      load_kept(m, k, quad, t);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) {
+        positive[e] = positive[e] || t.kept[e] > 0.0f;
+        negative[e] = negative[e] || t.kept[e] < 0.0f;
+        if (m.program.vote != Vote::NONE)
+          votes[e] =
+              add_vote(m.program, votes[e], rescale(m.program, m.scalars[k], t.ranks[e], t.kept[e]),
+                       m.scalars[k].weight);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) {
+      n_conflicts += positive[e] && negative[e];
+      if (e < quad.n) n_elected += (votes[e] > 0.0f) - (votes[e] < 0.0f);
+    }
+  });
+  put_count(counts, places.conflicts(), n_conflicts);
+  if (m.program.vote != Vote::NONE) put_count(counts, places.elected(), n_elected);
+}
+
+TVFAST_STAGE void clear(BlockSums& all) {
+  for (int at = static_cast<int>(threadIdx.x); at < kWarps * kSumsOfLaunch;
+       at += static_cast<int>(blockDim.x)) {
+    all.sums[at / kSumsOfLaunch][at % kSumsOfLaunch] = {kNoSum, 0, 0};
+    all.nonfinite[at / kSumsOfLaunch][at % kSumsOfLaunch] = 0.0;
+  }
+}
+
+// Adds a block's sums of one entry to the entry's.
+TVFAST_STAGE void flush(BlockSums& all, const Gathered& gathered, std::int64_t first_slot,
+                        int n_sums) {
+  for (int number = static_cast<int>(threadIdx.x); number < n_sums;
+       number += static_cast<int>(blockDim.x)) {
+    WindowedSum sum{kNoSum, 0, 0};
+    double nonfinite = 0.0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (all.sums[warp][number].window != kNoSum) add(sum, all.sums[warp][number]);
+      nonfinite += all.nonfinite[warp][number];
+    }
+    const std::int64_t slot = first_slot + number;
+    add_to_slots(gathered.limbs + slot * kWindows * kLimbs, gathered.used + slot, sum);
+    if (nonfinite != 0.0) atomicAdd(gathered.nonfinite + slot, nonfinite);
+  }
+}
+
+// What one launch gathers: a kernel with all of it would need more registers than there are.
+enum class Part { MODELS, PRODUCTS, ENTRY };
+
+// Sums [first_sum, first_sum + n_sums) of every entry; counts with the first of them.
+template <Part part>
+__global__ void __launch_bounds__(kThreads, kMeasureBlocksPerMultiprocessor)
+    measure_kernel(DeviceTable table, DeviceScalars scalars, Program program, unsigned wants,
+                   int first_sum, int n_sums, Gathered gathered) {
+  alignas(16) __shared__ unsigned char storage[sizeof(BlockSums)];
+  BlockSums& all = *reinterpret_cast<BlockSums*>(storage);
+  const SumNumbers numbers{table.n_models};
+  const CountNumbers places{table.n_models};
+  std::int32_t open = -1;
+  for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
+    const TileSpan span = span_of(table, tile);
+    if (span.entry != open) {
+      __syncthreads();
+      if (open >= 0) flush(all, gathered, std::int64_t{open} * numbers.size() + first_sum, n_sums);
+      __syncthreads();
+      clear(all);
+      __syncthreads();
+      open = span.entry;
+    }
+    const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
+    const Measured m{program, table.entries[span.entry], table.models + first_model,
+                     scalars.models + first_model, table.n_models};
+    unsigned long long* counts = gathered.counts + std::int64_t{span.entry} * places.size();
+    std::int64_t from = span.body;
+    do {
+      if constexpr (part == Part::MODELS) {
+        for (int k = 0; k < table.n_models; ++k)
+          measure_model(m, span, from, k, wants, first_sum, n_sums, all, counts);
+      }
+      if constexpr (part == Part::PRODUCTS) {
+        for (int j = 0; j < table.n_models; ++j)
+          for (int k = j; k < table.n_models; ++k)
+            measure_product(m, span, from, j, k, first_sum, n_sums, all);
+      }
+      if constexpr (part == Part::ENTRY) measure_entry(m, span, from, wants, counts);
+      from += kMeasureSpan;
+    } while (from < span.body_end);
+  }
+  __syncthreads();
+  if (open >= 0) flush(all, gathered, std::int64_t{open} * numbers.size() + first_sum, n_sums);
+}
+
+// A thread's four bits join those of fifteen neighbours in one word of the plane.
+__global__ void __launch_bounds__(kThreads)
+    row_masks_kernel(DeviceTable table, DeviceScalars scalars, Program program) {
+  for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
+    const TileSpan span = whole_words_of(table, tile);
+    const DeviceEntry& entry = table.entries[span.entry];
+    const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
+    const Measured m{program, entry, table.models + first_model, scalars.models + first_model,
+                     table.n_models};
+    const std::int64_t n_words = (span.end - span.begin + 63) / 64;
+    const int group = static_cast<int>(threadIdx.x) / 16,
+              n_groups = static_cast<int>(blockDim.x) / 16;
+    const int place = static_cast<int>(threadIdx.x) % 16;
+    // Every thread of a warp takes part in each exchange, those past the end with no bits.
+    for (std::int64_t first = 0; first < n_words; first += n_groups) {
+      const std::int64_t i = span.begin + 64 * (first + group) + kQuad * place;
+      const std::int64_t left = span.end - i;
+      const int n = left < 0 ? 0 : left < kQuad ? static_cast<int>(left) : kQuad;
+      const Quad quad{i, static_cast<std::uint64_t>(entry.offset + i), n,
+                      n == kQuad && entry.head == 0 && entry.form != Form::SINGLES};
+      for (int k = 0; k < table.n_models; ++k) {
+        unsigned long long word = 0;
+        if (n > 0) {
+          TauQuad t;
+          load_kept(m, k, quad, t);
+#pragma unroll
+          for (int e = 0; e < kQuad; ++e)
+            word |= static_cast<unsigned long long>(t.is_kept[e]) << (kQuad * place + e);
+        }
+#pragma unroll
+        for (int by = 8; by > 0; by /= 2) word |= __shfl_xor_sync(0xffffffffu, word, by);
+        if (place == 0 && n > 0) const_cast<std::uint64_t*>(m.models[k].mask)[i >> 6] = word;
+      }
+    }
+  }
+}
+
+std::size_t aligned(std::size_t n_bytes) { return (n_bytes + 15) / 16 * 16; }
+
+// The parts of the workspace that Gathered points to.
+struct Parts {
+  std::size_t limbs, nonfinite, used, counts;
+  Parts(std::int64_t n_entries, int n_models) {
+    const auto n_sums = static_cast<std::size_t>(n_entries) * SumNumbers{n_models}.size();
+    limbs = aligned(n_sums * kWindows * kLimbs * sizeof(unsigned long long));
+    nonfinite = aligned(n_sums * sizeof(double));
+    used = aligned(n_sums * sizeof(unsigned));
+    counts = aligned(static_cast<std::size_t>(n_entries) * CountNumbers{n_models}.size() *
+                     sizeof(unsigned long long));
+  }
+  std::size_t size() const { return limbs + nonfinite + used + counts; }
+  template <class Byte>
+  auto at(Byte* start) const {
+    struct {
+      Byte *limbs, *nonfinite, *used, *counts;
+    } found{start, start + limbs, start + limbs + nonfinite, start + limbs + nonfinite + used};
+    return found;
+  }
+};
+
+Int128 wide(const unsigned long long* limbs) {
+  return static_cast<Int128>(static_cast<std::int64_t>(limbs[1])) * (Int128{1} << 32) +
+         static_cast<Int128>(limbs[0]);
+}
+
+BinnedSum total(const unsigned long long* limbs, unsigned used, double nonfinite) {
+  BinnedSum sum;
+  sum.nonfinite = nonfinite;
+  for (int slot = 0; slot < kWindows; ++slot) {
+    if ((used >> slot & 1u) == 0) continue;
+    BinnedSum one;
+    one.window = slot + kLowestWindow;
+    one.high = wide(limbs + slot * kLimbs);
+    one.low = wide(limbs + slot * kLimbs + 2);
+    sum.add(one);
+  }
+  return sum;
+}
+
+}  // namespace
+
+std::size_t measure_workspace(std::int64_t n_entries, int n_models) {
+  return Parts(n_entries, n_models).size();
+}
+
+void measure(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+             unsigned wants, void* workspace, Place place) {
+  const OnDevice current(place.device);
+  const Parts parts(table.n_entries, table.n_models);
+  const auto at = parts.at(static_cast<unsigned char*>(workspace));
+  const Gathered gathered{
+      reinterpret_cast<unsigned long long*>(at.limbs), reinterpret_cast<double*>(at.nonfinite),
+      reinterpret_cast<unsigned*>(at.used), reinterpret_cast<unsigned long long*>(at.counts)};
+  fill_zero(workspace, parts.size(), place);
+  const auto run = [&](auto kernel, int first, int n) {
+    launch(kernel, persistent_grid(table, kMeasureBlocksPerMultiprocessor, place), kThreads, place,
+           table, scalars, program, wants, first, n, gathered);
+  };
+  const int n_sums = SumNumbers{table.n_models}.size();
+  for (int first = 0; first < n_sums; first += kSumsOfLaunch) {
+    const int n = std::min(n_sums - first, kSumsOfLaunch);
+    const bool counts = (wants & COUNTS) != 0 && first == 0;
+    if ((wants & (L1_BEFORE | L1 | SQUARES)) != 0 || counts)
+      run(measure_kernel<Part::MODELS>, first, n);
+    if ((wants & GRAM) != 0) run(measure_kernel<Part::PRODUCTS>, first, n);
+  }
+  if ((wants & (COUNTS | VOTES)) != 0) run(measure_kernel<Part::ENTRY>, 0, 0);
+}
+
+std::vector<Moments> moments(const std::vector<unsigned char>& workspace, std::int64_t n_entries,
+                             int n_models) {
+  const Parts parts(n_entries, n_models);
+  const auto at = parts.at(workspace.data());
+  const auto n_sums = static_cast<std::size_t>(SumNumbers{n_models}.size());
+  const auto n_counts = static_cast<std::size_t>(CountNumbers{n_models}.size());
+  const SumNumbers numbers{n_models};
+  const CountNumbers places{n_models};
+  std::vector<Moments> result(static_cast<std::size_t>(n_entries));
+  std::vector<unsigned long long> limbs(kWindows * kLimbs);
+  std::vector<std::int64_t> counts(n_counts);
+  for (std::size_t entry = 0; entry < result.size(); ++entry) {
+    const auto sum = [&](int number) {
+      const std::size_t slot = entry * n_sums + static_cast<std::size_t>(number);
+      unsigned used;
+      double nonfinite;
+      std::memcpy(&used, at.used + slot * sizeof used, sizeof used);
+      std::memcpy(&nonfinite, at.nonfinite + slot * sizeof nonfinite, sizeof nonfinite);
+      const std::size_t n_bytes = limbs.size() * sizeof(unsigned long long);
+      std::memcpy(limbs.data(), at.limbs + slot * n_bytes, n_bytes);
+      return total(limbs.data(), used, nonfinite);
+    };
+    std::memcpy(counts.data(), at.counts + entry * n_counts * sizeof(std::int64_t),
+                n_counts * sizeof(std::int64_t));
+    const auto count = [&](int number) { return counts[static_cast<std::size_t>(number)]; };
+    Moments& m = result[entry];
+    for (int k = 0; k < n_models; ++k) {
+      m.l1_before.push_back(sum(numbers.l1_before(k)));
+      m.l1.push_back(sum(numbers.l1(k)));
+      m.n_kept.push_back(count(places.kept(k)));
+      m.n_nonzero.push_back(count(places.nonzero(k)));
+      m.n_nonfinite.push_back(count(places.nonfinite(k)));
+    }
+    for (int j = 0; j < n_models; ++j)
+      for (int k = 0; k < n_models; ++k)
+        m.gram.push_back(j <= k ? sum(numbers.product(j, k)) : BinnedSum{});
+    m.n_base_nonfinite = count(places.base_nonfinite());
+    m.elected = count(places.elected());
+    m.n_conflict = count(places.conflicts());
+  }
+  return result;
+}
+
+void row_masks(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+               Place place) {
+  const OnDevice current(place.device);
+  launch(row_masks_kernel, persistent_grid(table, kBlocksPerMultiprocessor, place), kThreads, place,
+         table, scalars, program);
+}
+
+}  // namespace tvfast::gpu
