@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/factored.hpp"
 #include "../core/moments.hpp"
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
@@ -50,5 +51,26 @@ RankPlan rank_plan(const Table& table, Place place);
 
 // Writes the ranks of |d_k| within rows, equals by index, where the table's models say.
 void rank_rows(const DeviceTable& table, const RankPlan& plan, void* workspace, Place place);
+
+// Adds |score_k * tau_k| * weight_k, models in order, to every entry's `out`, which is float32.
+void score(const DeviceTable& table, const DeviceScalars& scalars, Place place);
+
+// Adds the scores of per-sample gradients in factored form; a gradient is never in memory as a
+// whole.
+std::size_t score_factored_workspace(const FactoredScore& score);
+void score_factored(const FactoredScore& score, void* workspace, Place place);
+
+// Memory of one dot product in the order-independent accumulator, zero before the first addend; the
+// caller copies it to the host and gives it to `dot_value`.
+inline constexpr std::size_t kDotBytes = 544;
+double dot_value(const void* host_copy);
+
+// P = B X A for block-diagonal A and B of at most kLargestBlock, reading X once from device memory;
+// <X, P> is added to `dot`.
+std::size_t kron_workspace(const KroneckerProduct& product, Place place);
+void kron(const KroneckerProduct& product, void* workspace, void* dot, Place place);
+
+// Writes a panel of a product that was multiplied elsewhere and adds its <X, P> to `dot`.
+void finish_product(const ProductPanel& panel, void* dot, Place place);
 
 }  // namespace tvfast::gpu

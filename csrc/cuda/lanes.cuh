@@ -9,6 +9,7 @@
 #include "simt.hpp"
 
 #define TVFAST_STAGE static __device__ __forceinline__
+#define TVFAST_STAGE_MEMBER __device__ __forceinline__
 
 namespace tvfast::gpu {
 

@@ -2,15 +2,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../core/accumulate.hpp"
 #include "api.hpp"
 #include "keeping.cuh"
 #include "sums.cuh"
 #include "tiles.cuh"
 
 namespace tvfast::gpu {
-
-static_assert(kSumWindowBits == kWindowBits && kNoSum == kNoWindow);
 
 namespace {
 
@@ -139,7 +136,7 @@ TVFAST_STAGE void put(BlockSums& all, int number, const ThreadSum& own) {
   }
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x % 32 != 0) return;
-  if (sum.window != kNoSum) add(all.sums[warp][number], sum);
+  if (sum.window != kNoWindow) add(all.sums[warp][number], sum);
   if (any) all.nonfinite[warp][number] += nonfinite;
 }
 
@@ -269,7 +266,7 @@ TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::in
 TVFAST_STAGE void clear(BlockSums& all) {
   for (int at = static_cast<int>(threadIdx.x); at < kWarps * kSumsOfLaunch;
        at += static_cast<int>(blockDim.x)) {
-    all.sums[at / kSumsOfLaunch][at % kSumsOfLaunch] = {kNoSum, 0, 0};
+    all.sums[at / kSumsOfLaunch][at % kSumsOfLaunch] = {kNoWindow, 0, 0};
     all.nonfinite[at / kSumsOfLaunch][at % kSumsOfLaunch] = 0.0;
   }
 }
@@ -279,10 +276,10 @@ TVFAST_STAGE void flush(BlockSums& all, const Gathered& gathered, std::int64_t f
                         int n_sums) {
   for (int number = static_cast<int>(threadIdx.x); number < n_sums;
        number += static_cast<int>(blockDim.x)) {
-    WindowedSum sum{kNoSum, 0, 0};
+    WindowedSum sum{kNoWindow, 0, 0};
     double nonfinite = 0.0;
     for (int warp = 0; warp < kWarps; ++warp) {
-      if (all.sums[warp][number].window != kNoSum) add(sum, all.sums[warp][number]);
+      if (all.sums[warp][number].window != kNoWindow) add(sum, all.sums[warp][number]);
       nonfinite += all.nonfinite[warp][number];
     }
     const std::int64_t slot = first_slot + number;
@@ -396,25 +393,6 @@ struct Parts {
     return found;
   }
 };
-
-Int128 wide(const unsigned long long* limbs) {
-  return static_cast<Int128>(static_cast<std::int64_t>(limbs[1])) * (Int128{1} << 32) +
-         static_cast<Int128>(limbs[0]);
-}
-
-BinnedSum total(const unsigned long long* limbs, unsigned used, double nonfinite) {
-  BinnedSum sum;
-  sum.nonfinite = nonfinite;
-  for (int slot = 0; slot < kWindows; ++slot) {
-    if ((used >> slot & 1u) == 0) continue;
-    BinnedSum one;
-    one.window = slot + kLowestWindow;
-    one.high = wide(limbs + slot * kLimbs);
-    one.low = wide(limbs + slot * kLimbs + 2);
-    sum.add(one);
-  }
-  return sum;
-}
 
 }  // namespace
 

@@ -3,15 +3,9 @@
 #pragma once
 
 #include "lanes.cuh"
+#include "sum_slots.hpp"
 
 namespace tvfast::gpu {
-
-// Twins of core/accumulate.hpp; measure.cu asserts that they agree.
-inline constexpr int kSumWindowBits = 40;
-inline constexpr int kNoSum = -1000;
-inline constexpr int kLowestWindow = -8;  // of 2^-298, the smallest product of two float32
-inline constexpr int kWindows = 16;
-inline constexpr int kLimbs = 4;  // high and low integer, each as its 32 low bits and the rest
 
 // 2^exponent, -1022 <= exponent <= 1023.
 TVFAST_STAGE double power_of_two(int exponent) {
@@ -38,9 +32,9 @@ TVFAST_STAGE void add(WindowedSum& sum, WindowedSum other) {
   sum.low += other.low;
 }
 
-// One thread's sum of at most 2^11 addends: exact, in float64.
+// One thread's sum of at most kAddendsOfThread addends: exact, in float64.
 struct ThreadSum {
-  int window = kNoSum;
+  int window = kNoWindow;
   double high = 0.0, low = 0.0;
   double nonfinite = 0.0;
 };
@@ -72,15 +66,15 @@ TVFAST_STAGE void add_quad(ThreadSum& sum, const double* x) {
   }
   // magnitude = f * 2^exponent with 0.5 <= f < 1; never subnormal in float64.
   const int exponent = static_cast<int>(most >> 52) - 1022;
-  const int needed = (exponent - kLowestWindow * kSumWindowBits) / kSumWindowBits + kLowestWindow;
+  const int needed = (exponent - kLowestWindow * kWindowBits) / kWindowBits + kLowestWindow;
   if (needed > sum.window) {
     sum.low = needed == sum.window + 1 ? sum.high : 0.0;
     sum.high = 0.0;
     sum.window = needed;
   }
   // Adding and taking away 1.5 * 2^52 units rounds to the unit.
-  const double split_high = 1.5 * power_of_two(52 + kSumWindowBits * sum.window);
-  const double split_low = 1.5 * power_of_two(52 + kSumWindowBits * (sum.window - 1));
+  const double split_high = 1.5 * power_of_two(52 + kWindowBits * sum.window);
+  const double split_low = 1.5 * power_of_two(52 + kWindowBits * (sum.window - 1));
 #pragma unroll
   for (int e = 0; e < kQuad; ++e) {
     const double q = (addends[e] + split_high) - split_high;
@@ -90,17 +84,16 @@ TVFAST_STAGE void add_quad(ThreadSum& sum, const double* x) {
 }
 
 TVFAST_STAGE WindowedSum windowed(const ThreadSum& sum) {
-  if (sum.window == kNoSum) return {kNoSum, 0, 0};
-  return {sum.window,
-          static_cast<std::int64_t>(sum.high * power_of_two(-kSumWindowBits * sum.window)),
-          static_cast<std::int64_t>(sum.low * power_of_two(-kSumWindowBits * (sum.window - 1)))};
+  if (sum.window == kNoWindow) return {kNoWindow, 0, 0};
+  return {sum.window, static_cast<std::int64_t>(sum.high * power_of_two(-kWindowBits * sum.window)),
+          static_cast<std::int64_t>(sum.low * power_of_two(-kWindowBits * (sum.window - 1)))};
 }
 
 // The sum of a warp's threads, in every lane.
 TVFAST_STAGE WindowedSum join_warp(const ThreadSum& own) {
   WindowedSum sum = windowed(own);
   const int window = __reduce_max_sync(0xffffffffu, sum.window);
-  if (window == kNoSum) return {kNoSum, 0, 0};
+  if (window == kNoWindow) return {kNoWindow, 0, 0};
   raise(sum, window);
 #pragma unroll
   for (int by = 16; by > 0; by /= 2) {
@@ -112,7 +105,7 @@ TVFAST_STAGE WindowedSum join_warp(const ThreadSum& own) {
 
 // Adds to the slots of one sum: limbs [kWindows][kLimbs], and which windows were used.
 TVFAST_STAGE void add_to_slots(unsigned long long* limbs, unsigned* used, const WindowedSum& sum) {
-  if (sum.window == kNoSum) return;
+  if (sum.window == kNoWindow) return;
   const int slot = sum.window - kLowestWindow;
   unsigned long long* at = limbs + slot * kLimbs;
   atomicAdd(at, static_cast<unsigned long long>(sum.high & 0xffffffff));
