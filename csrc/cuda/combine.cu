@@ -38,15 +38,19 @@ TVFAST_STAGE LowerEnd lower_end(const ModelScalars& s) {
   return end;
 }
 
-// Scalars of a tile's entry, in shared memory: no store of the merge can alias them.
+// What a tile reads of its entry, in shared memory: no store of the merge can alias it, and it
+// takes no registers.
 template <int kModels>
 struct TileScalars {
+  DeviceEntry entry;
   TensorScalars tensor;
+  DeviceModel views[kModels];
   ModelScalars models[kModels];
   LowerEnd ends[kModels];
 };
 template <>
 struct TileScalars<0> {
+  DeviceEntry entry;
   TensorScalars tensor;
 };
 
@@ -272,6 +276,7 @@ TVFAST_STAGE void merge_packets(const Merge<kModels>& merge, const TileSpan& spa
   const DeviceEntry& entry = merge.entry;
   const int n_models = exact ? kModels : merge.n_models;
   constexpr int kStep = 2 * kQuad;
+#pragma unroll 1
   for (std::int64_t i = span.body + kStep * static_cast<int>(threadIdx.x); i < span.body_end;
        i += kStep * static_cast<int>(blockDim.x)) {
     Packet base{}, packets[kModels];
@@ -312,37 +317,50 @@ inline constexpr bool kPackets = kModels >= 1 && kModels <= 4;
 template <int kModels>
 inline constexpr bool kPackets<AtRunTime, kModels> = false;
 
-// More models, or a program that is read at run time, need more registers.
-template <class Choice, bool exact>
+// As many blocks as leave the registers that a kernel needs: fewer for more models and for a
+// program that is read at run time. ptxas needs a few registers more for sm_80.
+template <class Choice, int kModels, bool exact>
 constexpr int blocks_per_multiprocessor() {
-  if (exact) return kBlocksPerMultiprocessor;
-  return std::is_same_v<Choice, AtRunTime> ? kBlocksPerMultiprocessor / 2
-                                           : kBlocksPerMultiprocessor - 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr int kFewer = 1;
+#else
+  constexpr int kFewer = 0;
+#endif
+  if (std::is_same_v<Choice, AtRunTime>) return kModels == 8 ? 1 : kBlocksPerMultiprocessor / 2;
+  if (!exact) return kBlocksPerMultiprocessor - 1 - kFewer;
+  if (kModels == 4) return kBlocksPerMultiprocessor - 1;
+  return kModels == 3 && Choice::kEnds == Ends::LOWER ? kBlocksPerMultiprocessor - kFewer
+                                                      : kBlocksPerMultiprocessor;
 }
 
 template <class Choice, int kModels, bool exact>
-__global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, exact>()))
+__global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, kModels, exact>()))
     combine_kernel(DeviceTable table, DeviceScalars scalars, Program program) {
   // As bytes: shared memory is not initialised, and the scalars' defaults would be.
   alignas(16) __shared__ unsigned char storage[sizeof(TileScalars<kModels>)];
   auto& tile_scalars = *reinterpret_cast<TileScalars<kModels>*>(storage);
   for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
     const TileSpan span = span_of(table, tile);
-    const DeviceEntry& entry = table.entries[span.entry];
     const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
     const ModelScalars* all_scalars = scalars.models + first_model;
+    const DeviceModel* models = table.models + first_model;
     __syncthreads();
-    if (threadIdx.x == 0) tile_scalars.tensor = scalars.tensors[span.entry];
+    if (threadIdx.x == 0) {
+      tile_scalars.entry = table.entries[span.entry];
+      tile_scalars.tensor = scalars.tensors[span.entry];
+    }
     if constexpr (kModels > 0) {
       const int k = static_cast<int>(threadIdx.x);
       if (k < table.n_models) {
+        tile_scalars.views[k] = models[k];
         tile_scalars.models[k] = all_scalars[k];
         tile_scalars.ends[k] = lower_end(all_scalars[k]);
       }
     }
     __syncthreads();
-    const Merge<kModels> merge{
-        program, tile_scalars, all_scalars, entry, table.models + first_model, table.n_models};
+    if constexpr (kModels > 0) models = tile_scalars.views;
+    const DeviceEntry& entry = tile_scalars.entry;
+    const Merge<kModels> merge{program, tile_scalars, all_scalars, entry, models, table.n_models};
     const auto one_quad = [&](std::int64_t i, int n, bool whole) {
       merge_loaded<Choice, kModels, exact>(merge, i, n, whole);
     };
@@ -441,17 +459,10 @@ Ends ends_of(const Scalars& scalars) {
   return lower ? Ends::LOWER : Ends::BOTH;
 }
 
-std::int64_t persistent_grid(const DeviceTable& table, Place place) {
-  return std::min<std::int64_t>(table.n_tiles, std::int64_t{facts(place.device).n_multiprocessors} *
-                                                   kBlocksPerMultiprocessor);
-}
-
 void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
              Ends ends, Place place) {
   const OnDevice current(place.device);
-  launch(choose(program, ends, table.n_models),
-         persistent_grid(table, kBlocksPerMultiprocessor, place), kThreads, place, table, scalars,
-         program);
+  launch_tiles(choose(program, ends, table.n_models), table, place, scalars, program);
 }
 
 }  // namespace tvfast::gpu

@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocksPerMultiprocessor)
 }
 
 // A thread's four bits join those of fifteen neighbours in one word of the plane.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
     row_masks_kernel(DeviceTable table, DeviceScalars scalars, Program program) {
   for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
     const TileSpan span = whole_words_of(table, tile);
@@ -410,8 +410,7 @@ void measure(const DeviceTable& table, const Program& program, const DeviceScala
       reinterpret_cast<unsigned*>(at.used), reinterpret_cast<unsigned long long*>(at.counts)};
   fill_zero(workspace, parts.size(), place);
   const auto run = [&](auto kernel, int first, int n) {
-    launch(kernel, persistent_grid(table, kMeasureBlocksPerMultiprocessor, place), kThreads, place,
-           table, scalars, program, wants, first, n, gathered);
+    launch_tiles(kernel, table, place, scalars, program, wants, first, n, gathered);
   };
   const int n_sums = SumNumbers{table.n_models}.size();
   for (int first = 0; first < n_sums; first += kSumsOfLaunch) {
@@ -470,8 +469,7 @@ std::vector<Moments> moments(const std::vector<unsigned char>& workspace, std::i
 void row_masks(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
                Place place) {
   const OnDevice current(place.device);
-  launch(row_masks_kernel, persistent_grid(table, kBlocksPerMultiprocessor, place), kThreads, place,
-         table, scalars, program);
+  launch_tiles(row_masks_kernel, table, place, scalars, program);
 }
 
 }  // namespace tvfast::gpu

@@ -303,11 +303,6 @@ DotSlots slots_at(void* at) {
                                       sizeof(double))};
 }
 
-std::int64_t grid_of(std::int64_t n, int blocks_per_multiprocessor, Place place) {
-  return std::min<std::int64_t>(
-      n, std::int64_t{facts(place.device).n_multiprocessors} * blocks_per_multiprocessor);
-}
-
 std::vector<DeviceView> to_views(const std::vector<View>& views) {
   std::vector<DeviceView> result;
   for (const View& view : views)
@@ -320,15 +315,15 @@ DeviceView to_view(const View& view) {
 }
 
 std::int64_t kron_grid(const KroneckerProduct& product, Place place) {
-  return grid_of(product.a.n_blocks() * product.b.n_blocks(), kKronBlocks, place);
+  return std::min(product.a.n_blocks() * product.b.n_blocks(),
+                  blocks_at_once(kron_kernel, kProductThreads, place));
 }
 
 }  // namespace
 
 void score(const DeviceTable& table, const DeviceScalars& scalars, Place place) {
   const OnDevice current(place.device);
-  launch(score_kernel, persistent_grid(table, kBlocksPerMultiprocessor, place), kThreads, place,
-         table, scalars);
+  launch_tiles(score_kernel, table, place, scalars);
 }
 
 std::size_t score_factored_workspace(const FactoredScore& score) {
@@ -351,8 +346,9 @@ void score_factored(const FactoredScore& score, void* workspace, Place place) {
                                 static_cast<std::int32_t>(samples.size())};
   const std::int64_t n_tiles =
       (score.n_out + kSide - 1) / kSide * ((score.n_in + kSide - 1) / kSide);
-  launch(factored_kernel, grid_of(n_tiles, kFactoredBlocks, place), kProductThreads, place, own,
-         static_cast<const DeviceSample*>(workspace));
+  launch(factored_kernel,
+         std::min(n_tiles, blocks_at_once(factored_kernel, kProductThreads, place)),
+         kProductThreads, place, own, static_cast<const DeviceSample*>(workspace));
 }
 
 std::size_t kron_workspace(const KroneckerProduct& product, Place place) {
@@ -390,9 +386,10 @@ void kron(const KroneckerProduct& product, void* workspace, void* dot, Place pla
 void finish_product(const ProductPanel& panel, void* dot, Place place) {
   const OnDevice current(place.device);
   const std::int64_t n_quads = panel.n_rows * ((panel.n_columns + kQuad - 1) / kQuad);
-  launch(finish_kernel,
-         grid_of((n_quads + kThreads - 1) / kThreads, kBlocksPerMultiprocessor, place), kThreads,
-         place, panel, slots_at(dot));
+  launch(
+      finish_kernel,
+      std::min((n_quads + kThreads - 1) / kThreads, blocks_at_once(finish_kernel, kThreads, place)),
+      kThreads, place, panel, slots_at(dot));
 }
 
 static_assert(kDotBytes >=

@@ -144,8 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 std::int64_t rank_blocks(std::int64_t n_rows, int n_models, std::int64_t longest, Place place) {
-  const std::int64_t at_once =
-      std::int64_t{facts(place.device).n_multiprocessors} * kBlocksPerMultiprocessor;
+  const std::int64_t at_once = blocks_at_once(ranks_kernel, kThreads, place);
   // Long rows: fewer at once, so that the workspace stays within kRankBytes or holds one row.
   const std::int64_t fitting =
       kRankBytes / (2 * longest * static_cast<std::int64_t>(sizeof(unsigned long long)));

@@ -23,6 +23,15 @@ void launch(void (*kernel)(Parameters...), std::int64_t n_blocks, int n_threads,
   check(cudaGetLastError(), "launching a kernel");
 }
 
+// Blocks of a kernel that a device runs at once.
+template <class... Parameters>
+std::int64_t blocks_at_once(void (*kernel)(Parameters...), int n_threads, Place place) {
+  int of_multiprocessor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, n_threads, 0),
+        "asking for a kernel's occupancy");
+  return std::int64_t{of_multiprocessor} * facts(place.device).n_multiprocessors;
+}
+
 __device__ __forceinline__ float half_to_float(std::uint16_t h) {
   return __half2float(__ushort_as_half(h));
 }

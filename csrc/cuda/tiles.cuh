@@ -8,11 +8,13 @@
 
 namespace tvfast::gpu {
 
-// Blocks that take the tiles of a table: as many as run at once, or one a tile.
-inline std::int64_t persistent_grid(const DeviceTable& table, int blocks_per_multiprocessor,
-                                    Place place) {
-  return std::min<std::int64_t>(table.n_tiles, std::int64_t{facts(place.device).n_multiprocessors} *
-                                                   blocks_per_multiprocessor);
+// Starts a kernel whose blocks take the tiles of a table in turn: as many as run at once, or one a
+// tile.
+template <class... Parameters, class... Arguments>
+void launch_tiles(void (*kernel)(DeviceTable, Parameters...), const DeviceTable& table, Place place,
+                  Arguments... arguments) {
+  launch(kernel, std::min(table.n_tiles, blocks_at_once(kernel, kThreads, place)), kThreads, place,
+         table, arguments...);
 }
 
 // The entry that a tile belongs to: the last one that starts at or before it.
@@ -61,6 +63,7 @@ template <class Fn>
 static __device__ __forceinline__ void for_each_quad(const DeviceEntry& entry, const TileSpan& span,
                                                      Fn&& fn) {
   const bool whole = entry.form != Form::SINGLES;
+#pragma unroll 1
   for (std::int64_t i = span.body + kQuad * static_cast<int>(threadIdx.x); i < span.body_end;
        i += kQuad * static_cast<int>(blockDim.x))
     fn(i, kQuad, whole);

@@ -69,6 +69,11 @@ void launch(void (*kernel)(Parameters...), std::int64_t n_blocks, int n_threads,
   simt::run(n_blocks, n_threads, [&] { kernel(arguments...); });
 }
 
+template <class... Parameters>
+std::int64_t blocks_at_once(void (*)(Parameters...), int, Place place) {
+  return facts(place.device).n_multiprocessors;
+}
+
 inline float half_to_float(std::uint16_t h) {
   return static_cast<float>(std::bit_cast<_Float16>(h));
 }
