@@ -55,13 +55,15 @@ PYBIND11_MODULE(_C_cpu, m) {
     const py::gil_scoped_release unlocked;
     score(table, scalars, to_options(isa, n_threads, tile));
   });
-  py::class_<FactoredScore>(m, "FactoredScore").def(py::init(&to_factored_score));
+  py::class_<FactoredScore>(m, "FactoredScore", py::module_local())
+      .def(py::init(&to_factored_score));
   m.def("score_factored",
         [](const std::vector<FactoredScore>& scores, const std::string& isa, int n_threads) {
           const py::gil_scoped_release unlocked;
           score_factored(scores, to_options(isa, n_threads, 0));
         });
-  py::class_<KroneckerProduct>(m, "KroneckerProduct").def(py::init(&to_kronecker_product));
+  py::class_<KroneckerProduct>(m, "KroneckerProduct", py::module_local())
+      .def(py::init(&to_kronecker_product));
   m.def("kron",
         [](const std::vector<KroneckerProduct>& products, const std::string& isa, int n_threads) {
           const py::gil_scoped_release unlocked;

@@ -88,6 +88,41 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
     const py::gil_scoped_release unlocked;
     combine(table.at(), to_program(program), scalars.at(), scalars.ends, to_place(device, stream));
   });
+  m.def("score",
+        [](const ResidentTable& table, const ResidentScalars& scalars, int device, Address stream) {
+          const py::gil_scoped_release unlocked;
+          score(table.at(), scalars.at(), to_place(device, stream));
+        });
+  py::class_<FactoredScore>(m, "FactoredScore", py::module_local())
+      .def(py::init(&to_factored_score));
+  m.def("score_factored_workspace", &score_factored_workspace);
+  m.def("score_factored",
+        [](const FactoredScore& work, Address workspace, int device, Address stream) {
+          const py::gil_scoped_release unlocked;
+          score_factored(work, reinterpret_cast<void*>(workspace), to_place(device, stream));
+        });
+  py::class_<KroneckerProduct>(m, "KroneckerProduct", py::module_local())
+      .def(py::init(&to_kronecker_product));
+  m.def("kron_workspace", [](const KroneckerProduct& product, int device, Address stream) {
+    return kron_workspace(product, to_place(device, stream));
+  });
+  m.def("kron", [](const KroneckerProduct& product, Address workspace, Address dot, int device,
+                   Address stream) {
+    const py::gil_scoped_release unlocked;
+    kron(product, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(dot),
+         to_place(device, stream));
+  });
+  m.def("finish_product", [](const RowsTuple& x, const RowsTuple& product, const RowsTuple& out,
+                             std::int64_t n_rows, std::int64_t n_columns, float scale,
+                             bool accumulate, Address dot, int device, Address stream) {
+    const ProductPanel panel =
+        to_product_panel(x, product, out, n_rows, n_columns, scale, accumulate);
+    const py::gil_scoped_release unlocked;
+    finish_product(panel, reinterpret_cast<void*>(dot), to_place(device, stream));
+  });
+  m.def("dot_value",
+        [](Address host_copy) { return dot_value(reinterpret_cast<const void*>(host_copy)); });
+  m.attr("DOT_BYTES") = kDotBytes;
   m.def("measure_workspace", &measure_workspace);
   m.def("measure", [](const ResidentTable& table, const std::array<int, 9>& program,
                       const ResidentScalars& scalars, unsigned wants, Address workspace, int device,

@@ -56,7 +56,7 @@ TVFAST_STAGE void multiply(Slabs& slabs, std::int64_t depth, LeftAt&& left, Righ
       }
     }
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < n_steps; ++k) {
       F l[kOwn], r[kOwn];
 #pragma unroll

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tvfast.factored import BlockDiagonal, FactoredScore, KroneckerProduct, ProductPanel
 from tvfast.program import Moments, Program, TensorScalars, View, WorkTable
 
 
@@ -89,3 +90,50 @@ def moments_of(answer: Any, n_models: int) -> Moments:
         elected=elected,
         n_conflict=n_conflict,
     )
+
+
+def native_score(module: Any, score: FactoredScore) -> Any:
+    """The `FactoredScore` of a compiled module."""
+    samples = [
+        (_pair(one.gradients), _pair(one.activations), one.n_tokens, one.weight) for one in score.samples
+    ]
+    return module.FactoredScore(
+        _pair(score.model),
+        _pair(score.base),
+        score.out.address,
+        score.n_out,
+        score.n_in,
+        score.bias_column,
+        samples,
+    )
+
+
+def native_product(module: Any, product: KroneckerProduct) -> Any:
+    """The `KroneckerProduct` of a compiled module."""
+    return module.KroneckerProduct(
+        _pair(product.x),
+        _pair(product.out),
+        product.n_out,
+        product.n_in,
+        _factor_tuple(product.a),
+        _factor_tuple(product.b),
+        product.scale,
+        product.accumulate,
+    )
+
+
+def panel_tuple(panel: ProductPanel) -> tuple[Any, ...]:
+    """A panel's rows of X, of the product and of the output, its size, and what becomes of it."""
+    return (
+        (*_pair(panel.x), panel.x_stride),
+        (*_pair(panel.product), panel.product_stride),
+        (*_pair(panel.out), panel.out_stride),
+        panel.n_rows,
+        panel.n_columns,
+        panel.scale,
+        panel.accumulate,
+    )
+
+
+def _factor_tuple(factor: BlockDiagonal) -> tuple[list[tuple[int, int]], int, int, bool]:
+    return [_pair(block) for block in factor.blocks], factor.side, factor.block, factor.packed

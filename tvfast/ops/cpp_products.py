@@ -7,12 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvfast import _C_cpu
-from tvfast.factored import BlockDiagonal, FactoredScore, KroneckerProduct, Operand, ProductPanel
-from tvfast.program import View
-
-
-def _pair(view: View | None) -> tuple[int, int]:
-    return (0, 0) if view is None else (view.address, int(view.dtype))
+from tvfast.factored import FactoredScore, KroneckerProduct, Operand, ProductPanel
+from tvfast.ops._native import native_product, native_score, panel_tuple
 
 
 class CppProducts:
@@ -35,11 +31,11 @@ class CppProducts:
 
     def score_factored(self, scores: Sequence[FactoredScore], n_threads: int = 0) -> None:
         """Samples in order; a sample's gradient is never in memory as a whole."""
-        _C_cpu.score_factored([_native_score(score) for score in scores], self._isa, n_threads)
+        _C_cpu.score_factored([native_score(_C_cpu, score) for score in scores], self._isa, n_threads)
 
     def kron(self, products: Sequence[KroneckerProduct], n_threads: int = 0) -> list[float]:
         """Reads X once; the temporaries are some tiles per thread."""
-        native = [_native_product(product) for product in products]
+        native = [native_product(_C_cpu, product) for product in products]
         return list(_C_cpu.kron(native, self._isa, n_threads))
 
     def product_sum(self) -> CppProductSum:
@@ -54,49 +50,7 @@ class CppProductSum:
     native: Any = field(default_factory=_C_cpu.ProductSum)
 
     def add(self, panel: ProductPanel, n_threads: int = 0) -> None:
-        self.native.add(
-            (*_pair(panel.x), panel.x_stride),
-            (*_pair(panel.product), panel.product_stride),
-            (*_pair(panel.out), panel.out_stride),
-            panel.n_rows,
-            panel.n_columns,
-            panel.scale,
-            panel.accumulate,
-            self.isa,
-            n_threads,
-        )
+        self.native.add(*panel_tuple(panel), self.isa, n_threads)
 
     def value(self) -> float:
         return float(self.native.value())
-
-
-def _native_score(score: FactoredScore) -> Any:
-    samples = [
-        (_pair(one.gradients), _pair(one.activations), one.n_tokens, one.weight) for one in score.samples
-    ]
-    return _C_cpu.FactoredScore(
-        _pair(score.model),
-        _pair(score.base),
-        score.out.address,
-        score.n_out,
-        score.n_in,
-        score.bias_column,
-        samples,
-    )
-
-
-def _native_product(product: KroneckerProduct) -> Any:
-    return _C_cpu.KroneckerProduct(
-        _pair(product.x),
-        _pair(product.out),
-        product.n_out,
-        product.n_in,
-        _native_factor(product.a),
-        _native_factor(product.b),
-        product.scale,
-        product.accumulate,
-    )
-
-
-def _native_factor(factor: BlockDiagonal) -> tuple[list[tuple[int, int]], int, int, bool]:
-    return [_pair(block) for block in factor.blocks], factor.side, factor.block, factor.packed

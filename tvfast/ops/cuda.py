@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tvfast.errors import ArgumentError
 from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
+from tvfast.ops.cuda_products import CudaProducts
 from tvfast.ops.raw import Wants
 from tvfast.program import Entry, Moments, Program, TensorScalars, WorkTable
 
@@ -32,7 +33,7 @@ class _Resident:
     alive: tuple[Tensor, ...]
 
 
-class CudaBackend:
+class CudaBackend(CudaProducts):
     """The CUDA kernels on GPUs, or their host build on the CPU."""
 
     name = "cuda"
@@ -101,6 +102,13 @@ class CudaBackend:
             answers = self._module.moments(workspace.cpu().data_ptr(), n_entries, table.n_models)
             found += [moments_of(answer, table.n_models) for answer in answers]
         return found
+
+    def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
+        """Adds |score_k * d_k| * weight_k, models in order, to every entry's float32 `out`."""
+        if not table.entries:
+            return
+        own = self._scalars(scalars, table)
+        self._module.score(self._table(table).native, own.native, *self._place(_device(table)))
 
     def row_masks(
         self,
