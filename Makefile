@@ -11,7 +11,9 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 BUILD  = build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 JOBS  ?= $(shell nproc 2>/dev/null || echo 2)
-CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+# Without a GPU, tests run the CUDA kernels' host build; `gpu-compile` compiles them for GPUs.
+CUDA  ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 
 # Builds without isolation and ctest find cmake and ninja of the environment first.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -19,7 +21,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: demo test develop lint format cpp-test gpu-compile bench clean
 
 demo: $(VENV)/with-torch
-	$(PIP) install '.[demo]'
+	TVFAST_CUDA=OFF $(PIP) install '.[demo]'
 	$(BIN)/tvfast demo
 
 # pytest runs last, so that its summary is the last line.
@@ -28,11 +30,12 @@ test: develop
 	$(MAKE) cpp-test
 	$(BIN)/python -m pytest
 
-# An editable install: warnings are errors, and the instruction set that only tests use is in. Not isolated: the
-# tools keep their place, so that a second run compiles only what changed.
+# An editable install: warnings are errors, and what only tests use is in: the emulated instruction set, and the CUDA
+# kernels' host build. Not isolated: the tools keep their place, so that a second run compiles only what changed.
 develop: $(VENV)/with-torch
 	$(PIP) install -q 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'cmake>=3.24'
-	CMAKE_ARGS='-DTVFAST_WERROR=ON -DTVFAST_EMULATED_ISA=ON' $(PIP) install -q --no-build-isolation -e '.[dev,demo]'
+	TVFAST_CUDA=$(CUDA) CMAKE_ARGS='-DTVFAST_WERROR=ON -DTVFAST_EMULATED_ISA=ON -DTVFAST_SIMT=ON' \
+	  $(PIP) install -q --no-build-isolation -e '.[dev,demo]'
 
 $(VENV)/with-torch:
 	$(PYTHON) -m venv $(VENV)
@@ -58,11 +61,10 @@ cpp-test:
 
 # CUDA and Triton kernels must compile for sm_80 and sm_90 on machines without a GPU too.
 gpu-compile: develop
-	@found=$$(find csrc -name '*.cu' -o -name '*.cuh'); \
-	if [ -n "$$found" ]; then \
-	  echo "gpu-compile: CUDA files exist, but this target has no step that compiles them:" >&2; \
-	  echo "$$found" >&2; exit 1; \
-	fi
+	cmake --preset cuda -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build --preset cuda -j $(JOBS)
+	$(BIN)/python -m tests.cuda.gates build/cuda/_C_cuda*.so
 	$(BIN)/python -m tvfast.kernels.compile_ahead
 
 # BENCH="--op combine --threads 1" chooses; TVFAST_MERGEKIT_PYTHON adds the rows of mergekit.

@@ -63,7 +63,11 @@ LAYERS = {
         outside=("torch", "numpy"),
     ),
     "tvfast.ops.cpp": Layer(inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast._C_cpu")),
-    "tvfast.ops.cpp_products": Layer(inside=("tvfast.program", "tvfast.factored", "tvfast._C_cpu")),
+    "tvfast.ops.cpp_products": Layer(inside=("tvfast.factored", "tvfast.ops", "tvfast._C_cpu")),
+    "tvfast.ops.cuda": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast._C_cuda", "tvfast._C_simt"),
+        outside=("torch",),
+    ),
     "tvfast.ops.host": Layer(inside=("tvfast.program", "tvfast._C_cpu")),
     "tvfast.kernels": Layer(inside=("tvfast.program", "tvfast.factored"), outside=("torch", "triton")),
     "tvfast.ops.triton": Layer(
@@ -352,12 +356,18 @@ FOREIGN = re.compile(r"(pybind11|torch|ATen|c10|cuda|Python\.h|numpy)")
 CPP_LAYERS = {
     "core": (re.compile(r"core/.*"), STANDARD_HEADER),
     "cpu": (re.compile(r"(core|cpu)/.*"), re.compile(rf"(?!{FOREIGN.pattern}).*")),
+    "cuda": (
+        re.compile(r"(core|cuda)/.*"),
+        re.compile(r"([a-z_]+|cuda_\w+\.h|cuda_fp16\.h|cub/.*|ucontext\.h)"),
+    ),
     "bindings": (
         re.compile(r"(core/.*|bindings/.*|cpu/api\.hpp|cuda/api\.hpp)"),
         re.compile(r"([a-z_]+|pybind11/.*)"),
     ),
 }
-CPP_FILES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".hpp", ".inl"))
+CPP_FILES = sorted(
+    p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".hpp", ".inl", ".cu", ".cuh")
+)
 
 
 def csrc_name(path: Path) -> str:
@@ -394,6 +404,9 @@ def test_cpp_includes_follow_the_layers(path: Path) -> None:
         ("cpu/x.cpp", "#include <pybind11/pybind11.h>"),
         ("cpu/x.cpp", "#  include <cuda_runtime.h>"),
         ("cpu/x.cpp", '#include "core/no_such_file.hpp"'),
+        ("cuda/x.cu", '#include "cpu/api.hpp"'),
+        ("cuda/x.cu", "#include <pybind11/pybind11.h>"),
+        ("core/x.hpp", '#include "cuda/api.hpp"'),
         ("bindings/x.cpp", '#include "../cpu/parallel.hpp"'),
         ("bindings/x.cpp", "#include <ATen/ATen.h>"),
     ],

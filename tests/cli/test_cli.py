@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tvfast
 from tvfast import errors
@@ -121,11 +122,11 @@ def test_doctor_gives_every_backend_and_the_reason_for_each_no(
     assert found["tvfast"] == tvfast.__version__
     assert found["variables"]["TVFAST_BACKEND"] == "reference"
     names = [status.name for status in backend_statuses()]
-    assert [one["name"] for one in found["backends"]] == [*names, "cuda"]
+    assert [one["name"] for one in found["backends"]] == names
     assert all(one["detail"] for one in found["backends"])
     usable = {one["name"]: one["usable"] for one in found["backends"]}
     assert usable["reference"]
-    assert not usable["cuda"]
+    assert usable["cuda"] <= torch.cuda.is_available()
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for one in found["backends"]:

@@ -13,10 +13,7 @@ import tvfast
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_ABSENT = {
-    "cuda": "this version has no CUDA module",
-}
-_VARIABLES = ("TVFAST_BACKEND", "TVFAST_ISA")
+_VARIABLES = ("TVFAST_BACKEND", "TVFAST_ISA", "TVFAST_SIMT", "TRITON_INTERPRET")
 
 
 def add_to(commands: Commands) -> None:
@@ -42,12 +39,6 @@ def diagnosis() -> dict[str, Any]:
     backends = [
         {"name": status.name, "usable": status.usable, "detail": status.detail}
         for status in tvfast.ops.backend_statuses()
-    ]
-    known = {backend["name"] for backend in backends}
-    backends += [
-        {"name": name, "usable": False, "detail": reason}
-        for name, reason in _ABSENT.items()
-        if name not in known
     ]
     return {
         "tvfast": tvfast.__version__,

@@ -133,7 +133,7 @@ class CppBackend(CppProducts):
             n_threads,
             self._tile,
         )
-        return [_moments(answer, table.n_models) for answer in found]
+        return [moments_of(answer, table.n_models) for answer in found]
 
     def combine(
         self,

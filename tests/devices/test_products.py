@@ -23,7 +23,7 @@ REFERENCE = load("reference")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lead", [0, 3])
 def test_scores_have_the_bits_of_the_reference(
-    interpreted: ProductBackend, dtype: torch.dtype, lead: int
+    gpu: ProductBackend, dtype: torch.dtype, lead: int
 ) -> None:
     rng = np.random.default_rng(lead)
     for n, n_models, has_base in ((0, 1, False), (70, 1, True), (2**14 + 1100, 1, False), (1030, 3, True)):
@@ -32,14 +32,14 @@ def test_scores_have_the_bits_of_the_reference(
         base = placed(bit_values(rng, n, dtype), lead) if has_base else None
         start = placed(bit_values(rng, n, torch.float32), lead)
         weights = [float(w) for w in rng.normal(size=n_models)]
-        found = scored(interpreted, gradients, models, base, start, weights)
+        found = scored(gpu, gradients, models, base, start, weights)
         assert_same_bits([found], [scored(REFERENCE, gradients, models, base, start, weights)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1, [1]), (70, 33, [4, 0, 19]), (5, 130, [3])], ids=str)
 def test_layer_is_within_the_error_of_the_formula(
-    interpreted: ProductBackend, shape: tuple[int, int, list[int]], kind: str
+    gpu: ProductBackend, shape: tuple[int, int, list[int]], kind: str
 ) -> None:
     rng = np.random.default_rng(sum(shape[2]))
     for dtypes in ([torch.float32] * 3, [torch.bfloat16] * 3, [torch.float16, torch.float32, torch.bfloat16]):
@@ -51,7 +51,7 @@ def test_layer_is_within_the_error_of_the_formula(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layer_with_bias_is_exact_on_dyadic_numbers(interpreted: ProductBackend, kind: str) -> None:
+def test_layer_with_bias_is_exact_on_dyadic_numbers(gpu: ProductBackend, kind: str) -> None:
     rng = np.random.default_rng(3)
     case = layer_case(20, 35, [3, 2], kind, lambda n, d: grid_values(rng, n, d, 4), [torch.float16] * 3)
     expected, _ = plain_scores(case, [1.0] * 2)
@@ -66,7 +66,7 @@ def test_layer_with_bias_is_exact_on_dyadic_numbers(interpreted: ProductBackend,
 
 
 @pytest.mark.parametrize("s", [1, 5, 16, 40, 128])
-def test_blocks_against_the_explicit_product(interpreted: ProductBackend, s: int) -> None:
+def test_blocks_against_the_explicit_product(gpu: ProductBackend, s: int) -> None:
     n_out, n_in = (2 * s + 1, 11) if s < 40 else (s + 1, 17)
     x, a, b = drawn(0, n_out, n_in), blocks_of(n_in, s, 1), blocks_of(n_out, s, 60)
     product, value = ops.kron(x, a, b, block=s)
@@ -74,7 +74,7 @@ def test_blocks_against_the_explicit_product(interpreted: ProductBackend, s: int
     assert float(value) == torch.tensor(exact_dot(x, product)).float()
 
 
-def test_exact_numbers_have_the_bits_of_the_cpu(interpreted: ProductBackend) -> None:
+def test_exact_numbers_have_the_bits_of_the_cpu(gpu: ProductBackend) -> None:
     rng = np.random.default_rng(4)
 
     def grid(*shape: int) -> Tensor:
@@ -84,13 +84,13 @@ def test_exact_numbers_have_the_bits_of_the_cpu(interpreted: ProductBackend) -> 
     outs = [torch.empty(21, 19), torch.empty(21, 19)]
     values = [
         backend.kron([product_of(x, a, b, 8, out, 0.3)])
-        for backend, out in zip((interpreted, load("cpp-scalar")), outs, strict=True)
+        for backend, out in zip((gpu, load("cpp-scalar")), outs, strict=True)
     ]
     assert values[0] == values[1]
     assert_same_bits([outs[0].view(-1)], [outs[1].view(-1)])
 
 
-def test_packed_blocks_mixed_types_and_accumulation(interpreted: ProductBackend) -> None:
+def test_packed_blocks_mixed_types_and_accumulation(gpu: ProductBackend) -> None:
     x = drawn(0, 13, 21, dtype=torch.bfloat16)
     a, b = symmetric(blocks_of(21, 9, 1)), symmetric(blocks_of(13, 9, 9))
     a[1] = a[1].half()
@@ -104,7 +104,7 @@ def test_packed_blocks_mixed_types_and_accumulation(interpreted: ProductBackend)
 
 
 def test_dense_factors_and_roots_are_finished_by_the_kernel(
-    interpreted: ProductBackend, monkeypatch: pytest.MonkeyPatch
+    gpu: ProductBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvfast.ops.products.LARGEST_BLOCK", 0)
     monkeypatch.setattr("tvfast.ops.products._PANEL_COLUMNS", 200)
@@ -122,7 +122,7 @@ def test_dense_factors_and_roots_are_finished_by_the_kernel(
     assert torch.equal(taken, 1 + product * 2.0)
 
 
-def test_nan_and_infinity(interpreted: ProductBackend) -> None:
+def test_nan_and_infinity(gpu: ProductBackend) -> None:
     x = torch.ones(6, 9)
     x[1, 4] = float("nan")
     product, value = ops.kron(x, blocks_of(9, 3, 1), blocks_of(6, 3, 9), block=3)

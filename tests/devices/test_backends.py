@@ -84,10 +84,10 @@ def combine_of(backend: Backend) -> Callable[[Program], None]:
     return check
 
 
-def test_every_pair_of_stages(interpreted: Backend) -> None:
+def test_every_pair_of_stages(gpu: Backend) -> None:
     from tvfast.kernels.compile_ahead import covering_programs
 
-    check = combine_of(interpreted)
+    check = combine_of(gpu)
     programs = covering_programs()
     met: set[object] = set().union(*map(pairs_of, programs))
     wanted = {
@@ -103,8 +103,8 @@ def test_every_pair_of_stages(interpreted: Backend) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", Keep)
-def test_every_combination_of_stages(interpreted: Backend, keep: Keep) -> None:
-    check = combine_of(interpreted)
+def test_every_combination_of_stages(gpu: Backend, keep: Keep) -> None:
+    check = combine_of(gpu)
     programs = {canonical(program) for program in every_program() if program.keep is keep}
     for program in sorted(programs, key=str):
         check(program)
@@ -112,12 +112,12 @@ def test_every_combination_of_stages(interpreted: Backend, keep: Keep) -> None:
 
 @settings(max_examples=20, suppress_health_check=_SHARED)
 @given(case=cases(most_parts=2, widest=130))
-def test_random_tables(interpreted: Backend, case: Case) -> None:
-    assert_same_bits(combined(interpreted, case), combined(REFERENCE, case), case.program)
+def test_random_tables(gpu: Backend, case: Case) -> None:
+    assert_same_bits(combined(gpu, case), combined(REFERENCE, case), case.program)
 
 
 @pytest.mark.parametrize("n_models", [8, 9, 17])
-def test_many_models(interpreted: Backend, n_models: int) -> None:
+def test_many_models(gpu: Backend, n_models: int) -> None:
     rng = np.random.default_rng(n_models)
     models = [grid_values(rng, 70, torch.bfloat16) for _ in range(n_models)]
     own = [ModelScalars(weight=0.1 * k - 0.3, gain=1.5, lo=0.05, key=k) for k in range(n_models)]
@@ -125,22 +125,22 @@ def test_many_models(interpreted: Backend, n_models: int) -> None:
     for vote, reduce in itertools.product(Vote, Reduce):
         program = Program(keep=Keep.BAND, vote=vote, reduce=reduce, members=Members.STRICT)
         case = Case(program, [Part(models, grid_values(rng, 70, torch.bfloat16))], scalars)
-        assert_same_bits(combined(interpreted, case), combined(REFERENCE, case), program)
+        assert_same_bits(combined(gpu, case), combined(REFERENCE, case), program)
 
 
 @pytest.mark.parametrize("key", [0, 6, 7, 2**63 + 2, 2**64 - 1])
-def test_ties_by_the_hash_of_even_and_odd_keys(interpreted: Backend, key: int) -> None:
+def test_ties_by_the_hash_of_even_and_odd_keys(gpu: Backend, key: int) -> None:
     own = ModelScalars(lo=1.0, lo_cut=2**31, key=key)
     part = Part([torch.ones(300)], offset=2**32 - 150)
     case = Case(Program(keep=Keep.BAND, tie=Tie.HASH), [part], [TensorScalars(models=[own])])
-    (found,) = combined(interpreted, case)
+    (found,) = combined(gpu, case)
     assert_same_bits([found], combined(REFERENCE, case), case.program)
     assert 100 < int(found.sum()) < 200
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [0, 1])
-def test_whole_blocks_and_several_tiles(interpreted: Backend, dtype: torch.dtype, lead: int) -> None:
+def test_whole_blocks_and_several_tiles(gpu: Backend, dtype: torch.dtype, lead: int) -> None:
     rng = np.random.default_rng(lead)
     n = 2**14 + 1500
     buffers = [torch.cat([torch.zeros(lead, dtype=dtype), bit_values(rng, n, dtype)]) for _ in range(3)]
@@ -151,11 +151,11 @@ def test_whole_blocks_and_several_tiles(interpreted: Backend, dtype: torch.dtype
         program = Program(keep=keep, vote=Vote.MASS, members=Members.STRICT, divisor=Divisor.COUNT)
         parts = [small, Part(views[1:], views[0], dtype, offset=4 - lead), small]
         case = Case(program, parts, [TensorScalars(models=own)] * 3)
-        assert_same_bits(combined(interpreted, case), combined(REFERENCE, case), program)
+        assert_same_bits(combined(gpu, case), combined(REFERENCE, case), program)
 
 
 @pytest.mark.parametrize("row", [0, 2500])
-def test_rows_too_long_for_the_kernel(interpreted: Backend, row: int) -> None:
+def test_rows_too_long_for_the_kernel(gpu: Backend, row: int) -> None:
     from tvfast.kernels.ranks import LONGEST_ROW
 
     rng = np.random.default_rng(1)
@@ -163,22 +163,22 @@ def test_rows_too_long_for_the_kernel(interpreted: Backend, row: int) -> None:
     assert LONGEST_ROW < 2500
     own = TensorScalars(models=[ModelScalars(rank_lo=100, rank_hi=1900)])
     case = Case(Program(keep=Keep.BAND_BY_RANK), [part], [own])
-    assert_same_bits(combined(interpreted, case), combined(REFERENCE, case))
+    assert_same_bits(combined(gpu, case), combined(REFERENCE, case))
 
 
-def test_shards_and_places(interpreted: Backend) -> None:
+def test_shards_and_places(gpu: Backend) -> None:
     rng = np.random.default_rng(2)
     case = product_case()
     for keep in Keep:
         part = replace(case.parts[0], row=128, models=[bit_values(rng, 257, torch.bfloat16)] * 3)
         shards = [part.shard(start, stop) for start, stop in ((0, 128), (128, 256), (256, 257))]
         program = Program(keep=keep, tie=Tie.HASH, vote=Vote.COUNT)
-        whole = combined(interpreted, Case(program, [part], case.scalars[:1]))
-        split = combined(interpreted, Case(program, shards, case.scalars[:1] * 3))
+        whole = combined(gpu, Case(program, [part], case.scalars[:1]))
+        split = combined(gpu, Case(program, shards, case.scalars[:1] * 3))
         assert_same_bits([torch.cat(split)], whole, program)
 
 
-def test_in_place(interpreted: Backend) -> None:
+def test_in_place(gpu: Backend) -> None:
     case = product_case()
     for number in (0, 3):
         case = replace(case, program=Program(keep=Keep.VARIANCE, vote=Vote.MASS))
@@ -188,22 +188,22 @@ def test_in_place(interpreted: Backend) -> None:
         part.out_dtype = target.dtype
         one = Case(case.program, [part], case.scalars[:1])
         expected = combined(REFERENCE, one)
-        interpreted.combine(one.table([target]), one.program, one.scalars)
+        gpu.combine(one.table([target]), one.program, one.scalars)
         assert_same_bits([target], expected)
 
 
 @pytest.mark.parametrize("keep", Keep)
-def test_measures_and_planes_of_every_keep_stage(interpreted: Backend, keep: Keep) -> None:
+def test_measures_and_planes_of_every_keep_stage(gpu: Backend, keep: Keep) -> None:
     case = few_rows_case()
     for number, tie in enumerate(Tie if keep in (Keep.BAND, Keep.SCORE, Keep.VARIANCE) else [Tie.HASH]):
         vote, gain = list(Vote)[(number + keep) % 3], list(Gain)[number % 2]
         program = Program(keep=keep, tie=tie, vote=vote, gain=gain, ballot=list(Ballot)[number % 2])
-        found = interpreted.measure(case.table(), program, case.scalars, EVERYTHING)
+        found = gpu.measure(case.table(), program, case.scalars, EVERYTHING)
         expected = REFERENCE.measure(case.table(), program, case.scalars, EVERYTHING)
         assert [asked(one, EVERYTHING) for one in found] == [asked(one, EVERYTHING) for one in expected]
         if keep is not Keep.MASK:
             planes = []
-            for backend in (interpreted, REFERENCE):
+            for backend in (gpu, REFERENCE):
                 table = case.table()
                 backend.row_masks(table, program, case.scalars)
                 planes.append([mask.owner.tolist() for entry in table.entries for mask in entry.masks])
@@ -212,7 +212,7 @@ def test_measures_and_planes_of_every_keep_stage(interpreted: Backend, keep: Kee
 
 @settings(max_examples=15, suppress_health_check=_SHARED)
 @given(seed=st.integers(0, 2**32 - 1), wants=st.integers(0, 63).map(Wants))
-def test_sums_of_arbitrary_numbers(interpreted: Backend, seed: int, wants: Wants) -> None:
+def test_sums_of_arbitrary_numbers(gpu: Backend, seed: int, wants: Wants) -> None:
     rng = np.random.default_rng(seed)
     n_models, n = int(rng.integers(1, 4)), int(rng.integers(0, 300))
     models = [bit_values(rng, n, torch.float32) for _ in range(n_models)]
@@ -221,35 +221,35 @@ def test_sums_of_arbitrary_numbers(interpreted: Backend, seed: int, wants: Wants
         models[0][1] = -models[0][0]  # a sum whose largest addends cancel
     own = TensorScalars(models=[ModelScalars() for _ in models])
     case = Case(Program(vote=Vote.MASS), [Part(models)], [own])
-    found = interpreted.measure(case.table(), case.program, case.scalars, wants)
+    found = gpu.measure(case.table(), case.program, case.scalars, wants)
     expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
     assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected]
 
 
-def test_the_largest_addends_may_cancel(interpreted: Backend) -> None:
+def test_the_largest_addends_may_cancel(gpu: Backend) -> None:
     model = torch.tensor([2.0**60, 2.0**-60, 1.5])
     other = torch.tensor([1.0, 1.0, -(2.0**60) / 1.5])
     case = Case(Program(), [Part([model, other])], [TensorScalars(models=[ModelScalars(), ModelScalars()])])
-    (found,) = interpreted.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    (found,) = gpu.measure(case.table(), case.program, case.scalars, Wants.GRAM)
     (expected,) = REFERENCE.measure(case.table(), case.program, case.scalars, Wants.GRAM)
     assert found.gram == expected.gram
 
 
-def test_measures_of_many_models_and_several_tiles(interpreted: Backend) -> None:
+def test_measures_of_many_models_and_several_tiles(gpu: Backend) -> None:
     rng = np.random.default_rng(4)
     for n_models, n in ((9, 40), (2, 2**14 + 700)):
         models = [bit_values(rng, n, torch.bfloat16) for _ in range(n_models)]
         own = TensorScalars(models=[ModelScalars() for _ in models])
         case = Case(Program(vote=Vote.COUNT), [Part(models)], [own])
         wants = Wants.L1 | Wants.SQUARES | Wants.COUNTS | Wants.VOTES
-        found = interpreted.measure(case.table(), case.program, case.scalars, wants)
+        found = gpu.measure(case.table(), case.program, case.scalars, wants)
         expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
         assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected]
 
 
 @pytest.mark.parametrize("keep", [Keep.BAND, Keep.SCORE, Keep.VARIANCE])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_thresholds_and_places(interpreted: Backend, keep: Keep, dtype: torch.dtype) -> None:
+def test_thresholds_and_places(gpu: Backend, keep: Keep, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(7)
     parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype)
     parts[0].models[0][-20:] = bit_values(rng, 20, dtype)
@@ -261,47 +261,47 @@ def test_thresholds_and_places(interpreted: Backend, keep: Keep, dtype: torch.dt
         for model in range(1 if keep is Keep.VARIANCE else 2)
         for k in (1, sizes[group], rng.integers(1, sizes[group] + 1), rng.integers(1, sizes[group] + 1))
     ]
-    found = interpreted.thresholds(table_of(parts), keep, queries)
+    found = gpu.thresholds(table_of(parts), keep, queries)
     assert repr(found) == repr(REFERENCE.thresholds(table_of(parts), keep, queries))
     picks = [
         (query.group, query.model, answer.value, int(r))
         for query, answer in zip(queries, found, strict=True)
         for r in {0, answer.n_equal - 1, rng.integers(answer.n_equal)}
     ]
-    positions = interpreted.nth_equal(table_of(parts), keep, picks)
+    positions = gpu.nth_equal(table_of(parts), keep, picks)
     assert positions == REFERENCE.nth_equal(table_of(parts), keep, picks)
 
 
-def test_questions_without_an_answer(interpreted: Backend) -> None:
+def test_questions_without_an_answer(gpu: Backend) -> None:
     table = table_of([Part([torch.ones(3)])])
     for k in (0, 4):
         with pytest.raises(ArgumentError, match=r"k must be in \[1, 3\]"):
-            interpreted.thresholds(table, Keep.BAND, [RankQuery(0, 0, k)])
+            gpu.thresholds(table, Keep.BAND, [RankQuery(0, 0, k)])
     for value, r, n in ((1.0, 3, 3), (2.0, 0, 0), (1.0, -1, 3)):
         with pytest.raises(ArgumentError, match=f"{n} entries equal"):
-            interpreted.nth_equal(table, Keep.BAND, [(0, 0, value, r)])
+            gpu.nth_equal(table, Keep.BAND, [(0, 0, value, r)])
     with pytest.raises(ArgumentError, match="BAND, SCORE or VARIANCE"):
-        interpreted.thresholds(table, Keep.MASK, [RankQuery(0, 0, 1)])
+        gpu.thresholds(table, Keep.MASK, [RankQuery(0, 0, 1)])
 
 
-def test_the_checks_of_every_backend(interpreted: Backend) -> None:
+def test_the_checks_of_every_backend(gpu: Backend) -> None:
     for keep in (Keep.BAND, Keep.BAND_BY_RANK):
-        test_combine.test_tables_with_empty_and_single_element_tensors(interpreted, keep, 2)
+        test_combine.test_tables_with_empty_and_single_element_tensors(gpu, keep, 2)
     for sign in (1.0, -1.0):
-        test_combine.test_fused_sums_round_once(interpreted, sign)
+        test_combine.test_fused_sums_round_once(gpu, sign)
     for dtype in DTYPES:
-        test_combine.test_nan_reaches_the_output_as_the_quiet_nan(interpreted, dtype)
-        test_measure.test_counts(interpreted, dtype)
-    test_measure.test_nonfinite_sums(interpreted)
-    test_measure.test_squares_are_the_diagonal_of_the_gram_matrix(interpreted)
-    test_measure.test_the_kept_entries_are_summed_before_gain_and_weight(interpreted)
-    test_thresholds.test_nan_is_above_infinity(interpreted)
-    test_thresholds.test_no_queries(interpreted)
-    test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(interpreted)
+        test_combine.test_nan_reaches_the_output_as_the_quiet_nan(gpu, dtype)
+        test_measure.test_counts(gpu, dtype)
+    test_measure.test_nonfinite_sums(gpu)
+    test_measure.test_squares_are_the_diagonal_of_the_gram_matrix(gpu)
+    test_measure.test_the_kept_entries_are_summed_before_gain_and_weight(gpu)
+    test_thresholds.test_nan_is_above_infinity(gpu)
+    test_thresholds.test_no_queries(gpu)
+    test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(gpu)
 
 
 @pytest.mark.parametrize("name", [n for n in methods.STAGED if not methods.METHODS[n].needs_scores])
-def test_every_method(interpreted: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(17, 15, generator=generator).bfloat16()
     most = methods.METHODS[name].n_models[1]
@@ -312,13 +312,13 @@ def test_every_method(interpreted: Backend, name: str, monkeypatch: pytest.Monke
     assert_same_bits([found], [merge(base, models, name)], name)
 
 
-def test_scores_go_to_a_backend_that_reads_them(interpreted: Backend) -> None:
+def test_scores_go_to_a_backend_that_reads_them(gpu: Backend) -> None:
     base, scores = torch.zeros(5), torch.arange(5.0)
     with pytest.raises(BackendError, match="no kernel for mapped scores"):
         merge(base, [base + 1], "sta", scores=[scores])
 
 
-def test_wants_have_the_bits_of_the_kernels(interpreted: Backend) -> None:
+def test_wants_have_the_bits_of_the_kernels(gpu: Backend) -> None:
     from tvfast.kernels import measure
 
     for want in Wants:
