@@ -209,13 +209,19 @@ TVFAST_STAGE void measure_product(const Measured& m, const TileSpan& span, std::
   if (number < 0 || number >= n_sums) return;
   ThreadSum sum;
   for_each(m.entry, span, from, [&](const Quad& quad) {
-    TauQuad one, other;
-    load_kept(m, j, quad, one);
-    load_kept(m, k, quad, other);
+    F first[kQuad] = {};
     double x[kQuad];
+    // One keep stage in the code for both: it is long, and so is its need of registers.
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      TauQuad t;
+      load_kept(m, side == 0 ? j : k, quad, t);
 #pragma unroll
-    for (int e = 0; e < kQuad; ++e)
-      x[e] = static_cast<double>(one.kept[e]) * static_cast<double>(other.kept[e]);
+      for (int e = 0; e < kQuad; ++e) {
+        x[e] = static_cast<double>(first[e]) * static_cast<double>(t.kept[e]);
+        first[e] = t.kept[e];
+      }
+    }
     add_quad(sum, x);
   });
   put(all, number, sum);

@@ -12,8 +12,8 @@ namespace tvfast::gpu {
 
 namespace {
 
-// Blocks of the product kernels that share a multiprocessor. A thread has 64 chains, and a layer's
-// accumulator besides, so that few threads are enough to keep the arithmetic busy.
+// Blocks of the product kernels that share a multiprocessor. A thread has 64 chains, so that few
+// threads are enough to keep the arithmetic busy; a layer's tiles fill 41 KiB of shared memory.
 constexpr int kKronBlocks = 6;
 constexpr int kFactoredBlocks = 4;
 
@@ -79,11 +79,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// A tile of a layer over all samples: the accumulator stays in registers, theta in shared memory.
+// A tile of a layer over all samples: the accumulator and theta stay in shared memory, where a
+// thread meets its own elements alone, and a sample's gradient in registers.
 __global__ void __launch_bounds__(kProductThreads, kFactoredBlocks)
     factored_kernel(DeviceFactoredScore score, const DeviceSample* samples) {
   __shared__ Slabs slabs;
-  __shared__ F taus[kSide][kSide];
+  __shared__ F taus[kSide][kSide], totals[kSide][kSide];
   const Own own;
   const std::int64_t n_across = (score.n_in + kSide - 1) / kSide;
   const std::int64_t n_tiles = (score.n_out + kSide - 1) / kSide * n_across;
@@ -94,18 +95,17 @@ __global__ void __launch_bounds__(kProductThreads, kFactoredBlocks)
     const auto inside = [&](int m, int n) {
       return row + m < score.n_out && column + n < score.n_in;
     };
-    F total[kOwn][kOwn];
-#pragma unroll
+#pragma unroll 1
     for (int m = 0; m < kOwn; ++m)
-#pragma unroll
+#pragma unroll 1
       for (int n = 0; n < kOwn; ++n) {
         const int at_m = own.row(m), at_n = own.column(n);
         const std::int64_t i = (row + at_m) * score.n_in + column + at_n;
-        total[m][n] = inside(at_m, at_n) ? score.out[i] : 0.0f;
+        totals[at_m][at_n] = inside(at_m, at_n) ? score.out[i] : 0.0f;
         if (square) continue;
         F tau = inside(at_m, at_n) ? load_one(score.model, i) : 0.0f;
         if (score.base.data != nullptr && inside(at_m, at_n)) tau = tau - load_one(score.base, i);
-        taus[at_m][at_n] = tau;  // read by this thread alone
+        taus[at_m][at_n] = tau;
       }
 #pragma unroll 1
     for (int j = 0; j < score.n_samples; ++j) {
@@ -128,17 +128,18 @@ __global__ void __launch_bounds__(kProductThreads, kFactoredBlocks)
 #pragma unroll
         for (int n = 0; n < kOwn; ++n) {
           const F factor = square ? g[m][n] : taus[own.row(m)][own.column(n)];
-          total[m][n] = total[m][n] + magnitude(g[m][n] * factor) * sample.weight;
+          F& total = totals[own.row(m)][own.column(n)];
+          total = total + magnitude(g[m][n] * factor) * sample.weight;
         }
     }
-#pragma unroll
+#pragma unroll 1
     for (int m = 0; m < kOwn; ++m)
-#pragma unroll
+#pragma unroll 1
       for (int n = 0; n < kOwn; ++n) {
         const int at_m = own.row(m), at_n = own.column(n);
         if (inside(at_m, at_n))
           reinterpret_cast<std::uint32_t*>(score.out)[(row + at_m) * score.n_in + column + at_n] =
-              quiet(total[m][n]);
+              quiet(totals[at_m][at_n]);
       }
   }
 }
