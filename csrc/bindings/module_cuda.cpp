@@ -38,6 +38,29 @@ struct ResidentScalars : Resident<PackedScalars> {
   Ends ends;
 };
 
+using ResidentQueries = Resident<PackedQueries>;
+using ResidentEquals = Resident<PackedEquals>;
+
+SelectionLimits to_limits(const std::array<std::int64_t, 3>& limits) {
+  return {limits[0], limits[1], limits[2]};
+}
+
+// A verb over a table and queries whose answers stay in the workspace.
+template <auto verb, class Queries>
+void run(const ResidentTable& table, const Queries& queries, Address workspace, int device,
+         Address stream) {
+  const py::gil_scoped_release unlocked;
+  verb(table.at(), queries.packed, queries.address, reinterpret_cast<void*>(workspace),
+       to_place(device, stream));
+}
+
+// What it left there, once the device is done.
+template <auto read, class Queries>
+auto answers(const Queries& queries, Address workspace, int device, Address stream) {
+  const py::gil_scoped_release unlocked;
+  return read(queries.packed, reinterpret_cast<void*>(workspace), to_place(device, stream));
+}
+
 template <class Class>
 void define_resident(Class& type) {
   using T = typename Class::type;
@@ -152,6 +175,85 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
     const py::gil_scoped_release unlocked;
     rank_rows(table.at(), plan, reinterpret_cast<void*>(workspace), to_place(device, stream));
   });
+
+  const SelectionLimits usual;
+  m.attr("LIMITS") = py::make_tuple(usual.small_group, usual.n_keys, usual.n_queries);
+  py::class_<ResidentQueries> queries_type(m, "ResidentQueries", py::module_local());
+  queries_type
+      .def(py::init([](const Table& table, int keep, const std::vector<RankTuple>& queries,
+                       const std::array<std::int64_t, 3>& limits) {
+        return ResidentQueries{
+            PackedQueries(table, static_cast<Keep>(keep), to_queries(queries), to_limits(limits)),
+            nullptr};
+      }))
+      .def(
+          py::init([](const Table& table, const std::vector<std::tuple<int, int, float>>& queries) {
+            return ResidentQueries{PackedQueries(table, Keep::BAND, to_queries(queries)), nullptr};
+          }))
+      .def_property_readonly("n_workspace",
+                             [](const ResidentQueries& q) { return q.packed.layout().total; })
+      .def_property_readonly("n_batches",
+                             [](const ResidentQueries& q) { return q.packed.batches().size(); });
+  define_resident(queries_type);
+  m.def("thresholds", &run<&thresholds, ResidentQueries>);
+  m.def("verify", &run<&verify, ResidentQueries>);
+  m.def("read_thresholds",
+        [](const ResidentQueries& q, Address workspace, int device, Address stream) {
+          return to_python(answers<&read_thresholds>(q, workspace, device, stream));
+        });
+  m.def("read_counts", [](const ResidentQueries& q, Address workspace, int device, Address stream) {
+    return to_python(answers<&read_counts>(q, workspace, device, stream));
+  });
+
+  py::class_<ResidentEquals> equals_type(m, "ResidentEquals", py::module_local());
+  equals_type
+      .def(py::init([](const Table& table, int keep,
+                       const std::vector<std::tuple<int, int, float, std::int64_t>>& asked) {
+        std::vector<EqualQuery> queries;
+        for (const auto& [group, model, value, r] : asked)
+          queries.push_back({group, model, key_of(value), r});
+        return ResidentEquals{PackedEquals(table, static_cast<Keep>(keep), queries), nullptr};
+      }))
+      .def_property_readonly("n_workspace",
+                             [](const ResidentEquals& q) { return q.packed.layout().total; });
+  define_resident(equals_type);
+  m.def("count_equal", &run<&count_equal, ResidentEquals>);
+  m.def("nth_equal", &run<&nth_equal, ResidentEquals>);
+  m.def("read_equals", &answers<&read_equals, ResidentEquals>);
+  m.def("read_positions",
+        [](const ResidentEquals& q, Address workspace, int device, Address stream) {
+          py::list found;
+          for (const EqualAnswer& a : answers<&read_positions>(q, workspace, device, stream))
+            found.append(py::make_tuple(a.position, a.n_equal));
+          return found;
+        });
+
+  m.def("equals_of", [](const Table& table, const ResidentQueries& queries) {
+    return ResidentEquals{equals_of(table, queries.packed), nullptr};
+  });
+  // Bands of the queries' answers, and the merge with them; nothing waits for the device.
+  m.def(
+      "combine_trimmed",
+      [](const ResidentTable& table, const std::array<int, 9>& program,
+         const ResidentScalars& scalars, const ResidentQueries& queries, Address workspace,
+         const ResidentEquals* equals, Address equals_workspace, int device, Address stream) {
+        const py::gil_scoped_release unlocked;
+        const Place place = to_place(device, stream);
+        void* at = reinterpret_cast<void*>(workspace);
+        EqualPlaces places;
+        if (equals != nullptr)
+          places = {&equals->packed, const_cast<void*>(equals->address),
+                    reinterpret_cast<void*>(equals_workspace)};
+        const Program choices = to_program(program);
+        thresholds(table.at(), queries.packed, queries.address, at, place);
+        place_thresholds(table.at(), queries.packed, queries.address, at, places, choices.tie,
+                         scalars.at(), place);
+        combine_placed(table.at(), choices, scalars.at(), scalars.ends,
+                       empty_bands(queries.packed, at), place);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg().none(true), py::arg(),
+      py::arg(), py::arg());
+
   m.def("architectures", &architectures);
   m.def("require", &require);
   m.def("device_name", [](int device) { return facts(device).name; });

@@ -12,7 +12,9 @@
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
 #include "device_table.hpp"
+#include "equal_plan.hpp"
 #include "place.hpp"
+#include "select_plan.hpp"
 
 namespace tvfast::gpu {
 
@@ -20,9 +22,19 @@ namespace tvfast::gpu {
 enum class Ends : std::int32_t { LOWER = 0, BOTH = 1 };
 Ends ends_of(const Scalars& scalars);
 
+// A launch that does nothing unless a flag in device memory is set, or is not; without one it runs.
+struct Gate {
+  const std::uint32_t* flag = nullptr;
+  bool set = true;
+};
+
 // Writes every entry's `out`, which may be its base or one of its models.
 void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
-             Ends ends, Place place);
+             Ends ends, Place place, Gate gate = {});
+
+// The same with bands that `place_thresholds` has written.
+void combine_placed(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+                    Ends ends, const std::uint32_t* empty_bands, Place place);
 
 // Bytes that `measure` needs, which the caller copies to the host and gives to `moments`.
 std::size_t measure_workspace(std::int64_t n_entries, int n_models);
@@ -72,5 +84,41 @@ void kron(const KroneckerProduct& product, void* workspace, void* dot, Place pla
 
 // Writes a panel of a product that was multiplied elsewhere and adds its <X, P> to `dot`.
 void finish_product(const ProductPanel& panel, void* dot, Place place);
+
+// Exact k-th largest keys; answers stay in the workspace, of queries.layout().total bytes. `at` is
+// where the queries' bytes are in device memory.
+void thresholds(const DeviceTable& table, const PackedQueries& queries, const void* at,
+                void* workspace, Place place);
+
+// Counts what is above each query's key, and what equals it.
+void verify(const DeviceTable& table, const PackedQueries& queries, const void* at, void* workspace,
+            Place place);
+
+// Writes the bands from each query's answer on into the scalars of its group's entries, on the
+// device: lo, and the cut that gives ties at lo so many places that exactly k keys are kept, by
+// hash or, with the queries' places among equals, by index. Sets `empty_bands(...)` to whether one
+// holds NaN only, which kernels that test the lower end alone cannot tell.
+struct EqualPlaces {
+  const PackedEquals* queries = nullptr;  // of equals_of(queries)
+  void *at = nullptr, *workspace = nullptr;
+};
+void place_thresholds(const DeviceTable& table, const PackedQueries& queries, const void* at,
+                      void* workspace, EqualPlaces equals, Tie tie, const DeviceScalars& scalars,
+                      Place place);
+PackedEquals equals_of(const Table& table, const PackedQueries& queries);
+std::uint32_t* empty_bands(const PackedQueries& queries, void* workspace);
+
+// What `thresholds` or `verify` left in the workspace, in the order in which they were asked. These
+// wait for the device.
+std::vector<Threshold> read_thresholds(const PackedQueries& queries, void* workspace, Place place);
+std::vector<Threshold> read_counts(const PackedQueries& queries, void* workspace, Place place);
+
+// Keys that equal each query's, of every entry; and where the r-th of them is in its group.
+void count_equal(const DeviceTable& table, const PackedEquals& queries, const void* at,
+                 void* workspace, Place place);
+void nth_equal(const DeviceTable& table, const PackedEquals& queries, const void* at,
+               void* workspace, Place place);
+std::vector<std::int64_t> read_equals(const PackedEquals& queries, void* workspace, Place place);
+std::vector<EqualAnswer> read_positions(const PackedEquals& queries, void* workspace, Place place);
 
 }  // namespace tvfast::gpu

@@ -8,6 +8,7 @@
 #if defined(__CUDACC__)
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
+#include <cub/warp/warp_reduce.cuh>
 #endif
 
 namespace tvfast::gpu {
@@ -55,6 +56,19 @@ static __device__ __forceinline__ T block_scan(T value, T& total) {
 #endif
   __syncthreads();
   return before;
+}
+
+// The sum of every lane's value, in lane 0. All lanes of the warp call it.
+template <class T>
+static __device__ __forceinline__ T warp_sum(T value) {
+#if defined(__CUDACC__)
+  using Reduce = cub::WarpReduce<T>;
+  typename Reduce::TempStorage storage;  // of no bytes for whole warps
+  return Reduce(storage).Sum(value);
+#else
+  for (int by = 16; by > 0; by /= 2) value += __shfl_down_sync(0xffffffffu, value, by);
+  return value;
+#endif
 }
 
 }  // namespace tvfast::gpu

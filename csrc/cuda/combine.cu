@@ -335,7 +335,8 @@ constexpr int blocks_per_multiprocessor() {
 
 template <class Choice, int kModels, bool exact>
 __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, kModels, exact>()))
-    combine_kernel(DeviceTable table, DeviceScalars scalars, Program program) {
+    combine_kernel(DeviceTable table, DeviceScalars scalars, Program program, Gate gate) {
+  if (gate.flag != nullptr && (*gate.flag != 0) != gate.set) return;
   // As bytes: shared memory is not initialised, and the scalars' defaults would be.
   alignas(16) __shared__ unsigned char storage[sizeof(TileScalars<kModels>)];
   auto& tile_scalars = *reinterpret_cast<TileScalars<kModels>*>(storage);
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, k
   }
 }
 
-using CombineKernel = void (*)(DeviceTable, DeviceScalars, Program);
+using CombineKernel = void (*)(DeviceTable, DeviceScalars, Program, Gate);
 
 template <class Choice>
 CombineKernel for_model_count(int n_models) {
@@ -460,9 +461,17 @@ Ends ends_of(const Scalars& scalars) {
 }
 
 void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
-             Ends ends, Place place) {
+             Ends ends, Place place, Gate gate) {
   const OnDevice current(place.device);
-  launch_tiles(choose(program, ends, table.n_models), table, place, scalars, program);
+  launch_tiles(choose(program, ends, table.n_models), table, place, scalars, program, gate);
+}
+
+void combine_placed(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+                    Ends ends, const std::uint32_t* empty_bands, Place place) {
+  const bool tested =
+      choose(program, ends, table.n_models) == choose(program, Ends::BOTH, table.n_models);
+  combine(table, program, scalars, ends, place, tested ? Gate{} : Gate{empty_bands, false});
+  if (!tested) combine(table, program, scalars, Ends::BOTH, place, {empty_bands, true});
 }
 
 }  // namespace tvfast::gpu

@@ -1,28 +1,11 @@
 #include "device_table.hpp"
 
-#include <cstring>
-
+#include "packing.hpp"
 #include "policy.hpp"
 
 namespace tvfast::gpu {
 
 namespace {
-
-constexpr std::size_t kAlignment = 16;
-
-// Appends an array at an aligned place and returns the place.
-template <class T>
-std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) {
-  const std::size_t at = (bytes.size() + kAlignment - 1) / kAlignment * kAlignment;
-  bytes.resize(at + values.size() * sizeof(T));
-  if (!values.empty()) std::memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
-  return at;
-}
-
-template <class T>
-const T* place(const void* address, std::size_t at) {
-  return reinterpret_cast<const T*>(static_cast<const std::byte*>(address) + at);
-}
 
 // Elements before the first at which `n_bytes` of the view are aligned; -1 if there is none.
 int head_of(const void* data, DType dtype, std::size_t n_bytes) {
@@ -67,12 +50,22 @@ Arrangement arrange(const Entry& entry) {
 
 }  // namespace
 
+std::vector<std::int64_t> first_tiles_of(const Table& table) {
+  std::vector<std::int64_t> first_tiles{0};
+  for (const Entry& entry : table.entries) {
+    const std::int64_t head = arrange(entry).head;
+    const std::int64_t after_head = entry.n > head ? entry.n - head : entry.n > 0 ? 1 : 0;
+    first_tiles.push_back(first_tiles.back() + (after_head + kTile - 1) / kTile);
+  }
+  return first_tiles;
+}
+
 PackedTable::PackedTable(const Table& table, const std::vector<const std::uint32_t*>& ranks) {
   n_entries_ = static_cast<std::int32_t>(table.entries.size());
   n_models_ = table.n_models;
   std::vector<DeviceEntry> entries;
   std::vector<DeviceModel> models;
-  std::vector<std::int64_t> first_tiles{0};
+  const std::vector<std::int64_t> first_tiles = first_tiles_of(table);
   for (const Entry& entry : table.entries) {
     const auto [form, head] = arrange(entry);
     const auto to_view = [head = head](const View& view) {
@@ -87,8 +80,6 @@ PackedTable::PackedTable(const Table& table, const std::vector<const std::uint32
           {to_view(entry.models[k]), entry.scores.empty() ? DeviceView{} : to_view(entry.scores[k]),
            entry.masks.empty() ? nullptr : entry.masks[k], ranks.empty() ? nullptr : ranks[at]});
     }
-    const std::int64_t after_head = entry.n > head ? entry.n - head : entry.n > 0 ? 1 : 0;
-    first_tiles.push_back(first_tiles.back() + (after_head + kTile - 1) / kTile);
   }
   n_tiles_ = first_tiles.back();
   append(bytes_, entries);
@@ -97,9 +88,9 @@ PackedTable::PackedTable(const Table& table, const std::vector<const std::uint32
 }
 
 DeviceTable PackedTable::at(const void* address) const {
-  return {place<DeviceEntry>(address, 0),
-          place<DeviceModel>(address, models_at_),
-          place<std::int64_t>(address, tiles_at_),
+  return {at_bytes<DeviceEntry>(address, 0),
+          at_bytes<DeviceModel>(address, models_at_),
+          at_bytes<std::int64_t>(address, tiles_at_),
           n_tiles_,
           n_entries_,
           n_models_};
@@ -111,7 +102,7 @@ PackedScalars::PackedScalars(const Scalars& scalars) {
 }
 
 DeviceScalars PackedScalars::at(const void* address) const {
-  return {place<TensorScalars>(address, 0), place<ModelScalars>(address, models_at_)};
+  return {at_bytes<TensorScalars>(address, 0), at_bytes<ModelScalars>(address, models_at_)};
 }
 
 }  // namespace tvfast::gpu

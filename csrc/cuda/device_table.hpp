@@ -51,6 +51,9 @@ struct DeviceScalars {
   const ModelScalars* models;    // [n_entries * n_models]
 };
 
+// Tiles before each entry, and those of all.
+std::vector<std::int64_t> first_tiles_of(const Table& table);
+
 // A table packed into one piece of memory that is copied to the device as it is. Entries without
 // elements stay in it; they have no tiles.
 class PackedTable {

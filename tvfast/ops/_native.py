@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tvfast.errors import ArgumentError
 from tvfast.factored import BlockDiagonal, FactoredScore, KroneckerProduct, ProductPanel
-from tvfast.program import Moments, Program, TensorScalars, View, WorkTable
+from tvfast.program import Keep, Moments, Program, RankQuery, TensorScalars, View, WorkTable
 
 
 def _pair(view: View | None) -> tuple[int, int]:
@@ -137,3 +138,29 @@ def panel_tuple(panel: ProductPanel) -> tuple[Any, ...]:
 
 def _factor_tuple(factor: BlockDiagonal) -> tuple[list[tuple[int, int]], int, int, bool]:
     return [_pair(block) for block in factor.blocks], factor.side, factor.block, factor.packed
+
+
+def check_outputs(table: WorkTable) -> None:
+    """Raises ArgumentError unless every entry has an output."""
+    for entry in table.entries:
+        if entry.out is None:
+            raise ArgumentError(f"tensor {entry.name!r}: combine needs an output; found out=None.")
+
+
+def check_ranked(keep: Keep) -> None:
+    """Raises ArgumentError unless keys of the stage can be ranked."""
+    if keep not in (Keep.BAND, Keep.SCORE, Keep.VARIANCE):
+        raise ArgumentError(f"keep must be BAND, SCORE or VARIANCE to rank; found {keep.name}.")
+
+
+def check_ranks(table: WorkTable, queries: Sequence[RankQuery]) -> None:
+    """Raises ArgumentError for a k that is not in [1, number of entries of the group]."""
+    sizes = [0] * table.n_groups
+    for entry in table.entries:
+        sizes[entry.group] += entry.n_elements
+    for query in queries:
+        n = sizes[query.group] if 0 <= query.group < len(sizes) else 0
+        if not 1 <= query.k <= n:
+            raise ArgumentError(
+                f"group {query.group}, model {query.model}: k must be in [1, {n}]; found {query.k}."
+            )

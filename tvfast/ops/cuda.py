@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvfast.errors import ArgumentError
-from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
+from tvfast.ops._native import check_outputs, moments_of, native_table, program_tuple, scalar_tuples
 from tvfast.ops.cuda_products import CudaProducts
+from tvfast.ops.cuda_selection import CudaSelection, Resident, device_of, native_of
 from tvfast.ops.raw import Wants
 from tvfast.program import Entry, Moments, Program, TensorScalars, WorkTable
 
@@ -25,15 +24,7 @@ MOST_RANKS = 1 << 26
 """Ranks in device memory at a time, 256 MiB, or those of one tensor if that has more."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Resident:
-    """A packed table or packed scalars, and the device memory that it names."""
-
-    native: Any
-    alive: tuple[Tensor, ...]
-
-
-class CudaBackend(CudaProducts):
+class CudaBackend(CudaProducts, CudaSelection):
     """The CUDA kernels on GPUs, or their host build on the CPU."""
 
     name = "cuda"
@@ -41,12 +32,13 @@ class CudaBackend(CudaProducts):
     def __init__(self, module: ModuleType, emulated: bool) -> None:
         self._module = module
         self._emulated = emulated
+        self.limits = module.LIMITS
 
     @property
     def detail(self) -> str:
         if self._emulated:
             return "host build of the kernels, for tests"
-        return f"sm_{self._module.architectures()}; {self._module.device_name(torch.cuda.current_device())}"
+        return f"sm_{self._module.architectures()}; {self._module.device_name(torch.cuda.currentdevice_of())}"
 
     def why_not(self, table: WorkTable) -> str | None:
         """A reason if a tensor is not on the one GPU of the table, or is of another float type."""
@@ -88,7 +80,7 @@ class CudaBackend(CudaProducts):
         found: list[Moments] = []
         for part, resident in self._ready(table, program):
             own = self._scalars(scalars[len(found) : len(found) + len(part.entries)], part)
-            n_entries, device = len(part.entries), _device(part)
+            n_entries, device = len(part.entries), device_of(part)
             n_bytes = self._module.measure_workspace(n_entries, table.n_models)
             workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
             self._module.measure(
@@ -108,7 +100,7 @@ class CudaBackend(CudaProducts):
         if not table.entries:
             return
         own = self._scalars(scalars, table)
-        self._module.score(self._table(table).native, own.native, *self._place(_device(table)))
+        self._module.score(self._table(table).native, own.native, *self._place(device_of(table)))
 
     def row_masks(
         self,
@@ -128,19 +120,17 @@ class CudaBackend(CudaProducts):
         n_threads: int = 0,
     ) -> None:
         """Writes every entry's `out`; `out` may be the base or a model."""
-        for entry in table.entries:
-            if entry.out is None:
-                raise ArgumentError(f"tensor {entry.name!r}: combine needs an output; found out=None.")
+        check_outputs(table)
         self._run(self._module.combine, table, program, scalars)
 
     def _run(self, verb: Any, table: WorkTable, program: Program, scalars: Sequence[TensorScalars]) -> None:
         done = 0
         for part, resident in self._ready(table, program):
             own = self._scalars(scalars[done : done + len(part.entries)], part)
-            verb(resident.native, program_tuple(program), own.native, *self._place(_device(part)))
+            verb(resident.native, program_tuple(program), own.native, *self._place(device_of(part)))
             done += len(part.entries)
 
-    def _ready(self, table: WorkTable, program: Program) -> Iterator[tuple[WorkTable, _Resident]]:
+    def _ready(self, table: WorkTable, program: Program) -> Iterator[tuple[WorkTable, Resident]]:
         """The table on its device; in parts with the ranks of their rows if the keep stage reads ranks."""
         if not table.entries:
             return
@@ -157,8 +147,8 @@ class CudaBackend(CudaProducts):
             n_ranks += table.n_models * entry.n_elements
         yield self._ranked(WorkTable(batch, table.n_models))
 
-    def _ranked(self, part: WorkTable) -> tuple[WorkTable, _Resident]:
-        device = _device(part)
+    def _ranked(self, part: WorkTable) -> tuple[WorkTable, Resident]:
+        device = device_of(part)
         ranks = [
             torch.empty(entry.n_elements, dtype=torch.int32, device=device)
             for entry in part.entries
@@ -172,32 +162,27 @@ class CudaBackend(CudaProducts):
         self._module.rank_rows(resident.native, plan, workspace.data_ptr(), *self._place(device))
         return part, resident
 
-    def _table(self, table: WorkTable) -> _Resident:
-        found: _Resident | None = table.cache.get("cuda")
+    def _table(self, table: WorkTable) -> Resident:
+        found: Resident | None = table.cache.get("cuda")
         if found is None:
-            packed = self._module.ResidentTable(native_table(self._module, table), [])
-            found = self._resident(packed, _device(table))
+            packed = self._module.ResidentTable(native_of(self._module, table), [])
+            found = self._resident(packed, device_of(table))
             table.cache["cuda"] = found
         return found
 
-    def _scalars(self, scalars: Sequence[TensorScalars], part: WorkTable) -> _Resident:
-        return self._resident(self._module.ResidentScalars(*scalar_tuples(scalars)), _device(part))
+    def _scalars(self, scalars: Sequence[TensorScalars], part: WorkTable) -> Resident:
+        return self._resident(self._module.ResidentScalars(*scalar_tuples(scalars)), device_of(part))
 
-    def _resident(self, native: Any, device: torch.device, alive: Sequence[Tensor] = ()) -> _Resident:
+    def _resident(self, native: Any, device: torch.device, alive: Sequence[Tensor] = ()) -> Resident:
         memory = torch.empty(native.n_bytes, dtype=torch.uint8, device=device)
         native.upload(memory.data_ptr(), *self._place(device))
-        return _Resident(native, (memory, *alive))
+        return Resident(native, (memory, *alive))
 
     def _place(self, device: torch.device) -> tuple[int, int]:
         """Number of the device, and torch's current stream there."""
         if self._emulated:
             return 0, 0
         return device.index or 0, torch.cuda.current_stream(device).cuda_stream
-
-
-def _device(table: WorkTable) -> torch.device:
-    owner: Tensor = table.entries[0].models[0].owner
-    return owner.device
 
 
 @cache

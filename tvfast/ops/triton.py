@@ -14,6 +14,7 @@ from tvfast.kernels import layers, selection
 from tvfast.kernels.lanes import INTERPRETED
 from tvfast.kernels.ranking import ranked_launches
 from tvfast.kernels.table import Launch, launches
+from tvfast.ops._native import check_ranked, check_ranks
 from tvfast.ops.raw import Wants
 from tvfast.ops.triton_products import TritonProducts, why_not_on
 from tvfast.program import (
@@ -61,21 +62,13 @@ class TritonBackend(TritonProducts):
         Raises:
             ArgumentError: k is not in [1, number of entries of the group].
         """
-        _check_keep(keep)
-        sizes = [0] * table.n_groups
-        for entry in table.entries:
-            sizes[entry.group] += entry.n_elements
-        for query in queries:
-            n = sizes[query.group] if 0 <= query.group < len(sizes) else 0
-            if not 1 <= query.k <= n:
-                raise ArgumentError(
-                    f"group {query.group}, model {query.model}: k must be in [1, {n}]; found {query.k}."
-                )
+        check_ranked(keep)
+        check_ranks(table, queries)
         if not queries:
             return []
         device = _device(table)
         with kernels.on_device(device):
-            found = selection.thresholds(_launches(table), keep, queries, len(sizes), device).tolist()
+            found = selection.thresholds(_launches(table), keep, queries, table.n_groups, device).tolist()
         return [Threshold(_magnitude(key), greater, equal) for key, greater, equal in found]
 
     def nth_equal(
@@ -90,7 +83,7 @@ class TritonBackend(TritonProducts):
         Raises:
             ArgumentError: fewer than r + 1 entries equal the value.
         """
-        _check_keep(keep)
+        check_ranked(keep)
         if not queries:
             return []
         device = _device(table)
@@ -160,11 +153,6 @@ class TritonBackend(TritonProducts):
         for launch in _ready(table, program):
             with kernels.on_device(launch.fields.device):
                 kernels.combine(launch, program, scalars)
-
-
-def _check_keep(keep: Keep) -> None:
-    if keep not in (Keep.BAND, Keep.SCORE, Keep.VARIANCE):
-        raise ArgumentError(f"keep must be BAND, SCORE or VARIANCE to rank; found {keep.name}.")
 
 
 def _device(table: WorkTable) -> torch.device:

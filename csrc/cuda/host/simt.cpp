@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -35,7 +36,7 @@ class Block {
  public:
   explicit Block(int n_threads)
       : fibers_(n_threads), warps_((n_threads + 31) / 32), stacks_(n_threads) {
-    for (auto& stack : stacks_) stack = std::make_unique<unsigned char[]>(kStackBytes);
+    for (auto& stack : stacks_) stack = std::make_unique_for_overwrite<unsigned char[]>(kStackBytes);
   }
 
   void run(const std::function<void()>& thread, const std::vector<int>& order);
@@ -170,12 +171,9 @@ void run(std::int64_t n_blocks, int n_threads, const std::function<void()>& thre
   std::shuffle(blocks.begin(), blocks.end(), random);
   std::vector<int> order(n_threads);
   std::iota(order.begin(), order.end(), 0);
-  static thread_local std::unique_ptr<Block> block;
-  static thread_local int n_fibers = 0;
-  if (n_fibers != n_threads) {
-    block = std::make_unique<Block>(n_threads);
-    n_fibers = n_threads;
-  }
+  static thread_local std::map<int, std::unique_ptr<Block>> of_size;
+  std::unique_ptr<Block>& block = of_size[n_threads];
+  if (block == nullptr) block = std::make_unique<Block>(n_threads);
   for (const std::int64_t b : blocks) {
     std::shuffle(order.begin(), order.end(), random);
     block_index.x = static_cast<unsigned>(b);
