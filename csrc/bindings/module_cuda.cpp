@@ -147,7 +147,7 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
         [](Address host_copy) { return dot_value(reinterpret_cast<const void*>(host_copy)); });
   m.attr("DOT_BYTES") = kDotBytes;
   m.def("measure_workspace", &measure_workspace);
-  m.def("measure", [](const ResidentTable& table, const std::array<int, 9>& program,
+  m.def("measure", [](const ResidentTable& table, const ProgramChoices& program,
                       const ResidentScalars& scalars, unsigned wants, Address workspace, int device,
                       Address stream) {
     const py::gil_scoped_release unlocked;
@@ -160,7 +160,7 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
     return to_python(
         moments({bytes, bytes + measure_workspace(n_entries, n_models)}, n_entries, n_models));
   });
-  m.def("row_masks", [](const ResidentTable& table, const std::array<int, 9>& program,
+  m.def("row_masks", [](const ResidentTable& table, const ProgramChoices& program,
                         const ResidentScalars& scalars, int device, Address stream) {
     const py::gil_scoped_release unlocked;
     row_masks(table.at(), to_program(program), scalars.at(), to_place(device, stream));
@@ -234,7 +234,7 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
   // Bands of the queries' answers, and the merge with them; nothing waits for the device.
   m.def(
       "combine_trimmed",
-      [](const ResidentTable& table, const std::array<int, 9>& program,
+      [](const ResidentTable& table, const ProgramChoices& program,
          const ResidentScalars& scalars, const ResidentQueries& queries, Address workspace,
          const ResidentEquals* equals, Address equals_workspace, int device, Address stream) {
         const py::gil_scoped_release unlocked;
