@@ -54,11 +54,11 @@ def ties_kthvalue(base: Tensor, models: Sequence[Tensor], density: float) -> Ten
 def ties_argsort(base: Tensor, models: Sequence[Tensor], density: float) -> Tensor:
     """TIES as mergekit runs it in bfloat16: the mask is scattered from a full argsort of the magnitudes."""
     n = base.numel()
-    taus = torch.empty((len(models), *base.shape), dtype=base.dtype)
+    taus = torch.empty((len(models), *base.shape), dtype=base.dtype, device=base.device)
     for tau, model in zip(taus, models, strict=True):
         torch.sub(model, base, out=tau)
         order = torch.argsort(tau.abs().view(-1).float(), descending=True)
-        mask = torch.zeros(n, dtype=tau.dtype)
+        mask = torch.zeros(n, dtype=tau.dtype, device=tau.device)
         mask[order[: n_kept(density, n)]] = 1
         tau.mul_(mask.view_as(tau))
     elected = (taus.sum(0) >= 0).to(taus.dtype) * 2 - 1

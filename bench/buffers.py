@@ -97,15 +97,16 @@ def fill(base: Tensor, models: list[Tensor], seed: int = SEED) -> None:
     Each chunk has its own generator, so that a value depends on the seed and its place only.
     """
     flat = [tensor.view(-1) for tensor in (base, *models)]
-    generator = torch.Generator()
+    generator = torch.Generator(base.device)
     for chunk, begin in enumerate(range(0, base.numel(), _CHUNK)):
         place = slice(begin, min(begin + _CHUNK, base.numel()))
         n = place.stop - place.start
         generator.manual_seed(seed + chunk)
-        flat[0][place] = torch.randn(n, generator=generator).mul_(BASE_STD)
+        flat[0][place] = torch.randn(n, generator=generator, device=base.device).mul_(BASE_STD)
         centre = flat[0][place].float()
         for model in flat[1:]:
-            model[place] = torch.randn(n, generator=generator).mul_(DELTA_STD).add_(centre)
+            noise = torch.randn(n, generator=generator, device=base.device)
+            model[place] = noise.mul_(DELTA_STD).add_(centre)
 
 
 def plain_inputs(n_elements: int, seed: int = SEED) -> tuple[Tensor, list[Tensor]]:
