@@ -26,7 +26,7 @@ export TVFAST_COMMIT=${TVFAST_COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
 export PYTHONUNBUFFERED=1
 if [[ $DRY ]]; then
   export TVFAST_SIMT=1 TRITON_INTERPRET=1
-  DEVICE=cpu NAME=dry-run SMALL=24576 LARGE=32768
+  DEVICE=cpu NAME=dry-run SMALL=128 LARGE=192
 else
   TVFAST_DRIVER=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
   export TVFAST_DRIVER
@@ -109,10 +109,10 @@ export -f build tests rows sanitized
 
 stage build 200 bash -c build
 stage tests 130 bash -c tests
-stage merges-1e8 60 bash -c "rows merges --elements $SMALL"
-stage merges-1e9 90 bash -c "rows merges --elements $LARGE"
-stage layers 40 bash -c 'rows layers'
-stage table 45 bash -c 'rows table'
+stage merges-1e8 130 bash -c "rows merges --elements $SMALL"
+stage merges-1e9 110 bash -c "rows merges --elements $LARGE"
+stage layers 50 bash -c 'rows layers'
+stage table 60 bash -c 'rows table'
 stage live 25 bash -c 'rows live'
 stage memcheck 60 bash -c 'sanitized memcheck'
 stage racecheck 60 bash -c 'sanitized racecheck'

@@ -67,6 +67,7 @@ def _score_cost(place: Place) -> Cost:
 
 
 def kron_blocks(place: Place) -> Ready:
+    place.need_products()
     layer = _Layer(place)
     x, a, b = layer.weight(), layer.blocks(4), layer.blocks(5)
     out = torch.empty_like(x)
@@ -75,6 +76,7 @@ def kron_blocks(place: Place) -> Ready:
 
 def kron_dense(place: Place) -> Ready:
     """Value and gradient of the penalty, the gradient added to a bfloat16 one."""
+    place.need_products()
     layer = _Layer(place)
     x, a, b = layer.weight(), layer.second_moment(4), layer.second_moment(5)
     gradient = torch.zeros(x.shape, dtype=torch.bfloat16, device=place.device)
@@ -85,6 +87,7 @@ def kron_dense(place: Place) -> Ready:
 
 
 def score_factored(place: Place) -> Ready:
+    place.need_products()
     layer = _Layer(place)
     e, a, theta = layer.samples(2), layer.samples(3), layer.weight()
     total = torch.zeros_like(theta)

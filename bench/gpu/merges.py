@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import baselines as plain
-from bench.buffers import COLUMNS, N_MODELS
+from bench.buffers import N_MODELS
 from bench.gpu import baselines
 from bench.gpu.limits import Cost
 from bench.gpu.registry import Goal, GpuRow, Place, Ready, against_limit
@@ -91,10 +91,9 @@ def _trimmed(place: Place, tie: str) -> Any:
     """The same merge prepared to run without waiting for the device."""
     trimmed = place.verb("trimmed")
     table = place.inputs.table()
-    program = make_method("ties", tie=tie, **_TIES).program()
-    models = [ModelScalars(key=k) for k in range(N_MODELS)]
+    method = make_method("ties", tie=tie, **_TIES)
     queries = threshold_queries(place.inputs.n_elements)
-    return trimmed(table, program, [TensorScalars(models=models)], queries)
+    return trimmed(table, method.program(), method.plain_scalars(table), queries)
 
 
 def without_waiting(tie: str) -> Make:
@@ -134,18 +133,18 @@ def verify(place: Place) -> Ready:
 
 def della(place: Place) -> Ready:
     """All of it: ranks of every row, draws into bit planes, and the merge."""
-    table, combine = place.inputs.table(row=COLUMNS), place.verb("combine")
+    combine = place.verb("combine")
 
     def run() -> None:
+        table = place.inputs.table(row=place.inputs.columns)  # of its own, as its bit planes are
         combine(table, *_resolved(place, table, "della", DELLA))
-        table.entries[0].masks = ()
 
     return Ready(run, two_pass_cost(place), place.inputs.out)
 
 
 def slerp(place: Place) -> Ready:
     """Norms and the inner product, which the host waits for, and the merge of two tensors."""
-    table, combine = place.inputs.table(1), place.verb("combine")
+    table, combine = place.inputs.pair(), place.verb("combine")
 
     def run() -> None:
         combine(table, *_resolved(place, table, "slerp", {"t": 0.5}))
@@ -258,7 +257,7 @@ DARE, DELLA_TORCH, SLERP, GRAM = "torch DARE", "torch DELLA, argsort", "torch sl
 SCORE, SCORE_COMPILED = "torch |g θ|", "torch.compile |g θ|"
 MASKED_COMPILED = "torch.compile score mask, thresholds given"
 
-_AGAINST_TA = tuple(map(Goal, (TA_FLOAT32, TA_BFLOAT16, TA_COMPILED, TA_MERGEKIT)))
+_TA_PASS = (against_limit(0.88), *map(Goal, (TA_FLOAT32, TA_BFLOAT16, TA_COMPILED, TA_MERGEKIT)))
 _TIES_PASS = (against_limit(0.88), Goal(TIES_COMPILED_PASS))
 _EXACT = (
     against_limit(0.75),
@@ -283,7 +282,7 @@ ROWS: tuple[GpuRow, ...] = (
     GpuRow(SCORE, torch_score(False), baseline=True),
     GpuRow(SCORE_COMPILED, torch_score(True), baseline=True),
     GpuRow(MASKED_COMPILED, compiled_masked, baseline=True),
-    GpuRow("linear", merge_pass("task_arithmetic", weights=WEIGHTS), (against_limit(0.88), *_AGAINST_TA)),
+    GpuRow("task arithmetic", merge_pass("task_arithmetic", weights=WEIGHTS), _TA_PASS),
     GpuRow("ties, thresholds given, tie=ge", merge_pass("ties", tie="ge", **_TIES), _TIES_PASS),
     GpuRow("ties, thresholds given, tie=hash", merge_pass("ties", tie="hash", **_TIES), _TIES_PASS),
     GpuRow("ties, exact, tie=ge", two_passes("ge"), _EXACT),

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.checkpoints.family import PRESETS, Architecture
+from bench.checkpoints.family import Architecture
 from bench.gpu.clock import Run
 from bench.gpu.inputs import DeviceBuffers
 from bench.gpu.limits import Cost
 from bench.registry import LIMIT, UnavailableError
+from tvfast.ops.raw import ProductBackend
 
 BACKENDS = ("cuda", "triton")
 BASELINE = "torch"
@@ -38,6 +39,7 @@ class Shapes:
     """Sizes of the rows that do not go by `--elements`."""
 
     limit_bytes: int
+    columns: int  # of the tensors of --elements
     side: int  # of a layer
     n_samples: int
     n_tokens: int
@@ -48,6 +50,7 @@ class Shapes:
 
 FULL = Shapes(
     limit_bytes=2**31,
+    columns=8192,
     side=8192,
     n_samples=16,
     n_tokens=512,
@@ -55,7 +58,8 @@ FULL = Shapes(
     narrow=Architecture(1024, 80, 3584, 16032, 64, 8),  # an eighth as wide
     preset="0.5b",
 )
-TINY = Shapes(2**16, 128, 2, 8, PRESETS["tiny"], PRESETS["tiny"], "tiny")
+_ONE_LAYER = Architecture(32, 1, 64, 64, 2, 2)
+TINY = Shapes(2**16, 64, 64, 2, 8, _ONE_LAYER, _ONE_LAYER, "tiny")
 
 
 @dataclass
@@ -81,6 +85,15 @@ class Place:
         if self.buffers is None:
             raise UnavailableError("this group of rows has no inputs of --elements")
         return self.buffers
+
+    def need_products(self) -> None:
+        """Raise unless public functions can be forced to the backend for `score` and `kron`.
+
+        Raises:
+            UnavailableError: it does not have all of their verbs.
+        """
+        if not isinstance(self.backend, ProductBackend):
+            raise UnavailableError(f"backend {self.backend_name} has no score and kron in this build")
 
     def verb(self, name: str) -> Callable[..., Any]:
         """A verb of the backend.

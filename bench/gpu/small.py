@@ -1,4 +1,7 @@
-"""Every row of the backends once on little data, for tools that slow it down: `python -m bench.gpu.small DEVICE`."""
+"""Every row of a backend once on little data, for tools that slow it down.
+
+python -m bench.gpu.small DEVICE
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import sys
 
 import torch
 
-from bench.buffers import COLUMNS
 from bench.gpu.inputs import DeviceBuffers
 from bench.gpu.registry import TINY, Place
 from bench.gpu.suite import GROUPS, forced
@@ -15,7 +17,7 @@ from bench.registry import UnavailableError
 
 def run(device: torch.device, backend: str = "cuda") -> list[str]:
     """Names of the rows that ran; what this build lacks is left out."""
-    buffers = DeviceBuffers(3 * COLUMNS, device)
+    buffers = DeviceBuffers(96 * TINY.columns, device, TINY.columns)
     ran: list[str] = []
     for group, rows in GROUPS.items():
         place = Place(device, TINY, buffers if group == "merges" else None, backend)

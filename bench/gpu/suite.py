@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -133,26 +134,29 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rows_of(group: str, backends: Sequence[str]) -> Iterator[tuple[GpuRow, str | None]]:
-    """In order: torch's quick ones, then each row on each backend, then torch's slow ones as listed."""
-    for row in GROUPS[group]:
-        if row.baseline:
-            yield row, None
-        else:
-            yield from ((row, backend) for backend in backends)
+def rows_of(
+    group: str, backends: Sequence[str], named: Sequence[str] = ()
+) -> Iterator[tuple[GpuRow, str | None]]:
+    """Torch's rows that come first in their group, then backend by backend, then the rest of torch's."""
+    rows = [row for row in GROUPS[group] if not named or any(name in row.name for name in named)]
+    quick = list(takewhile(lambda row: row.baseline, rows))
+    yield from ((row, None) for row in quick)
+    yield from ((row, backend) for backend in backends for row in rows if not row.baseline)
+    yield from ((row, None) for row in rows[len(quick) :] if row.baseline)
 
 
 def records_of(
-    group: str, device: torch.device, shapes: Shapes, n_elements: int, backends: Sequence[str], limits: Limits
+    group: str, device: torch.device, options: argparse.Namespace, limits: Limits
 ) -> Iterator[dict[str, Any]]:
     """The records of one group, one after the other."""
+    shapes = shapes_of(device)
     if group == "checkpoints":
         yield from checkpoints.records(device, shapes.preset, limits)
         return
     clock = Clock(device)
-    buffers = DeviceBuffers(fitting(n_elements, device), device) if group == "merges" else None
+    buffers = _buffers(options.elements, device, shapes) if group == "merges" else None
     lost = ""
-    for row, backend in rows_of(group, backends):
+    for row, backend in rows_of(group, options.backends, options.row):
         if lost:
             yield {"row": row.name, "backend": backend or BASELINE, "error": f"not run: {lost}"}
             continue
@@ -166,6 +170,14 @@ def records_of(
         gc.collect()
         if device.type == "cuda" and not lost:
             torch.cuda.empty_cache()
+
+
+def shapes_of(device: torch.device) -> Shapes:
+    return FULL if device.type == "cuda" else TINY
+
+
+def _buffers(n_elements: int, device: torch.device, shapes: Shapes) -> DeviceBuffers:
+    return DeviceBuffers(fitting(n_elements, device, shapes.columns), device, shapes.columns)
 
 
 def described(device: torch.device) -> dict[str, Any]:
@@ -208,14 +220,15 @@ def write(path: Path, result: dict[str, Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Number of rows that failed."""
     device = torch.device(options.device)
-    shapes = FULL if device.type == "cuda" else TINY
+    shapes = shapes_of(device)
     result = json.loads(options.out.read_text()) if options.out.exists() else fresh(device)
-    limits = measured(Clock(device), shapes.limit_bytes, shapes.side)
-    result["limits"] = limits.record()
+    if not result["limits"]:
+        result["limits"] = measured(Clock(device), shapes.limit_bytes, shapes.side).record()
+    limits = Limits(**result["limits"])
     n_failed = 0
     for group in options.group:
         start = time.perf_counter()
-        for record in records_of(group, device, shapes, options.elements, options.backends, limits):
+        for record in records_of(group, device, options, limits):
             record |= {"group": group, "device": result["device"]["name"]}
             n_failed += "error" in record
             result["rows"] = judged([*result["rows"], record], goals())
@@ -232,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--elements", type=int, default=10**8, help="parameters of a tensor of `merges`")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for the stand-ins")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--row", nargs="+", default=[], help="only rows with one of these in their names")
     parser.add_argument("--show", action="store_true", help="print the table of the file")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and options.group and not torch.cuda.is_available():
