@@ -165,11 +165,16 @@ def records_of(
         except DeviceLostError as error:
             lost = str(error)
             yield {"row": row.name, "backend": backend or BASELINE, "error": lost}
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()
-        gc.collect()
         if device.type == "cuda" and not lost:
-            torch.cuda.empty_cache()
+            _release()
+
+
+def _release() -> None:
+    """Gives back what a row held: operands, and what it compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def shapes_of(device: torch.device) -> Shapes:
