@@ -22,9 +22,7 @@ REFERENCE = load("reference")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lead", [0, 3])
-def test_scores_have_the_bits_of_the_reference(
-    gpu: ProductBackend, dtype: torch.dtype, lead: int
-) -> None:
+def test_scores_have_the_bits_of_the_reference(gpu: ProductBackend, dtype: torch.dtype, lead: int) -> None:
     rng = np.random.default_rng(lead)
     for n, n_models, has_base in ((0, 1, False), (70, 1, True), (2**14 + 1100, 1, False), (1030, 3, True)):
         gradients = [placed(bit_values(rng, n, DTYPES[k % 3]), lead) for k in range(n_models)]
