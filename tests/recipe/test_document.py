@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_nothing(text: str) -> None:
 def test_depth_is_bounded() -> None:
     assert plain(compose("[" * MAX_DEPTH + "]" * MAX_DEPTH, "r.yml"))
     assert f"deeper than {MAX_DEPTH}" in refused("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
-    assert "deeper" in refused("[" * 400_000)
+    # Some releases of the YAML library have a limit of their own.
+    assert re.search("deeper|nesting depth", refused("[" * 400_000))
     assert "deeper" in refused("- " * 400_000)
 
 

@@ -40,6 +40,9 @@ CPU_GB_S = {
     "breadcrumbs_ties": 2.9,
     "dare_linear": 1.8,
     "dare_ties": 1.8,
+    "fisher": 7.7,
+    "sta": 4.0,
+    "sta_forget": 4.0,
     "sce": 0.67,
     "della_linear": 0.57,
     "della": 0.57,
@@ -48,7 +51,8 @@ CPU_GB_S = {
     "mats": 0.00051,
 }
 """What one core takes in and gives out while it merges three bfloat16 models: an EPYC of two cores, in
-bench/results/20261122T001050-01a477f164e7.json. The last three solve equations: layers of 1024 x 1024, and as
+bench/results/20261122T001050-01a477f164e7.json. Those that read
+scores, on a loaded machine of the same kind. The last three solve equations: layers of 1024 x 1024, and as
 much slower as layers are wider."""
 
 MEMORY_GB_S = 40.0
