@@ -52,8 +52,8 @@ CPU_GB_S = {
 }
 """What one core takes in and gives out while it merges three bfloat16 models: an EPYC of two cores, in
 bench/results/20261122T001050-01a477f164e7.json. Those that read float32 scores: processor time of one thread
-there, beside other work. The last three solve equations: layers of 1024 x 1024, and as much slower as layers are
-wider."""
+there, beside other work. The last three solve equations: layers of 1024 x 1024, and as much slower as layers
+are wider."""
 
 MEMORY_GB_S = 40.0
 """What all cores together do at most, there."""
