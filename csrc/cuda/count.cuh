@@ -205,13 +205,8 @@ TVFAST_STAGE void count_loaded(const DeviceEntry& entry, const DeviceModel* mode
   }
 }
 
-// Variances are sums of doubles, which need more registers.
-constexpr int count_blocks(Keep keep) {
-  return keep == Keep::VARIANCE ? kBlocksPerMultiprocessor / 2 : kBlocksPerMultiprocessor;
-}
-
 template <Keep keep>
-__global__ void __launch_bounds__(kThreads, count_blocks(keep))
+__global__ void __launch_bounds__(kThreads, ranking_blocks(keep))
     count_kernel(DeviceTable table, DeviceSelection s) {
   __shared__ Chunk chunk;
   if (*s.flags == 0) return;

@@ -22,20 +22,8 @@ struct DeviceEquals {
   Keep keep;
 };
 
-template <class Fn>
-TVFAST_STAGE void for_each_key(const DeviceTable& table, Keep keep, const TileSpan& span, int model,
-                               Fn&& fn) {
-  with_keep(keep, [&](auto constant) {
-    for_each_ranked<decltype(constant)::value>(table, span, model,
-                                               [&](std::int64_t, int n, const F* x) {
-#pragma unroll
-                                                 for (int e = 0; e < kQuad; ++e)
-                                                   if (e < n) fn(key_of(x[e]));
-                                               });
-  });
-}
-
-__global__ void __launch_bounds__(kThreads, 2)
+template <Keep keep>
+__global__ void __launch_bounds__(kThreads, ranking_blocks(keep))
     count_equal_kernel(DeviceTable table, DeviceEquals s) {
   for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
     const TileSpan span = span_of(table, tile);
@@ -44,8 +32,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (std::int32_t q = s.first_queries[group]; q < s.first_queries[group + 1]; ++q) {
       const DeviceEqual& query = s.queries[q];
       std::uint32_t n_own = 0;
-      for_each_key(table, s.keep, span, query.model,
-                   [&](std::uint32_t key) { n_own += key == query.key ? 1u : 0u; });
+      for_each_ranked<keep>(table, span, query.model, [&](std::int64_t, int n, const F* x) {
+#pragma unroll
+        for (int e = 0; e < kQuad; ++e) n_own += e < n && key_of(x[e]) == query.key ? 1u : 0u;
+      });
       const std::uint32_t n = block_sum(n_own);
       if (threadIdx.x != 0) continue;
       s.tiles[query.tiles_at + place] = n;
@@ -138,7 +128,10 @@ void count_equal(const DeviceTable& table, const PackedEquals& queries, const vo
   const OnDevice current(place.device);
   const EqualLayout& layout = queries.layout();
   fill_zero(at_bytes<std::byte>(workspace, layout.entries), layout.total - layout.entries, place);
-  launch_tiles(count_equal_kernel, table, place, equals_of(queries, at, workspace));
+  const auto kernel = queries.keep() == Keep::BAND    ? count_equal_kernel<Keep::BAND>
+                      : queries.keep() == Keep::SCORE ? count_equal_kernel<Keep::SCORE>
+                                                      : count_equal_kernel<Keep::VARIANCE>;
+  launch_tiles(kernel, table, place, equals_of(queries, at, workspace));
 }
 
 void nth_equal(const DeviceTable& table, const PackedEquals& queries, const void* at,

@@ -72,6 +72,12 @@ TVFAST_STAGE void for_each_ranked(const DeviceTable& table, const TileSpan& span
   for_each_edge(span, take);
 }
 
+// Blocks of a kernel over all keys that share a multiprocessor: variances are sums of doubles,
+// which need more registers.
+constexpr int ranking_blocks(Keep keep) {
+  return keep == Keep::VARIANCE ? kBlocksPerMultiprocessor / 2 : kBlocksPerMultiprocessor;
+}
+
 // Calls fn with a stage that ranks as a constant.
 template <class Fn>
 TVFAST_STAGE void with_keep(Keep keep, Fn&& fn) {

@@ -27,7 +27,8 @@ OCCUPANCIES = (
     (re.compile(_FIXED.format("3")), 0.375, 0.5),
     (re.compile(_FIXED.format("4")), 0.375, 0.375),
     (re.compile(_FIXED.format("8")), 0.25, 0.375),
-    (re.compile(r"\bscore_kernel|count_\w*kernel|ranks_kernel"), 0.5, 0.5),
+    (re.compile(r"\bscore_kernel|count_\w*kernel<\(tvfast::Keep\)[12]>|ranks_kernel"), 0.5, 0.5),
+    (re.compile(r"count_\w*kernel<\(tvfast::Keep\)3>"), 0.25, 0.25),  # variances: sums of doubles
 )
 """Kernels whose time is that of memory, and the share of a multiprocessor's threads that must fit on sm_80
 and from sm_90 on. A thread of a merge of K models has 16 (K + 1) bytes on their way: of 4 models, three

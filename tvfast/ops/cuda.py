@@ -38,7 +38,7 @@ class CudaBackend(CudaProducts, CudaSelection):
     def detail(self) -> str:
         if self._emulated:
             return "host build of the kernels, for tests"
-        return f"sm_{self._module.architectures()}; {self._module.device_name(torch.cuda.currentdevice_of())}"
+        return f"sm_{self._module.architectures()}; {self._module.device_name(torch.cuda.current_device())}"
 
     def why_not(self, table: WorkTable) -> str | None:
         """A reason if a tensor is not on the one GPU of the table, or is of another float type."""

@@ -36,7 +36,8 @@ class Block {
  public:
   explicit Block(int n_threads)
       : fibers_(n_threads), warps_((n_threads + 31) / 32), stacks_(n_threads) {
-    for (auto& stack : stacks_) stack = std::make_unique_for_overwrite<unsigned char[]>(kStackBytes);
+    for (auto& stack : stacks_)
+      stack = std::make_unique_for_overwrite<unsigned char[]>(kStackBytes);
   }
 
   void run(const std::function<void()>& thread, const std::vector<int>& order);
