@@ -69,7 +69,9 @@ build() {
   if [[ $DRY ]]; then
     "$PYTHON" -c 'import tvfast._C_cpu, tvfast._C_simt'
   else
-    TVFAST_CUDA=ON "$PYTHON" -m pip install --no-build-isolation --no-deps -v -e .
+    # The largest file alone would take longest: its kernels are compiled side by side.
+    NVCC_APPEND_FLAGS=--split-compile=0 TVFAST_CUDA=ON "$PYTHON" -m pip --disable-pip-version-check install \
+      --no-build-isolation --no-deps -v -e .
   fi
 }
 
@@ -94,6 +96,8 @@ rows() {
 # Torch would hand out parts of larger allocations, whose ends the tool does not see.
 sanitized() {
   local tool=(compute-sanitizer --tool "$1" --error-exitcode 1)
+  # What a call returned is checked by its caller; torch asks about pointers that are none of the device's.
+  if [[ $1 == memcheck ]]; then tool+=(--report-api-errors no); fi
   if [[ $DRY ]]; then
     tool=()
   elif ! command -v compute-sanitizer >/dev/null; then
@@ -116,7 +120,7 @@ stage table 60 bash -c 'rows table'
 stage live 25 bash -c 'rows live'
 stage memcheck 60 bash -c 'sanitized memcheck'
 stage racecheck 60 bash -c 'sanitized racecheck'
-stage checkpoints 75 bash -c 'rows checkpoints'
+stage checkpoints 90 bash -c 'rows checkpoints'
 
 echo
 if [[ -e $RESULT ]]; then "$PYTHON" -m bench.gpu "$RESULT" --show | tee -a "$LOG"; fi

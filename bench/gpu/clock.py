@@ -34,16 +34,17 @@ class Clock:
             self._flushing = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
 
     def time(self, run: Run) -> dict[str, Any]:
-        """Samples of `run` after a call that warms up, on the CPU that call; `host_s` is until it returned.
+        """Samples of `run` after a call that warms up, on the CPU that one; `host_s` is until it returned.
 
         The queue is given a short wait first, so that a call that only launches is timed without the host's
         part, and one that waits for the device with it.
         """
-        first = self._once(run)
-        pairs = [first]
-        if first[0] < _SLOW and self.device.type == "cuda":
-            n = int(SECONDS_PER_ROW / max(first[0], 1e-9))
-            pairs = [self._once(run) for _ in range(min(MOST, max(FEWEST, n)))]
+        pairs = [self._once(run)]
+        if self.device.type == "cuda":  # where the first call also compiles
+            pairs = [self._once(run)]
+            if pairs[0][0] < _SLOW:
+                n = int(SECONDS_PER_ROW / max(pairs[0][0], 1e-9))
+                pairs += [self._once(run) for _ in range(min(MOST, max(FEWEST, n)) - 1)]
         summary = Summary(tuple(seconds for seconds, _ in pairs))
         return {**summary.record(), "host_s": statistics.median(host for _, host in pairs)}
 

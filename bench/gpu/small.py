@@ -10,6 +10,7 @@ import sys
 import torch
 
 from bench.gpu.inputs import DeviceBuffers
+from bench.gpu.merges import as_a_graph
 from bench.gpu.registry import TINY, Place
 from bench.gpu.suite import GROUPS, forced
 from bench.registry import UnavailableError
@@ -22,7 +23,7 @@ def run(device: torch.device, backend: str = "cuda") -> list[str]:
     for group, rows in GROUPS.items():
         place = Place(device, TINY, buffers if group == "merges" else None, backend)
         for row in rows:
-            if row.baseline:
+            if row.baseline or row.make is as_a_graph:  # whose launches are those of another row
                 continue
             try:
                 with forced(backend), torch.no_grad():

@@ -91,6 +91,8 @@ def timed(row: GpuRow, place: Place, clock: Clock, limits: Limits) -> dict[str, 
             _synchronize(place.device)
     except UnavailableError as error:
         record["unavailable"] = str(error)
+    except torch.OutOfMemoryError as error:
+        record["unavailable" if row.baseline else "error"] = f"out of memory: {str(error)[:200]}"
     except Exception as error:  # a row that fails must not take the others with it
         record["error"] = f"{type(error).__name__}: {str(error).strip()[:500]}"
         try:

@@ -111,6 +111,9 @@ def test_a_row_that_fails_takes_no_other_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: DeviceBuffers
 ) -> None:
     def fails(place: Place) -> Ready:
+        raise RuntimeError("no such luck")
+
+    def too_large(place: Place) -> Ready:
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
     def unwritten(place: Place) -> Ready:
@@ -121,16 +124,18 @@ def test_a_row_that_fails_takes_no_other_with_it(
 
     rows = [GpuRow(name, make, baseline=True) for name, make in (("a", fails), ("b", unwritten), ("c", here))]
     rows += [GpuRow("d", lambda place: Ready(lambda: None), baseline=True)]
-    rows += [GpuRow("e", fails, baseline=True, most_elements=buffers.n_elements - 1)]
-    monkeypatch.setitem(suite.GROUPS, "layers", tuple(rows[:4]))
+    rows += [GpuRow("f", too_large, baseline=True), GpuRow("g", too_large)]
+    monkeypatch.setitem(suite.GROUPS, "layers", tuple(rows[:6]))
     out = tmp_path / "r.json"
-    assert suite.main([str(out), "--device", "cpu", "--group", "layers"]) == 1
-    a, b, c, d = json.loads(out.read_text())["rows"]
-    assert a["error"] == "OutOfMemoryError: tried to allocate 80 GiB"
+    assert suite.main([str(out), "--device", "cpu", "--group", "layers", "--backends", "cuda"]) == 1
+    a, b, c, d, f, g = json.loads(out.read_text())["rows"]
+    assert a["error"] == "RuntimeError: no such luck"
+    assert f["unavailable"] == g["error"] == "out of memory: tried to allocate 80 GiB"
     assert "not written" in b["error"]
     assert c["unavailable"] == "not here"
     assert d["median_s"] >= 0
-    late = suite.timed(rows[4], Place(CPU, TINY, buffers), Clock(CPU), LIMITS)
+    slow = GpuRow("e", fails, baseline=True, most_elements=buffers.n_elements - 1)
+    late = suite.timed(slow, Place(CPU, TINY, buffers), Clock(CPU), LIMITS)
     assert "takes too long" in late["unavailable"]
 
 
