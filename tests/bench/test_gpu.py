@@ -16,7 +16,7 @@ import tvfast
 from bench.baselines import ties_kthvalue
 from bench.buffers import N_MODELS
 from bench.gpu import baselines, checkpoints, merges, suite
-from bench.gpu.clock import Clock
+from bench.gpu.clock import FEWEST, MOST, Clock
 from bench.gpu.inputs import DeviceBuffers, fitting
 from bench.gpu.limits import Cost, Limits
 from bench.gpu.registry import FULL, TINY, Goal, GpuRow, Place, Ready
@@ -147,6 +147,19 @@ def test_without_a_gpu_its_rows_are_refused(
         suite.main([str(tmp_path / "r.json"), "--group", "merges"])
     assert stopped.value.code == 2
     assert "--device cpu runs the rows on stand-ins" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "n_rounds"), [(1e-4, MOST), (0.04, 10), (0.3, FEWEST), (2.5, 1)])
+def test_the_call_that_compiles_is_no_sample(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, n_rounds: int
+) -> None:
+    pairs = iter([(60.0, 60.0), *[(seconds, 1e-5)] * MOST])
+    monkeypatch.setattr(Clock, "_once", lambda self, run: next(pairs))
+    clock = Clock(CPU)
+    clock.device = torch.device("cuda")
+    record = clock.time(lambda: None)
+    assert record["samples_s"] == [seconds] * n_rounds
+    assert (record["median_s"], record["host_s"]) == (seconds, 1e-5)
 
 
 # -- baselines and inputs -------------------------------------------------------------------------------
