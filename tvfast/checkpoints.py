@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from tvfast.checkpoint.layout import Layout, make_layout
 from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
 from tvfast.engine.binding import Binding, bind
 from tvfast.engine.companions import companions
+from tvfast.engine.device import NOMINAL, Choice, Device, Traits, choose
 from tvfast.engine.inputs import FileState
 from tvfast.engine.output import check_report_folder
 from tvfast.engine.plan import Plan, make_plan
 from tvfast.engine.run import Progress, Run, Silence
 from tvfast.engine.staging import Staging
-from tvfast.errors import ArgumentError, BackendError
+from tvfast.errors import ArgumentError, RecipeError
 from tvfast.recipe import Recipe, load_recipe
 
 __all__ = ["Plan", "Progress", "Recipe", "Report", "load_recipe", "merge_checkpoints", "plan"]
@@ -48,6 +49,10 @@ class Report:
         seconds: of the whole call.
         peak_bytes: largest resident memory of the process so far.
         planned_peak_bytes: what the plan promised.
+        device: where tensors were merged: "cpu", or for example "cuda:0".
+        device_why: what that is, or why it is not a GPU.
+        device_peak_bytes: the most that was allocated on a GPU; 0 on the CPU.
+        planned_device_peak_bytes: what the plan promised.
         shards: files with weights.
         warnings: of recipe and files.
     """
@@ -63,6 +68,10 @@ class Report:
     seconds: float
     peak_bytes: int
     planned_peak_bytes: int
+    device: str
+    device_why: str
+    device_peak_bytes: int
+    planned_device_peak_bytes: int
     shards: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -71,11 +80,21 @@ class Report:
         return asdict(self)
 
 
-def plan(config: Config, *, memory: int | None = None, threads: int = 0, seed: int | None = None) -> Plan:
+def plan(
+    config: Config,
+    *,
+    device: str = "auto",
+    memory: int | None = None,
+    device_memory: int | None = None,
+    threads: int = 0,
+    seed: int | None = None,
+) -> Plan:
     """What a merge would read, write and need; reads headers only.
 
     Args:
         config: a recipe.
+        device: as in `merge_checkpoints`; also "a100", "h100" or "h200", which need not be here.
+        device_memory: bound of what is allocated on a GPU, bytes; None: nine tenths of what is free.
         memory: bound of the resident memory, bytes; None: chosen by what the machine has free.
         threads: 0: all cores that the process may use.
         seed: key of random draws; None: the recipe's, or 0.
@@ -83,9 +102,13 @@ def plan(config: Config, *, memory: int | None = None, threads: int = 0, seed: i
     Raises:
         RecipeError, UnknownNameError: the recipe.
         CheckpointError: a file is missing or damaged; StatisticsError: statistics, or of another model.
-        ArgumentError: `memory` is too little; the least is named. Models do not fit each other.
+        ArgumentError: `memory` or `device_memory` is too little; the least is named. Models do not fit each
+            other.
+        BackendError: the device is not here, or no backend can run there.
     """
-    return _prepare(config, memory=memory, threads=threads, seed=seed).plan
+    _check_device(device, device_memory, NOMINAL)
+    limits = _Limits(memory, device_memory, threads)
+    return _prepare(config, _destination(device), limits, seed).plan
 
 
 def merge_checkpoints(
@@ -110,11 +133,13 @@ def merge_checkpoints(
         config: a recipe.
         out: directory of the result; it must not exist, or be empty. Everything is staged in a folder inside
             it and renamed when the whole merge is done.
-        device: "auto" or "cpu".
+        device: "cpu", "cuda" or for example "cuda:1"; "auto": a GPU where a backend can run on one, otherwise
+            the CPU. Does not change the result.
         threads: 0: all cores that the process may use. Does not change the result.
         memory: bound of the resident memory of the process, bytes; None: what keeps disk and cores busy. Does
             not change the result.
-        device_memory: bound of the memory taken on a GPU.
+        device_memory: bound of what is allocated on a GPU, bytes, the driver's own not counted; None: nine
+            tenths of what is free there. Does not change the result.
         resume: continue what is in `out`: nothing, a run that was cut off, or a finished one, which is
             verified.
         overwrite: replace what is in `out`; the old files stay until the new ones are complete.
@@ -132,6 +157,7 @@ def merge_checkpoints(
         RecipeError, UnknownNameError: the recipe.
         CheckpointError: an input is missing or damaged; StatisticsError: statistics, or of another model.
         ArgumentError: an argument, or models that do not fit each other.
+        BackendError: the device is not here, or no backend can run there.
         OutputError: `out` cannot be used or written.
         MergeError: the merge cannot go on; finished work stays for `resume`.
 
@@ -139,10 +165,11 @@ def merge_checkpoints(
         The same bytes for any number of threads and any memory. Inputs are never written.
     """
     began = time.perf_counter()
-    _check(device, device_memory, nonfinite, resume, overwrite)
+    _check_device(device, device_memory)
+    _check(nonfinite, resume, overwrite)
     _check_progress(progress)
     folder, report_folder = _path(out, "out"), None if report is None else _path(report, "report")
-    prepared = _prepare(config, memory=memory, threads=threads, seed=seed)
+    prepared = _prepare(config, _destination(device), _Limits(memory, device_memory, threads), seed)
     planned, inputs = prepared.plan, prepared.inputs
     nonfinite = nonfinite or prepared.recipe.nonfinite
     identity = prepared.identity()
@@ -151,7 +178,7 @@ def merge_checkpoints(
     # Made twice, because they would take memory while tensors are merged: a file that cannot be copied is
     # refused before hours of work.
     companions(prepared.recipe, prepared.binding)
-    read_bytes = written_bytes = resumed_bytes = 0
+    read_bytes = written_bytes = resumed_bytes = device_peak_bytes = 0
     finished = False
     warnings = planned.warnings
     if dry_run:
@@ -169,10 +196,12 @@ def merge_checkpoints(
                     prepared.files,
                     propagate=nonfinite == "propagate",
                     progress=progress or Silence(),
+                    device=prepared.device,
                 )
                 outcome = run.execute()
                 read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
                 warnings += outcome.notes
+                device_peak_bytes = outcome.device_peak_bytes
                 for name, data in companions(prepared.recipe, prepared.binding).items():
                     staging.add_file(name, data)
                 staging.commit()
@@ -189,6 +218,10 @@ def merge_checkpoints(
         seconds=time.perf_counter() - began,
         peak_bytes=_resident_peak(),
         planned_peak_bytes=planned.peak_bytes,
+        device=planned.device.traits.name if planned.device else "cpu",
+        device_why=planned.device_why,
+        device_peak_bytes=device_peak_bytes,
+        planned_device_peak_bytes=planned.device.peak_bytes if planned.device else 0,
         shards=tuple(shard.name for shard in planned.layout.shards),
         warnings=warnings,
     )
@@ -207,6 +240,7 @@ class _Prepared:
     binding: Binding
     plan: Plan
     seed: int
+    device: Device | None
 
     @property
     def inputs(self) -> list[str]:
@@ -238,10 +272,41 @@ class _Prepared:
         }
 
 
-def _prepare(config: Config, *, memory: int | None, threads: int, seed: int | None) -> _Prepared:
-    _check_integer("threads", threads, 0, "0 for all cores, or more")
-    if memory is not None:
-        _check_integer("memory", memory, 1, "a positive number of bytes")
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """As in `merge_checkpoints`."""
+
+    memory: int | None
+    device_memory: int | None
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Destination:
+    """Where a merge is to run; `traits` None: on the host."""
+
+    traits: Traits | None
+    why: str
+    device: Device | None = None
+    optional: bool = False  # the host does where the device's memory is too little
+
+
+def _destination(device: str) -> _Destination:
+    """
+    Raises:
+        BackendError: the device is not here, or no backend can run there.
+    """
+    if device in NOMINAL:
+        return _Destination(NOMINAL[device], NOMINAL[device].description)
+    choice: Choice = choose(device)
+    traits = choice.device.traits if choice.device else None
+    return _Destination(traits, choice.why, choice.device, optional=device == "auto")
+
+
+def _prepare(config: Config, to: _Destination, limits: _Limits, seed: int | None) -> _Prepared:
+    _check_integer("threads", limits.threads, 0, "0 for all cores, or more")
+    if limits.memory is not None:
+        _check_integer("memory", limits.memory, 1, "a positive number of bytes")
     if seed is not None:
         _check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
     recipe = config if isinstance(config, Recipe) else load_recipe(config)
@@ -250,21 +315,48 @@ def _prepare(config: Config, *, memory: int | None, threads: int, seed: int | No
     layout: Layout = make_layout(
         [(task.name, task.dtype, task.shape) for task in binding.tasks], recipe.shard_bytes, {}
     )
-    planned = make_plan(binding, layout, memory=memory, n_threads=threads)
-    return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed)
+    planned, device = _planned(binding, layout, to, limits)
+    return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed, device)
 
 
-def _check(
-    device: str, device_memory: int | None, nonfinite: str | None, resume: bool, overwrite: bool
-) -> None:
-    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ArgumentError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or for example 'cuda:1'.")
-    if device not in ("auto", "cpu"):
-        raise BackendError(
-            f"device {device!r}: this build merges checkpoints on the CPU only; expected 'auto' or 'cpu'."
+def _planned(
+    binding: Binding, layout: Layout, to: _Destination, limits: _Limits
+) -> tuple[Plan, Device | None]:
+    """The plan, and the device that it is for."""
+
+    def planned(traits: Traits | None, why: str) -> Plan:
+        return make_plan(
+            binding,
+            layout,
+            memory=limits.memory,
+            n_threads=limits.threads,
+            device=traits,
+            device_memory=limits.device_memory,
+            device_why=why,
+        )
+
+    try:
+        return planned(to.traits, to.why), to.device
+    except RecipeError:
+        raise
+    except ArgumentError as error:
+        if to.traits is None or not to.optional:
+            raise
+        return planned(None, str(error).split(". Pass")[0].removesuffix(".")), None
+
+
+def _check_device(device: str, device_memory: int | None, also: Iterable[str] = ()) -> None:
+    known = isinstance(device, str) and (re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or device in also)
+    if not known:
+        names = "".join(f", {name!r}" for name in also)
+        raise ArgumentError(
+            f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or for example 'cuda:1'{names}."
         )
     if device_memory is not None:
         _check_integer("device_memory", device_memory, 1, "a positive number of bytes")
+
+
+def _check(nonfinite: str | None, resume: bool, overwrite: bool) -> None:
     if nonfinite not in (None, "error", "propagate"):
         raise ArgumentError(f"nonfinite is {nonfinite!r}; expected 'error' or 'propagate'.")
     if resume and overwrite:

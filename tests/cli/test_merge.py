@@ -29,7 +29,7 @@ from tests.cli.families import (
     tvfast,
 )
 from tvfast.cli.main import main
-from tvfast.cli.plan import CPU_GB_S, LINK_GB_S
+from tvfast.cli.plan import CPU_GB_S, HOST_GB_S, LINK_GB_S
 
 WEIGHTS = {"ft1": {"weight": 1.0}, "ft2": {"weight": 0.5}, "ft3": {"weight": -0.25}}
 
@@ -287,7 +287,15 @@ def test_a_foreign_key_is_one_warning(
     assert "int8_mask" in lines[0]
 
 
-@pytest.mark.parametrize("command", [["merge", "CONFIG", "OUT"], ["plan", "CONFIG"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "CONFIG", "OUT"],
+        ["merge", "CONFIG", "OUT", "--device", "cpu"],
+        ["plan", "CONFIG"],
+        ["plan", "CONFIG", "--device", "h100"],
+    ],
+)
 def test_the_command_imports_no_framework(command: list[str], family: Family, tmp_path: Path) -> None:
     config = write(tmp_path, recipe(family, "dare_ties", models=WEIGHTS, parameters={"density": 0.5}))
     names = {"CONFIG": str(config), "OUT": str(tmp_path / "out")}
@@ -331,11 +339,20 @@ def test_plan_estimates_time_from_the_disk(
     assert (shared["limited_by"], shared["seconds"]) == ("network", pytest.approx(n_bytes / 1e9))
     slow = plan("--disk", "1000", "--threads", "1")["estimate"]
     assert (slow["limited_by"], slow["seconds"]) == ("cpu", pytest.approx(n_bytes / 1e9 / CPU_GB_S["ties"]))
-    linked = plan("--disk", "1000", "--device", "h100")["estimate"]
+    linked = plan("--disk", "1000", "--device", "h100", "--threads", "16")["estimate"]
     assert (linked["limited_by"], linked["seconds"]) == (
         "h100",
         pytest.approx(n_bytes / 1e9 / LINK_GB_S["h100"]),
     )
+    assert linked["terms_s"] == pytest.approx(
+        {
+            "disk": n_bytes / 1e12,
+            "h100": n_bytes / 1e9 / LINK_GB_S["h100"],
+            "cpu": n_bytes / 1e9 / HOST_GB_S / 16,
+        }
+    )
+    checked = plan("--disk", "1000", "--device", "h100", "--threads", "1")["estimate"]
+    assert (checked["limited_by"], checked["seconds"]) == ("cpu", pytest.approx(n_bytes / 1e9 / HOST_GB_S))
     assumed = plan()["estimate"]
     assert any("2 GB/s" in one and "--disk" in one for one in assumed["assumed"])
     assert {row["name"] for row in found["tensor_methods"]} == set(shapes())

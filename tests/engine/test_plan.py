@@ -15,9 +15,10 @@ from tvfast.checkpoint.layout import make_layout
 from tvfast.checkpoint.stored import Stored
 from tvfast.engine.arrange import Part, arrange
 from tvfast.engine.binding import Binding
+from tvfast.engine.cuts import CUT
 from tvfast.engine.memory import PAGE
 from tvfast.engine.passes import count_passes
-from tvfast.engine.plan import CUT, MiB, Plan, make_plan
+from tvfast.engine.plan import MiB, Plan, make_plan
 from tvfast.engine.tasks import Task
 from tvfast.errors import ArgumentError, RecipeError
 from tvfast.methods import make_method

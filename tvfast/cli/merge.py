@@ -95,7 +95,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"tvfast: warning: {' '.join(warning.split())}", file=sys.stderr)
     found = report.as_json()
     if options.dry_run:
-        plan = tvfast.plan(recipe, memory=options.memory, threads=options.threads, seed=options.seed)
+        plan = tvfast.plan(
+            recipe,
+            device=options.device,
+            memory=options.memory,
+            device_memory=options.device_memory,
+            threads=options.threads,
+            seed=options.seed,
+        )
         found["plan"] = plan.as_json()
     print(json.dumps(found, indent=2) if options.json else as_text(found))
     return 0
@@ -107,11 +114,17 @@ def as_text(found: dict[str, Any]) -> str:
     passes = counted(found["n_passes"], "pass")
     if found["dry_run"]:
         plan = found["plan"]
+        on_device = (
+            f", {bytes_as_text(found['planned_device_peak_bytes'])} of {found['device']}"
+            if found["planned_device_peak_bytes"]
+            else ""
+        )
         return (
             f"{found['out']}: nothing written; {tensors} would be.\n"
             f"{bytes_as_text(plan['read_bytes'])} to read in {passes}, "
             f"{bytes_as_text(plan['write_bytes'])} to write, "
-            f"at most {bytes_as_text(plan['peak_bytes'])} of memory."
+            f"at most {bytes_as_text(plan['peak_bytes'])} of memory{on_device}.\n"
+            f"To be merged on {found['device']}: {found['device_why']}."
         )
     seconds = found["seconds"]
     if found["finished_before"]:
@@ -122,8 +135,14 @@ def as_text(found: dict[str, Any]) -> str:
         f"{found['out']}: {tensors}, {bytes_as_text(found['written_bytes'])} written{kept}, "
         f"{bytes_as_text(found['read_bytes'])} read in {passes}.\n"
         f"{seconds_as_text(seconds)}, {rate / 1e9:.2f} GB/s, "
-        f"peak memory {bytes_as_text(found['peak_bytes'])}."
+        f"peak memory {bytes_as_text(found['peak_bytes'])}{_device_peak(found)}.\n"
+        f"Merged on {found['device']}: {found['device_why']}."
     )
+
+
+def _device_peak(found: dict[str, Any]) -> str:
+    peak = found["device_peak_bytes"]
+    return f", {bytes_as_text(peak)} on {found['device']}" if peak else ""
 
 
 def device(text: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tvfast
+from tvfast.cli.merge import device
 from tvfast.cli.quantities import (
     bytes_as_text,
     counted,
@@ -61,10 +62,16 @@ MEMORY_GB_S = 40.0
 LINK_GB_S = {"a100": 22.0, "h100": 45.0, "h200": 45.0}
 """What goes over PCIe 4 and 5 to and from a GPU, which merges faster than that."""
 
+OTHER_LINK_GB_S = 22.0
+"""The same of a GPU whose name says nothing: PCIe 4."""
+
+HOST_GB_S = 20.0
+"""What one core looks through for NaN, and takes checksums of, where a GPU merges: CPU_GB_S' machine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds that a merge takes if reading, merging and writing overlap, and the rates assumed."""
+    """Seconds that a merge takes if reading, merging and writing overlap; `terms` are those of each alone."""
 
     seconds: float
     limited_by: str
@@ -73,6 +80,7 @@ class Estimate:
     network_gb_s: float | None
     device: str
     assumed: tuple[str, ...]
+    terms: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -83,6 +91,7 @@ class Estimate:
             "network_gb_s": self.network_gb_s,
             "device": self.device,
             "assumed": list(self.assumed),
+            "terms_s": self.terms,
         }
 
 
@@ -101,15 +110,27 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--disk", type=positive, metavar="GB/s", help=f"of each rank ({DISK_GB_S:g})")
     command.add_argument("--network", type=positive, metavar="GB/s", help="that all ranks share (no limit)")
     command.add_argument(
-        "--device", choices=("cpu", *LINK_GB_S), default="cpu", help="what each rank merges on (%(default)s)"
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="auto|cpu|cuda[:i]|NAME",
+        help=f"what each rank merges on (%(default)s); {', '.join(LINK_GB_S)} need not be here",
     )
+    command.add_argument("--device-memory", type=size, metavar="SIZE", help="as in `tvfast merge`")
     command.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
-    plan = tvfast.plan(options.config, memory=options.memory, threads=options.threads, seed=options.seed)
+    plan = tvfast.plan(
+        options.config,
+        device=options.device,
+        memory=options.memory,
+        device_memory=options.device_memory,
+        threads=options.threads,
+        seed=options.seed,
+    )
     found = plan.as_json()
     rates = estimate(
         found,
@@ -117,7 +138,6 @@ def run(options: argparse.Namespace) -> int:
         ranks=options.ranks,
         disk=options.disk,
         network=options.network,
-        device=options.device,
     )
     for warning in found.get("warnings", ()):
         print(f"tvfast: warning: {' '.join(warning.split())}", file=sys.stderr)
@@ -135,7 +155,6 @@ def estimate(
     ranks: int = 1,
     disk: float | None = None,
     network: float | None = None,
-    device: str = "cpu",
 ) -> Estimate:
     """The slowest of disk, network and device decides, since they work at the same time.
 
@@ -147,18 +166,21 @@ def estimate(
     """
     n_bytes = (found["read_bytes"] + found["write_bytes"]) / 1e9
     assumed = []
+    card, threads = found["device"]["name"], found["threads"]
     if disk is None:
         assumed.append(f"disk {DISK_GB_S:g} GB/s; pass --disk")
-    if device == "cpu":
-        threads = found["threads"]
+    if card == "cpu":
         device_rate = 1.0 / math.fsum(
             share / min(MEMORY_GB_S, threads * CPU_GB_S[method]) for method, share in shares.items()
         )
         assumed.append(f"{counted(threads, 'thread')} that merge {device_rate:.3g} GB/s")
     else:
-        device_rate = LINK_GB_S[device]
-        assumed.append(f"{device_rate:g} GB/s to and from the {device}")
-    rates = {"disk": ranks * (DISK_GB_S if disk is None else disk), device: ranks * device_rate}
+        device_rate = _link(found["device"])
+        assumed.append(f"{device_rate:g} GB/s to and from the {card}")
+    rates = {"disk": ranks * (DISK_GB_S if disk is None else disk), card: ranks * device_rate}
+    if card != "cpu":
+        rates["cpu"] = ranks * threads * HOST_GB_S
+        assumed.append(f"{counted(threads, 'thread')} that check {threads * HOST_GB_S:g} GB/s")
     if network is not None:
         rates["network"] = network
     limited_by = min(rates, key=rates.__getitem__)
@@ -168,9 +190,16 @@ def estimate(
         ranks=ranks,
         disk_gb_s=DISK_GB_S if disk is None else disk,
         network_gb_s=network,
-        device=device,
+        device=card,
         assumed=tuple(assumed),
+        terms={name: n_bytes / rate for name, rate in rates.items()},
     )
+
+
+def _link(device: dict[str, Any]) -> float:
+    """GB/s of a card, by its name."""
+    words = f"{device['name']} {device['description']}".lower()
+    return next((rate for name, rate in LINK_GB_S.items() if name in words), OTHER_LINK_GB_S)
 
 
 def shares_of(plan: Plan) -> dict[str, float]:
@@ -192,7 +221,10 @@ def as_text(found: dict[str, Any], rates: Estimate) -> str:
         *(f"          {reason}" for reason in found["passes_why"]),
         f"writes    {bytes_as_text(found['write_bytes'])}",
         f"memory    {bytes_as_text(found['peak_bytes'])} at most ({found['peak_bytes']} bytes)",
+        f"device    {found['device']['name']}: {found['device_why']}",
+        *_device_lines(found["device"]),
         f"time      about {seconds_as_text(rates.seconds)}, limited by the {rates.limited_by}",
+        f"          {', '.join(f'{name} {seconds_as_text(s)}' for name, s in rates.terms.items())}",
         *(f"          assuming {assumption}" for assumption in rates.assumed),
         "",
         "tensors by method",
@@ -200,6 +232,22 @@ def as_text(found: dict[str, Any], rates: Estimate) -> str:
     width = max((len(str(row["tensors"])) for row in found["methods"]), default=1)
     lines += [f"  {row['tensors']:>{width}}  {row['method']}" for row in found["methods"]]
     return "\n".join(lines)
+
+
+def _device_lines(device: dict[str, Any]) -> list[str]:
+    """What a GPU is asked for."""
+    if "peak_bytes" not in device:
+        return []
+    return [
+        f"          {bytes_as_text(device['peak_bytes'])} at most ({device['peak_bytes']} bytes), of which "
+        f"{bytes_as_text(device['ring_bytes'])} hold tensors; backend {device['backend']}",
+        *(f"          {note}" for note in device["notes"]),
+    ]
+
+
+def _device(text: str) -> str:
+    """What `tvfast merge` takes, or a card that need not be here."""
+    return text if text in LINK_GB_S else device(text)
 
 
 def _tensors(plan: Plan) -> list[dict[str, Any]]:

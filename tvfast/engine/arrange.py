@@ -90,10 +90,24 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
                 found.append(cursor)
                 extents.append(Extent(stored.path, offset, n_bytes, cursor))
             cursor += n_bytes
+    spans, outputs, end = _results(parts, layout, cursor) if layout else ((), (), cursor)
+    return Arrangement(tuple(extents), spans, tuple(map(tuple, inputs)), outputs, round_up(end, PAGE))
+
+
+def arrange_outputs(parts: Sequence[Part], layout: Layout) -> Arrangement:
+    """A block for results alone."""
+    spans, outputs, end = _results(parts, layout, 0)
+    return Arrangement((), spans, (), outputs, round_up(end, PAGE))
+
+
+def _results(
+    parts: Sequence[Part], layout: Layout, cursor: int
+) -> tuple[tuple[Span, ...], tuple[int, ...], int]:
+    """Spans, positions and the end of results that are put behind `cursor`."""
     spans: list[Span] = []
     outputs: list[int] = []
-    for part in parts if layout else ():
-        place = layout.places[part.task.name]  # type: ignore[union-attr]
+    for part in parts:
+        place = layout.places[part.task.name]
         offset = place.offset + dtypes.n_bytes(part.task.dtype, part.start)
         n_bytes = part.output_bytes
         previous = spans[-1] if spans else None
@@ -104,6 +118,4 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
             spans.append(Span(place.shard, offset, n_bytes, cursor))
         outputs.append(cursor)
         cursor += n_bytes
-    return Arrangement(
-        tuple(extents), tuple(spans), tuple(map(tuple, inputs)), tuple(outputs), round_up(cursor, PAGE)
-    )
+    return tuple(spans), tuple(outputs), cursor

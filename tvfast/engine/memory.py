@@ -1,4 +1,4 @@
-"""The buffers of a merge: anonymous memory within a fixed budget, handed out in the order it is asked for."""
+"""The buffers of a merge: memory within a fixed budget, handed out in the order it is asked for."""
 
 from __future__ import annotations
 
@@ -26,6 +26,47 @@ class Buffer(Protocol):
 
     def release(self) -> None:
         """Give the memory back. Slices of `view` must not be used any more."""
+
+
+class Ranges:
+    """Which bytes of some memory are lent: the first range that fits.
+
+    Several threads must ask one at a time, so that a large range gets its turn.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self._free = [(0, n_bytes)]  # (begin, end), ascending
+        self._changed = threading.Condition()
+
+    def acquire(self, n_bytes: int) -> int:
+        """Where a range of `n_bytes` begins; waits until there is one.
+
+        Raises:
+            ValueError: more than all of the memory.
+        """
+        if n_bytes > self.n_bytes:
+            raise ValueError(f"a range of {n_bytes} bytes was asked of {self.n_bytes}")
+        with self._changed:
+            while True:
+                for index, (begin, end) in enumerate(self._free):
+                    if end - begin >= n_bytes:
+                        self._free[index] = (begin + n_bytes, end)
+                        return begin
+                self._changed.wait()
+
+    def take_back(self, at: int, n_bytes: int) -> None:
+        """End a loan; neighbouring free ranges become one."""
+        with self._changed:
+            ranges = sorted([*self._free, (at, at + n_bytes)])
+            merged = ranges[:1]
+            for begin, end in ranges[1:]:
+                if begin == merged[-1][1]:
+                    merged[-1] = (merged[-1][0], end)
+                else:
+                    merged.append((begin, end))
+            self._free = merged
+            self._changed.notify_all()
 
 
 class Block:
@@ -71,8 +112,7 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.view = memoryview(self._map)
-        self._free = [(0, self.n_bytes)]  # (begin, end), ascending
-        self._changed = threading.Condition()
+        self._ranges = Ranges(self.n_bytes)
 
     def acquire(self, n_bytes: int) -> Block:
         """A range of at least `n_bytes`; waits until there is one. Its content is what was there.
@@ -83,29 +123,14 @@ class Arena:
         wanted = round_up(max(n_bytes, 1), PAGE)
         if wanted > self.n_bytes:
             raise ValueError(f"a block of {wanted} bytes was asked of an arena of {self.n_bytes}")
-        with self._changed:
-            while True:
-                for index, (begin, end) in enumerate(self._free):
-                    if end - begin >= wanted:
-                        self._free[index] = (begin + wanted, end)
-                        return Block(self, begin, wanted)
-                self._changed.wait()
+        return Block(self, self._ranges.acquire(wanted), wanted)
 
     def close(self) -> None:
         """Return the pages to the system, also where a view of them still lives."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def _take_back(self, at: int, n_bytes: int) -> None:
-        with self._changed:
-            ranges = sorted([*self._free, (at, at + n_bytes)])
-            merged = ranges[:1]
-            for begin, end in ranges[1:]:
-                if begin == merged[-1][1]:
-                    merged[-1] = (merged[-1][0], end)
-                else:
-                    merged.append((begin, end))
-            self._free = merged
-            self._changed.notify_all()
+        self._ranges.take_back(at, n_bytes)
 
 
 class Slot:

@@ -13,10 +13,25 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from tvfast.checkpoint.layout import Layout
+from tvfast.engine import device_plan
 from tvfast.engine.arrange import Part, block_bytes
-from tvfast.engine.passes import count_passes, count_samples
-from tvfast.engine.sampling import samples
+from tvfast.engine.device import ALIGNMENT, Traits
+from tvfast.engine.device_plan import MOST_WORKERS, DevicePlan, plan_device
+from tvfast.engine.memory import PAGE, round_up
+from tvfast.engine.passes import count_passes
 from tvfast.engine.tasks import Task, row_elements
+from tvfast.engine.units import (
+    CHUNKS_IN_FLIGHT,
+    Room,
+    Unit,
+    cut_into_units,
+    group_bytes,
+    grouped_unit,
+    least_chunk_bytes,
+    not_on_device,
+    smallest_bytes,
+    whole_bytes,
+)
 from tvfast.errors import ArgumentError, RecipeError
 from tvfast.methods.base import Method
 
@@ -27,9 +42,6 @@ MiB = 2**20
 
 UNIT_BYTES = 32 * MiB
 """Inputs and output that a worker holds; small enough for the last-level cache, large enough for the disk."""
-
-CUT = 65536
-"""Tensors are cut at multiples of it: whole pages of every storage type."""
 
 PROGRAM_BYTES = 56 * MiB
 """Resident memory of the interpreter, the extension and their threads, before any tensor is read."""
@@ -59,33 +71,6 @@ STREAM_BYTES = 80 * MiB
 STREAM_MODELS = 16
 """Each further model's sample adds MiB."""
 
-CHUNKS_IN_FLIGHT = 4
-"""Of a streamed unit: one is merged, one written, two are read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Work that one worker does at a time.
-
-    Attributes:
-        parts: in the order of the output.
-        chunk_bytes: 0: all parts are in memory together. Otherwise they are streamed, as often as the method
-            asks, in chunks of so many bytes.
-        n_bytes: memory held while it runs, scratch not counted.
-        n_passes: how often its inputs are read, usually.
-        sampled_bytes: of its inputs that are read besides, for the first brackets of thresholds.
-    """
-
-    parts: tuple[Part, ...]
-    chunk_bytes: int
-    n_bytes: int
-    n_passes: int
-    sampled_bytes: int = 0
-
-    @property
-    def input_bytes(self) -> int:
-        return sum(part.input_bytes for part in self.parts)
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -100,6 +85,8 @@ class Plan:
         read_bytes, write_bytes: over all passes, with the samples that come before them.
         reasons: for every pass beyond the first.
         warnings: of the recipe and of the files.
+        device: how the memory of a GPU is divided; None: everything is merged on the host.
+        device_why: what the device is, or why there is none.
     """
 
     binding: Binding
@@ -113,6 +100,8 @@ class Plan:
     write_bytes: int
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
+    device: DevicePlan | None = None
+    device_why: str = ""
 
     @property
     def tensors(self) -> tuple[tuple[str, tuple[int, ...], str, str], ...]:
@@ -138,6 +127,8 @@ class Plan:
             "write_bytes": self.write_bytes,
             "peak_bytes": self.peak_bytes,
             "threads": self.n_threads,
+            "device": {"name": "cpu"} if self.device is None else self.device.as_json(),
+            "device_why": self.device_why,
             "methods": [{"tensors": n, "method": method} for method, n in counts.items()],
             "shards": [{"name": shard.name, "bytes": shard.n_bytes} for shard in self.layout.shards],
             "warnings": list(self.warnings),
@@ -158,25 +149,48 @@ def _method(task: Task) -> Method | None:
     return task.method if task.tensor is None else task.tensor.method
 
 
-def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_threads: int = 0) -> Plan:
+def make_plan(
+    binding: Binding,
+    layout: Layout,
+    *,
+    memory: int | None = None,
+    n_threads: int = 0,
+    device: Traits | None = None,
+    device_memory: int | None = None,
+    device_why: str = "",
+) -> Plan:
     """Divide the work into units that fit the memory.
 
     Args:
         memory: bound of the resident memory, bytes; None: what keeps disk and cores busy, at most half of
             what the machine has free.
         n_threads: 0: all cores that the process may use.
+        device: where to merge; None: on the host.
+        device_memory: bound of what is allocated there, bytes; None: nine tenths of what is free.
+        device_why: for those who read the plan.
 
     Raises:
-        ArgumentError: `memory` is less than the smallest possible, which is named.
+        ArgumentError: `memory` or `device_memory` is less than the smallest possible, which is named.
         RecipeError: a method ranks the whole model, and its numbers differ between tensors.
     """
     threads = n_threads or len(os.sched_getaffinity(0))
     groups, single = _split_by_scope(binding.tasks)
-    budget = _budget(groups, single, threads, memory)
+    if device and (reason := _only_on_the_cpu(binding.tasks)):
+        device, device_why = None, reason
+    whole = [task for group in groups for task in group]
+    on_device = plan_device(single, whole, device, device_memory) if device else None
+    budget = _budget(groups, single, threads, memory, on_device)
     arena, n_workers = budget.arena, budget.n_workers
-    unit_bytes = min(UNIT_BYTES, arena // (n_workers + 1))
-    units = [_grouped_unit(group, arena) for group in groups]
-    units += _units(single, unit_bytes, arena)
+    if on_device:
+        room = Room.beside(on_device, device_plan.UNIT_BYTES, n_workers, arena, single)
+    else:
+        room = Room.on_host(UNIT_BYTES, n_workers, arena)
+    units = [grouped_unit(group, room, together=not _is_whole_model(group)) for group in groups]
+    units += cut_into_units(single, room)
+    if on_device:
+        held = sum(round_up(unit.ring_bytes, ALIGNMENT) for unit in units)
+        on_device = on_device.shrunk(max(held, ALIGNMENT), not_on_device(units, on_device))
+        arena = min(arena, sum(round_up(unit.n_bytes, PAGE) for unit in units) or PAGE)  # all of it is pinned
     return Plan(
         binding=binding,
         layout=layout,
@@ -189,6 +203,8 @@ def make_plan(binding: Binding, layout: Layout, *, memory: int | None = None, n_
         write_bytes=layout.n_bytes,
         reasons=tuple(_reasons(units, arena)),
         warnings=binding.warnings,
+        device=on_device,
+        device_why=device_why,
     )
 
 
@@ -202,7 +218,11 @@ class _Budget:
 
 
 def _budget(
-    groups: Sequence[Sequence[Task]], single: Sequence[Task], n_threads: int, memory: int | None
+    groups: Sequence[Sequence[Task]],
+    single: Sequence[Task],
+    n_threads: int,
+    memory: int | None,
+    device: DevicePlan | None = None,
 ) -> _Budget:
     """As many workers as memory allows; one more than threads keeps cores busy while one waits for the disk.
 
@@ -210,24 +230,33 @@ def _budget(
         ArgumentError: even one worker needs more than `memory`.
     """
     whole = [task for group in groups for task in group]
-    least = max([_smallest(t) for t in single] + [CHUNKS_IN_FLIGHT * _least_chunk(t) for t in whole])
-    largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in single if count_passes([t]) > 1), default=0)
-    largest = max([largest, *(_group_bytes(group) for group in groups if not _is_whole_model(group))])
+    least = max(
+        [smallest_bytes(t) for t in single] + [CHUNKS_IN_FLIGHT * least_chunk_bytes(t) for t in whole]
+    )
+    measured = [t for t in single if count_passes([t]) > 1]
+    tensors = sorted(whole_bytes(t) for t in single if t.tensor is not None)
+    program = PROGRAM_BYTES + (TORCH_BYTES if tensors else 0)
+    unit, n_workers = UNIT_BYTES, n_threads + 1
+    streamed = bool(whole)
+    if device:  # what it holds need not be on the host as a whole
+        measured = [t for t in measured if not device.holds([Part(t, 0, t.n_elements)])]
+        program, unit = device.traits.host_bytes, device_plan.UNIT_BYTES
+        n_workers = min(n_workers, MOST_WORKERS)
+        streamed = True  # where the device proves to have less memory than it said
+    largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in measured), default=0)
+    largest = max([largest, *(group_bytes(group) for group in groups if not _is_whole_model(group))])
     known = TENSOR_BYTES * (
         sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
     )
     n_models = max((len(task.models) for task in (*single, *whole)), default=0)
-    streamed = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
-    tensors = sorted(_whole_bytes(t) for t in single if t.tensor is not None)
-    program = PROGRAM_BYTES + (TORCH_BYTES if tensors else 0)
+    selection = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
     free = _free_memory() // 2
-    n_workers = n_threads + 1
     while True:
         together = sum(tensors[-n_workers:])
-        wanted = max((n_workers + 1) * UNIT_BYTES, least, largest + 2 * UNIT_BYTES, together)
+        wanted = max((n_workers + 1) * unit, least, largest + 2 * unit, together)
         scratch = _Scratch.of(single, n_workers, n_threads)
         fixed = arena = 0
-        for stream in (streamed,) if whole else (0, streamed):
+        for stream in (selection,) if streamed else (0, selection):
             fixed = program + known + stream
             if memory is None:
                 arena = max(least, min(wanted, free))
@@ -238,11 +267,15 @@ def _budget(
             if largest <= arena:
                 break
         if memory is None or fixed + arena <= memory:
+            if device and largest > arena:
+                largest = 0  # it is streamed anyway: nothing is pinned for it
+                continue
             return _Budget(n_workers, arena, fixed)
         if n_workers == 1:
+            where = f" on {device.traits.name}" if device else ""
             raise ArgumentError(
-                f"a memory of {memory} bytes is too little for this merge; it needs at least {fixed + arena} "
-                f"({math.ceil((fixed + arena) / 1e6)}M)."
+                f"a memory of {memory} bytes is too little for this merge{where}; it needs at least "
+                f"{fixed + arena} ({math.ceil((fixed + arena) / 1e6)}M)."
             )
         n_workers = (n_workers + 1) // 2
 
@@ -270,98 +303,14 @@ def _is_whole_model(group: Sequence[Task]) -> bool:
     return group[0].method is not None and group[0].method.whole_model
 
 
-def _group_bytes(group: Sequence[Task]) -> int:
-    """What all tensors of a group take in memory together."""
-    return sum(block_bytes(Part(task, 0, task.n_elements)) for task in group)
-
-
-def _grouped_unit(group: Sequence[Task], arena: int) -> Unit:
-    """Tensors that are ranked together: held together if they are a layer that fits, otherwise streamed."""
-    parts = tuple(Part(task, 0, task.n_elements) for task in group)
-    if not _is_whole_model(group) and _group_bytes(group) <= arena:
-        return Unit(parts, 0, _group_bytes(group), 1)
-    return _streamed(group, min(2 * UNIT_BYTES, arena // CHUNKS_IN_FLIGHT))
-
-
-def _units(tasks: Sequence[Task], unit_bytes: int, arena: int) -> Iterator[Unit]:
-    """Neighbours together up to `unit_bytes`; what can be cut is, what cannot is held whole or streamed."""
-    parts: list[Part] = []
-    used = 0
-
-    def flush() -> Iterator[Unit]:
-        nonlocal used
-        if parts:
-            yield Unit(tuple(parts), 0, used, 1)
-        parts.clear()
-        used = 0
-
+def _only_on_the_cpu(tasks: Iterable[Task]) -> str:
+    """Why a merge is not for a device, or nothing: kernels there read no scores, and solve nothing."""
     for task in tasks:
-        whole = Part(task, 0, task.n_elements)
-        size = _whole_bytes(task)
-        if task.tensor is not None:
-            yield from flush()
-            yield Unit((whole,), 0, size, 1)
-            continue
-        if size <= unit_bytes:
-            pieces: Iterable[Part] = (whole,)
-        elif count_passes([task]) == 1:
-            pieces = _pieces(task, unit_bytes)
-        else:
-            yield from flush()
-            if size <= arena:
-                yield Unit((whole,), 0, size, 1)
-            else:
-                chunk = max(min(2 * unit_bytes, arena // CHUNKS_IN_FLIGHT), _least_chunk(task))
-                yield _streamed([task], chunk)
-            continue
-        for piece in pieces:
-            size = block_bytes(piece)
-            if used + size > unit_bytes:
-                yield from flush()
-            parts.append(piece)
-            used += size
-    yield from flush()
-
-
-def _streamed(tasks: Sequence[Task], chunk_bytes: int) -> Unit:
-    """Tasks with one method, of which no more than a few chunks are in memory."""
-    parts = tuple(Part(task, 0, task.n_elements) for task in tasks)
-    sampled = count_samples(tasks) * sum(run.input_bytes for run in samples(parts))
-    return Unit(parts, chunk_bytes, CHUNKS_IN_FLIGHT * chunk_bytes, count_passes(tasks), sampled)
-
-
-def _pieces(task: Task, unit_bytes: int) -> Iterator[Part]:
-    """Equal pieces of a tensor that needs no statistics."""
-    n = elements_within(task, unit_bytes)
-    return (Part(task, start, min(n, task.n_elements - start)) for start in range(0, task.n_elements, n))
-
-
-def elements_within(task: Task, n_bytes: int) -> int:
-    """How many elements of a tensor, its counterparts and result fit: a multiple of `CUT` and of its rows."""
-    one = Part(task, 0, CUT)
-    slack = block_bytes(one) - one.input_bytes - one.output_bytes
-    n = max(1, (n_bytes - slack) // ((one.input_bytes + one.output_bytes) // CUT))
-    row = row_elements(task)
-    if row:
-        return max(1, n // row) * row
-    return max(1, n // CUT) * CUT
-
-
-def _least_chunk(task: Task) -> int:
-    """The smallest piece that a tensor can be cut into."""
-    return block_bytes(Part(task, 0, row_elements(task) or CUT))
-
-
-def _smallest(task: Task) -> int:
-    """The least memory that a tensor can be merged in."""
-    whole = _whole_bytes(task)
-    return whole if task.tensor is not None else min(whole, CHUNKS_IN_FLIGHT * _least_chunk(task))
-
-
-def _whole_bytes(task: Task) -> int:
-    """Memory of a tensor that is held whole, with what its method takes beside it."""
-    scratch = 0 if task.tensor is None else task.tensor.scratch_bytes
-    return block_bytes(Part(task, 0, task.n_elements)) + scratch
+        if task.tensor is not None or (task.method is not None and task.method.info.needs_scores):
+            method = _method(task)
+            assert method is not None
+            return f"method {method.info.name!r} reads statistics, which only the CPU does"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

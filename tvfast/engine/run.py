@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,18 +15,22 @@ from typing import Protocol
 
 from tvfast import dtypes
 from tvfast.engine.arrange import Part, Span, arrange
+from tvfast.engine.chunked import ChunkCombiner, measurer
+from tvfast.engine.device import Device, OutOfDeviceMemory
 from tvfast.engine.inputs import FileState, Inputs
 from tvfast.engine.memory import Arena, Block, Slots
+from tvfast.engine.offload import Job, Offload, Region
 from tvfast.engine.passes import logical_table
-from tvfast.engine.plan import CHUNKS_IN_FLIGHT, UNIT_BYTES, Plan, Unit
+from tvfast.engine.plan import UNIT_BYTES, Plan
 from tvfast.engine.source import Loaded, StreamSource, entry_of
 from tvfast.engine.staging import Staging
-from tvfast.engine.streamed import StreamedBackend
+from tvfast.engine.streamed import Combine, PartsBackend, StreamedBackend
+from tvfast.engine.units import CHUNKS_IN_FLIGHT, Unit
 from tvfast.errors import MergeError
 from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.host import crc32c, first_nonfinite
-from tvfast.ops.raw import Backend, backend_for
+from tvfast.ops.raw import Backend, backend_for, host_backend
 from tvfast.program import DType, View, WorkTable
 
 
@@ -63,6 +67,7 @@ class Outcome:
     written_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    device_peak_bytes: int = 0
 
 
 class Run:
@@ -71,6 +76,7 @@ class Run:
     Args:
         files: every input file as it was when its header was read.
         propagate: NaN and infinity in inputs go through; otherwise they are an error.
+        device: what the plan is for; None: the host.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Run:
         *,
         propagate: bool,
         progress: Progress,
+        device: Device | None = None,
     ) -> None:
         self._plan = plan
         self._staging = staging
@@ -89,6 +96,9 @@ class Run:
         self._arena = Arena(plan.arena_bytes)
         self._inputs = Inputs(files, direct=_larger_than_memory(plan), on_read=self._on_read)
         self._writers = ThreadPoolExecutor(2, "tvfast-write")
+        self._offload: Offload | None = None
+        if device is not None and plan.device is not None:
+            self._offload = Offload(device, plan.device, host_backend(), self._go_on)
         self._order = threading.Lock()
         self._streaming = threading.Lock()
         self._pending: Iterator[Unit] = iter(())
@@ -115,6 +125,9 @@ class Run:
             return self._execute(began)
 
     def _execute(self, began: float) -> Outcome:
+        if self._offload is not None:
+            self._offload.open(self._arena)
+        device_peak_bytes = 0
         units = [unit for unit in self._plan.units if not self._is_done(unit)]
         self._pending = iter(units)
         self._progress.start(
@@ -138,12 +151,15 @@ class Run:
             pool.shutdown(wait=True)
             self._inputs.close()
             self._writers.shutdown(wait=True)
+            if self._offload is not None:
+                device_peak_bytes = self._offload.close()
             self._arena.close()
             self._progress.finish()
         if self._failed:
             raise self._failed[0]
+        seconds = time.perf_counter() - began
         notes = tuple(self._notes[name] for name in sorted(self._notes))
-        return Outcome(self._read_bytes, self._written_bytes, time.perf_counter() - began, notes)
+        return Outcome(self._read_bytes, self._written_bytes, seconds, notes, device_peak_bytes)
 
     # -- workers ------------------------------------------------------------------------------------
 
@@ -178,20 +194,38 @@ class Run:
     def _process(self, unit: Unit, block: Block) -> None:
         self._go_on()
         if unit.chunk_bytes:
-            with self._streaming:  # kernels use every core, and a selection much memory
-                self._stream(unit, Slots(block, CHUNKS_IN_FLIGHT))
+            self._process_in_chunks(unit, Slots(block, CHUNKS_IN_FLIGHT))
             return
         loaded = Loaded(unit.parts, arrange(unit.parts, self._plan.layout), block)
         for read in self._inputs.read(loaded.arrangement.extents, block):
             read.result()
-        self._check_finite(loaded)
-        if unit.parts[0].task.tensor is not None:
-            block.drop(loaded.arrangement.n_bytes)
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
-        self._merge(loaded, plan.n_threads if alone else -(-plan.n_threads // plan.n_workers))
+        n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
+        if self._offload is None or not unit.ring_bytes:
+            self._check_finite(loaded)
+            if unit.parts[0].task.tensor is not None:
+                block.drop(loaded.arrangement.n_bytes)
+            self._merge(loaded, n_threads)
+        else:
+            self._merge_on_device(self._offload, unit, loaded, n_threads)
         self._go_on()
         self._write(loaded)
+
+    def _merge_on_device(self, offload: Offload, unit: Unit, loaded: Loaded, n_threads: int) -> None:
+        """Parts in memory, as `_merge`, through the ring of a device."""
+        jobs = []
+        for index, part in enumerate(loaded.parts):
+            if part.task.method is None:
+                _copy(part, loaded, index)
+            elif part.n:
+                jobs.append(Job(part.task.method, entry_of(part, loaded, index)))
+        with offload.region(unit.ring_bytes) as region:
+            if unit.resident:
+                offload.merge(jobs, region, lambda: self._check_finite(loaded), n_threads)
+            else:
+                self._check_finite(loaded)
+                offload.merge_in_pieces(jobs[0], region, n_threads)
 
     def _merge(self, loaded: Loaded, n_threads: int) -> None:
         """Parts in memory: copy what is copied, merge what has the same method together."""
@@ -223,28 +257,79 @@ class Run:
             with self._counts:
                 self._notes[loaded.parts[index].task.name] = note
 
-    def _stream(self, unit: Unit, slots: Slots) -> None:
+    def _process_in_chunks(self, unit: Unit, slots: Slots) -> None:
+        """Parts that are not in host memory at once."""
+        offload = self._offload
+        if offload is None:
+            with self._streaming:  # kernels use every core, and a selection much memory
+                self._stream(unit, slots, self._finish_later)
+            return
+        with offload.region(unit.ring_bytes) as region:
+            if unit.resident:
+                try:
+                    self._merge_through(unit, slots, offload, region)
+                    return
+                except OutOfDeviceMemory:
+                    pass  # in smaller pieces then
+            chunks = ChunkCombiner(offload, region, unit.chunk_bytes)
+
+            def finish_later(loaded: Loaded) -> Future[None]:
+                first = loaded.block.address + loaded.arrangement.outputs[0]
+                return self._finish_later(loaded, lambda: chunks.finish(first))
+
+            with self._streaming:
+                self._stream(
+                    unit, slots, finish_later, measurer(offload, host_backend(), region), chunks.combine
+                )
+
+    def _merge_through(self, unit: Unit, slots: Slots, offload: Offload, region: Region) -> None:
+        """Tensors that the device holds, though the host does not."""
+        table, method = self._logical(unit)
+        offload.merge_through(method, table, self._source(unit, table, slots, self._finish_later), region)
+
+    def _stream(
+        self,
+        unit: Unit,
+        slots: Slots,
+        finish: Callable[[Loaded], Future[None]],
+        inner: PartsBackend | None = None,
+        combine: Combine | None = None,
+    ) -> None:
         """Tensors that are never in memory at once: the method's questions become passes over the files."""
-        tasks = [part.task for part in unit.parts]
-        method = tasks[0].method
-        assert method is not None
-        table = logical_table(tasks)
-        source = StreamSource(
-            unit, table, self._plan.layout, self._inputs, slots, self._finish_later, self._check_finite
-        )
-        backend = StreamedBackend(self._backend(table), source, foresee=method.program())
+        table, method = self._logical(unit)
+        source = self._source(unit, table, slots, finish)
+        measured = inner or self._backend(table)
+        backend = StreamedBackend(measured, source, foresee=method.program(), combine=combine)
         threads = self._plan.n_threads
         program, scalars = method.resolve(TableStatistics(backend, table, None, threads))
         backend.combine(table, program, scalars, threads)
+
+    @staticmethod
+    def _logical(unit: Unit) -> tuple[WorkTable, ProgramMethod]:
+        """The table of a unit whose data are elsewhere, and the method of all its parts."""
+        tasks = [part.task for part in unit.parts]
+        method = tasks[0].method
+        assert method is not None
+        return logical_table(tasks), method
+
+    def _source(
+        self, unit: Unit, table: WorkTable, slots: Slots, finish: Callable[[Loaded], Future[None]]
+    ) -> StreamSource:
+        layout, inputs = self._plan.layout, self._inputs
+        return StreamSource(unit, table, layout, inputs, slots, finish, self._check_finite)
 
     def _backend(self, table: WorkTable) -> Backend:
         return backend_for(table)
 
     # -- results ------------------------------------------------------------------------------------
 
-    def _finish_later(self, loaded: Loaded) -> Future[None]:
+    def _finish_later(self, loaded: Loaded, before: Callable[[], None] | None = None) -> Future[None]:
+        """Write a chunk's results, for which `before` waits, and give its memory back."""
+
         def finish() -> None:
             try:
+                if before is not None:
+                    before()
                 self._write(loaded)
             finally:
                 loaded.block.release()

@@ -8,13 +8,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tvfast.checkpoint.layout import Layout
-from tvfast.engine.arrange import Arrangement, Part, arrange, block_bytes
+from tvfast.engine.arrange import Arrangement, Part, arrange, arrange_outputs, block_bytes
+from tvfast.engine.cuts import elements_within
 from tvfast.engine.inputs import Inputs
 from tvfast.engine.memory import Buffer, Slots
-from tvfast.engine.plan import CHUNKS_IN_FLIGHT, Unit, elements_within
 from tvfast.engine.sampling import samples
 from tvfast.engine.streamed import Chunk
 from tvfast.engine.tasks import Task
+from tvfast.engine.units import CHUNKS_IN_FLIGHT, Unit
 from tvfast.program import DType, Entry, View, WorkTable
 
 
@@ -35,6 +36,9 @@ class StreamSource:
         table: their logical entries, in the same order.
         finish: called with every chunk whose results are complete; returns when they are written.
         check: called with every chunk when it is in memory for the first time.
+
+    Attributes:
+        result_dtypes: storage type of each entry's result.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class StreamSource:
         pieces = [piece for part in unit.parts for piece in _pieces(part.task, unit.chunk_bytes)]
         self._chunks = list(_gathered(pieces, unit.chunk_bytes))
         self._samples = list(_gathered(list(samples(unit.parts)), unit.chunk_bytes))
+        self.result_dtypes = tuple(DType[part.task.dtype] for part in unit.parts)
 
     def chunks(self, *, write: bool) -> Iterator[Chunk]:
         """Every chunk once, in order; with `write`, results are written when the next is asked for."""
@@ -70,6 +75,29 @@ class StreamSource:
                 writing.append(self._finish(loaded))
             else:
                 loaded.block.release()
+            while len(writing) > 1:
+                writing.popleft().result()
+        for future in writing:
+            future.result()
+
+    def results(self) -> Iterator[list[tuple[int, int, View]]]:
+        """Memory for every result, in chunks of (row, first element, elements).
+
+        A chunk is written when the next is asked for.
+        """
+        writing: deque[Future[None]] = deque()
+        for parts in self._chunks:
+            loaded = Loaded(parts, arrange_outputs(parts, self._layout), self._slots.acquire())
+            places = zip(parts, loaded.arrangement.outputs, strict=True)
+            yield [
+                (
+                    self._rows[part.task.name],
+                    part.start,
+                    View(loaded.block.address + at, part.n, DType[part.task.dtype]),
+                )
+                for part, at in places
+            ]
+            writing.append(self._finish(loaded))
             while len(writing) > 1:
                 writing.popleft().result()
         for future in writing:

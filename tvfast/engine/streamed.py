@@ -6,12 +6,12 @@ not depend on order, and draws and tie hashes know the place of an element in it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from tvfast.errors import BackendError, MergeError
-from tvfast.ops.raw import Accumulation, Backend, ResumableBackend, Selection, Wants
+from tvfast.ops.raw import Accumulation, Backend, Selection, Wants
 from tvfast.program import (
     Ballot,
     DType,
@@ -62,6 +62,34 @@ class ChunkSource(Protocol):
         """
 
 
+Combine: TypeAlias = Callable[[WorkTable, Program, Sequence[TensorScalars], int], None]
+
+
+@runtime_checkable
+class PartsBackend(Protocol):
+    """What is asked about parts: a `ResumableBackend` has it all."""
+
+    name: str
+
+    def why_not(self, table: WorkTable) -> str | None: ...
+
+    def select(self, keep: Keep, queries: Sequence[RankQuery], group_sizes: Sequence[int]) -> Selection: ...
+
+    def accumulate(self, n_entries: int, n_models: int) -> Accumulation: ...
+
+    def count_equal(
+        self, table: WorkTable, keep: Keep, queries: Sequence[tuple[int, int, float]], n_threads: int = 0
+    ) -> list[list[int]]: ...
+
+    def nth_equal(
+        self, table: WorkTable, keep: Keep, queries: Sequence[tuple[int, int, float, int]], n_threads: int = 0
+    ) -> list[int]: ...
+
+    def combine(
+        self, table: WorkTable, program: Program, scalars: Sequence[TensorScalars], n_threads: int = 0
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Forecast:
     """Votes measured with guessed thresholds, while the true ones were still being counted."""
@@ -90,6 +118,7 @@ class StreamedBackend:
     Args:
         inner: what processes the parts.
         source: the parts of the table.
+        combine: what combines the parts, where that is not `inner`; it may end later.
         foresee: the stages that will be combined. If they elect a majority sign over a trimmed model, its
             votes are counted in the pass that finds the thresholds, with those that a sample suggests; two
             passes instead of three where the suggestion was right, which the counts prove.
@@ -100,13 +129,21 @@ class StreamedBackend:
 
     name = "streamed"
 
-    def __init__(self, inner: Backend, source: ChunkSource, *, foresee: Program | None = None) -> None:
-        if not isinstance(inner, ResumableBackend):
+    def __init__(
+        self,
+        inner: Backend | PartsBackend,
+        source: ChunkSource,
+        *,
+        foresee: Program | None = None,
+        combine: Combine | None = None,
+    ) -> None:
+        if not isinstance(inner, PartsBackend):
             raise BackendError(
                 f"backend {inner.name!r} cannot process a table in parts; expected one that can, such as "
                 "'cpp'. Unset TVFAST_BACKEND, or lift the limit on memory."
             )
-        self._inner: ResumableBackend = inner
+        self._inner: PartsBackend = inner
+        self._combine: Combine = combine or inner.combine
         self._source = source
         self._foresee = foresee
         self._forecast: _Forecast | None = None
@@ -219,7 +256,7 @@ class StreamedBackend:
         n_threads: int = 0,
     ) -> None:
         for chunk in self._chunks(table, program, write=True):
-            self._inner.combine(chunk.table, program, [scalars[row] for row in chunk.rows], n_threads)
+            self._combine(chunk.table, program, [scalars[row] for row in chunk.rows], n_threads)
 
     def _chunks(
         self, table: WorkTable, program: Program | None = None, *, write: bool = False

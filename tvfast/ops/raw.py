@@ -249,6 +249,18 @@ def _first(why_not: Callable[[Backend], str | None]) -> Backend:
     raise BackendError(f"{which}: {'; '.join(reasons)}.")
 
 
+def host_backend() -> ResumableBackend:
+    """What measures tensors in host memory where another backend merges them, parts of tensors too.
+
+    Raises:
+        BackendError: this build has none.
+    """
+    try:
+        return cast(ResumableBackend, _load("cpp"))
+    except ImportError as error:
+        raise BackendError(f"backend 'cpp' is missing from this build: {error}.") from error
+
+
 def backend_statuses() -> list[BackendStatus]:
     """Every backend, whether it can run here, and the reason if not."""
     statuses = []

@@ -1,0 +1,52 @@
+"""Checkpoints merged by Triton kernels on a double of a device: the CPU's bytes, within planned scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tvfast
+from tests.engine.devices import merge_on, recipe, small_units, write_family
+from tests.engine.double import HostDouble
+from tvfast.engine import device_plan
+from tvfast.ops.raw import Backend
+
+__all__ = ["small_units"]
+
+SHAPES = {"a.weight": (5, 33), "b.weight": (7,), "c.weight": (2, 50)}
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize(
+    ("method", "parameters", "own"),
+    [
+        ("ties", {"density": 0.3}, {}),
+        ("ties", {"density": 0.3}, {"dialect": "paper"}),
+        ("dare_ties", {"density": 0.5}, {}),
+        ("della", {"density": 0.5, "epsilon": 0.1}, {}),
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.1}, {}),
+    ],
+    ids=["ties", "ties-paper", "dare", "della", "breadcrumbs"],
+)
+def test_triton_merges_checkpoints_on_a_device(
+    tmp_path: Path,
+    interpreted: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    parameters: dict[str, Any],
+    own: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 0)  # what is planned is what the tensors need
+    config = recipe(write_family(tmp_path / "family", SHAPES), method, parameters, **own)
+    with monkeypatch.context() as patch:
+        patch.delenv("TVFAST_BACKEND")
+        tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
+    device = HostDouble(interpreted, limit_scratch=True)
+    report = merge_on(device, config, tmp_path / "out")
+    expected = (tmp_path / "cpu" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    assert device.n_drains == 1, "scratch was planned"
+    assert device.peak_scratch > 0
+    assert report.device_peak_bytes <= report.planned_device_peak_bytes
