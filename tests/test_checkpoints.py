@@ -46,7 +46,7 @@ def test_arguments_of_a_wrong_kind_are_named(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError, match=f"^{name} is .*expected"):
         tvfast.merge_checkpoints(config, **{"out": "out", name: value})
-    if name in ("threads", "memory", "seed"):
+    if name in ("threads", "memory", "seed", "device", "device_memory"):
         with pytest.raises(ArgumentError, match=f"^{name} is .*expected"):
             tvfast.plan(config, **{name: value})
     assert os.listdir(tmp_path) == []

@@ -167,10 +167,18 @@ LAYERS = {
             "tvfast.recipe",
             "tvfast.statistics",
             "tvfast.engine.tensors",
+            "tvfast.engine.device",
         )
     ),
     "tvfast.engine.tensors": Layer(
         inside=("tvfast.errors", "tvfast.methods", "tvfast.factors", "tvfast.engine"), outside=("torch",)
+    ),
+    # It loads the next where a GPU is chosen.
+    "tvfast.engine.device": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw"), exactly=("tvfast.engine.torch_device",)
+    ),
+    "tvfast.engine.torch_device": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw", "tvfast.engine"), outside=("torch",)
     ),
     "tvfast.checkpoints": Layer(
         inside=(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.families import INDEX, Family, digest, load, make_family, recipe, tvfast
 from tvfast.cli.main import main
+from tvfast.engine.device import no_driver
 
 SHARD = "model-00001-of-00002.safetensors"
 NAME = "model.layers.0.input_layernorm.weight"  # in the first shard
@@ -411,13 +412,30 @@ def test_usage_errors_exit_with_2(arguments: list[str], says: str, family: Famil
     assert not (tmp_path / "out").exists()
 
 
-def test_a_device_without_a_backend_is_a_failed_job(family: Family, tmp_path: Path) -> None:
+@pytest.mark.skipif(no_driver() is None, reason="there is a GPU")
+@pytest.mark.parametrize("command", [["merge", "CONFIG", "OUT"], ["plan", "CONFIG"]], ids=["merge", "plan"])
+def test_a_device_that_is_not_here_is_a_failed_job(
+    command: list[str], family: Family, tmp_path: Path
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(recipe(family, "ties"))
-    done = tvfast("merge", config, tmp_path / "out", "--device", "cuda:0")
+    names = {"CONFIG": config, "OUT": tmp_path / "out"}
+    done = tvfast(*(names.get(word, word) for word in command), "--device", "cuda:0")
     assert_one_message(done.returncode, done.stdout, done.stderr, 1)
-    assert "'cuda:0'" in done.stderr
+    assert "device 'cuda:0': " in done.stderr
+    assert "driver" in done.stderr
+    assert "--device cpu" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_device_memory_names_the_least(family: Family, tmp_path: Path) -> None:
+    """Of a card that need not be here; a merge on one says the same."""
+    config = tmp_path / "config.yaml"
+    config.write_text(recipe(family, "ties"))
+    done = tvfast("plan", config, "--device", "h100", "--device-memory", "1M")
+    assert_one_message(done.returncode, done.stdout, done.stderr, 2)
+    assert "h100: a device memory of 1000000 bytes" in done.stderr
+    assert "at least" in done.stderr
 
 
 def test_too_little_memory_names_the_least(family: Family, tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def _reasons(units: Sequence[Unit], arena: int) -> Iterator[str]:
     for unit in units:
         method = unit.parts[0].task.method
         group = None if method is None else method.group_of(unit.parts[0].task.key)
-        if method is not None and group is not None and unit.chunk_bytes:
+        if method is not None and group is not None and unit.chunk_bytes and not unit.resident:
             yield (
                 f"{unit.n_passes} passes over {len(unit.parts)} tensors: method {method.info.name!r}, "
                 f"dialect {method.dialect!r} ranks {group or 'the whole model'} before it writes anything"

@@ -87,7 +87,7 @@ class Room:
 
 
 def grouped_unit(group: Sequence[Task], room: Room, *, together: bool) -> Unit:
-    """What is ranked together: on the device at once, or streamed; `together` on the host if it fits there."""
+    """What is ranked together: on the device at once, or streamed; `together` on the host if that fits."""
     parts = tuple(Part(task, 0, task.n_elements) for task in group)
     if together and group_bytes(group) <= room.arena:
         return _together(parts, group_bytes(group), room)
