@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tvfast
-from bench.checkpoints import loads, suite
+from bench.checkpoints import device, loads, suite
 from bench.checkpoints.family import PRESETS, Family
 from bench.checkpoints.limits import cold_reads, direct_write, warm_limit
 from bench.checkpoints.peer import Peer, find_peer
@@ -246,3 +246,35 @@ def test_a_folder_that_is_no_family_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_command_is_that_of_this_tree() -> None:
     assert command("--version").stdout.split()[-1] == tvfast.__version__
+
+
+# -- devices --------------------------------------------------------------------------------------------
+
+
+def test_merges_on_devices_are_compared_with_the_first(
+    family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["--method", "ties", "--device", "cpu", "--device", "auto", "--rounds", "1"]
+    assert device.main(["--family", str(family), *chosen, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["row"] for row in rows] == ["ties cpu", "ties auto"]
+    assert all(row["equal"] and row["peaks_kept"] and row["median_s"] > 0 for row in rows)
+    assert "share of link" in capsys.readouterr().out
+
+
+def test_other_bytes_and_broken_promises_show() -> None:
+    report = {"seconds": 1.0, "read_bytes": 10**9, "written_bytes": 10**9, "n_passes": 1, "device": "cuda:0"}
+    report |= {"device_why": "", "planned_peak_bytes": 9, "device_peak_bytes": 5}
+    report |= {"planned_device_peak_bytes": 4}
+    rows = [
+        device.Row(ROWS[1], name, (), [report], [2.0], 8, checksums)
+        for name, checksums in (("cpu", [1]), ("cuda", [2]))
+    ]
+    found = device.record(rows[1], rows[0], 0.5, {"up": 4.0, "down": 2.0, "both": 6.0})
+    assert (found["link_s"], found["share_of_link"]) == (0.5, 0.5)
+    assert (found["equal"], found["peaks_kept"]) == (False, False)
+    text = device.table({"rows": [found], "link_gb_per_s": {"up": 4.0}})
+    assert "EXCEEDED" in text
+    assert "NO" in text
+    assert "Link, GB/s: up 4.0." in text
