@@ -395,9 +395,9 @@ class _Scratch(TorchDispatchMode):
         assert self.limit is not None
         self._storages = {key: one for key, one in self._storages.items() if not one[0].expired()}
         self.held = sum(n_bytes for _, n_bytes in self._storages.values())
-        self.peak = max(self.peak, self.held)
         if self.held > self.limit:
             raise OutOfDeviceMemory(f"cuda:0: {self.held} bytes of scratch, {self.limit} are allowed")
+        self.peak = max(self.peak, self.held)
         return found
 
 

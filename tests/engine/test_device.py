@@ -65,7 +65,7 @@ def test_a_device_changes_no_bit_of_the_merge(
     tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
     backend = load("cpp-scalar")
     for number, (device_memory, memory, resumable) in enumerate(
-        [(None, None, False), (4 * MiB, None, True), (3 * MiB, 4 * MiB, False), (3 * MiB, 4 * MiB, True)]
+        [(None, None, False), (4 * MiB, None, True), (3 * MiB, 4 * MiB, False)]
     ):
         device = HostDouble(backend, seed=number, resumable=resumable)
         out = tmp_path / str(number)
@@ -76,7 +76,7 @@ def test_a_device_changes_no_bit_of_the_merge(
         assert all(device.counts.values()) or method == "passthrough"
 
 
-@pytest.mark.parametrize(("method", "parameters", "own"), [METHODS[4], METHODS[5], METHODS[13]])
+@pytest.mark.parametrize(("method", "parameters", "own"), [METHODS[4], METHODS[13]])
 def test_a_backend_with_too_much_scratch_merges_there_in_pieces(
     family: Path,
     tmp_path: Path,
@@ -89,12 +89,11 @@ def test_a_backend_with_too_much_scratch_merges_there_in_pieces(
     monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 8 * MiB)
     config = recipe(family, method, parameters, **own)
     tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
-    for number, device_memory in enumerate((None, 12 * MiB)):
-        device = HostDouble(load("reference"), limit_scratch=True)
-        report = merge_on(device, config, tmp_path / str(number), device_memory=device_memory)
-        assert merged(tmp_path / str(number)) == merged(tmp_path / "cpu")
-        assert device.n_drains > 1, "the limit was met"
-        assert report.planned_device_peak_bytes <= (device_memory or 10**9)
+    device = HostDouble(load("reference"), limit_scratch=True)
+    report = merge_on(device, config, tmp_path / "out", device_memory=12 * MiB)
+    assert merged(tmp_path / "out") == merged(tmp_path / "cpu")
+    assert device.n_drains > 1, "the limit was met"
+    assert report.device_peak_bytes <= report.planned_device_peak_bytes <= 12 * MiB
 
 
 def kinds(plan: tvfast.checkpoints.Plan) -> set[str]:
@@ -197,13 +196,11 @@ def test_a_device_that_fails_is_named_and_resume_gives_the_same_bytes(
         return fault
 
     backend, out = load("cpp-scalar"), tmp_path / "out"
-    for number in (0, 3):
-        for late in (False, True):
-            faults = {"late_fault" if late else "fault": fails_at(number)}
-            device = HostDouble(backend, seed=number, resumable=False, **faults)
-            with pytest.raises(MergeError, match=f"{queue} {number} broke"):
-                merge_on(device, config, out, resume=True, **memories)
-            assert not (out / "model.safetensors").exists()
+    for number, when in ((3, "fault"), (0, "late_fault")):
+        device = HostDouble(backend, seed=number, resumable=False, **{when: fails_at(number)})
+        with pytest.raises(MergeError, match=f"{queue} {number} broke"):
+            merge_on(device, config, out, resume=True, **memories)
+        assert not (out / "model.safetensors").exists()
     merge_on(HostDouble(backend, seed=5), config, out, resume=True)
     assert merged(out) == merged(tmp_path / "cpu")
 

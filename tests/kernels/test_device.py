@@ -24,11 +24,9 @@ SHAPES = {"a.weight": (5, 33), "b.weight": (7,), "c.weight": (2, 50)}
     [
         ("ties", {"density": 0.3}, {}),
         ("ties", {"density": 0.3}, {"dialect": "paper"}),
-        ("dare_ties", {"density": 0.5}, {}),
         ("della", {"density": 0.5, "epsilon": 0.1}, {}),
-        ("breadcrumbs", {"density": 0.5, "gamma": 0.1}, {}),
     ],
-    ids=["ties", "ties-paper", "dare", "della", "breadcrumbs"],
+    ids=["ties", "ties-paper", "della"],
 )
 def test_triton_merges_checkpoints_on_a_device(
     tmp_path: Path,
