@@ -97,7 +97,6 @@ def test_the_bits_of_the_merge_in_memory(family: Path, tmp_path: Path, method: s
     assert any(
         f"{method}: averaged, no factors: 1 tensor (embed.weight)." in line for line in report.warnings
     )
-    assert report.peak_bytes < report.planned_peak_bytes + 2**20 * 400  # torch was here before the merge
 
 
 @pytest.mark.parametrize("method", METHODS)

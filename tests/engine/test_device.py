@@ -86,14 +86,14 @@ def test_a_backend_with_too_much_scratch_merges_there_in_pieces(
     own: dict[str, Any],
 ) -> None:
     """The reference sorts whole tensors, which is not planned, and the limit holds."""
-    monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 8 * MiB)
+    monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 9 * MiB)
     config = recipe(family, method, parameters, **own)
     tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
     device = HostDouble(load("reference"), limit_scratch=True)
-    report = merge_on(device, config, tmp_path / "out", device_memory=12 * MiB)
+    report = merge_on(device, config, tmp_path / "out", device_memory=13 * MiB)
     assert merged(tmp_path / "out") == merged(tmp_path / "cpu")
     assert device.n_drains > 1, "the limit was met"
-    assert report.device_peak_bytes <= report.planned_device_peak_bytes <= 12 * MiB
+    assert report.device_peak_bytes <= report.planned_device_peak_bytes <= 13 * MiB
 
 
 def kinds(plan: tvfast.checkpoints.Plan) -> set[str]:
