@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from tvfast.kernels import stages
-from tvfast.kernels.keeping import base_of, kept_entry, rank_of, rescaled, shared_of
+from tvfast.kernels.keeping import addend_of, base_of, kept_entry, rank_of, rescaled, shared_of
 from tvfast.kernels.lanes import negative_zero, store
 from tvfast.kernels.stages import DIVISOR_NONE, REDUCE_MAX_ABS, VOTE_NONE
 from tvfast.kernels.table import (
@@ -60,7 +60,7 @@ def _combine_block(
     K: tl.constexpr, KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, VOTE: tl.constexpr,
     BALLOT: tl.constexpr, ZERO_SIGN: tl.constexpr, MEMBERS: tl.constexpr, REDUCE: tl.constexpr,
     DIVISOR: tl.constexpr, DTYPE: tl.constexpr, OUT_KIND: tl.constexpr, HAS_BASE: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    ADDS_BASE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = start + tl.arange(0, BLOCK)
     inside = i < tl.load(row + N)
@@ -114,7 +114,8 @@ def _combine_block(
             )
     floor, fill = tl.load(tensor + FLOOR), tl.load(tensor + FILL)
     quotient = stages.divide(reduced, divisor, floor, fill, DIVISOR)
-    result = stages.apply(base, quotient, tl.load(tensor + SCALE), HAS_BASE)
+    added = addend_of(row, base, i, inside, DTYPE, HAS_BASE, ADDS_BASE, ALIGNED, MASKED)
+    result = stages.apply(added, quotient, tl.load(tensor + SCALE), ADDS_BASE)
     store(
         tl.load(row + OUT), tl.load(row + OUT_DTYPE), i, result, inside, OUT_KIND, ALIGNED, MASKED
     )  # fmt: skip
@@ -142,7 +143,8 @@ def combine_kernel(
     DIVISOR: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_KIND: tl.constexpr,
-    HAS_BASE: tl.constexpr,
+    HAS_BASE: tl.constexpr,  # and it is subtracted
+    ADDS_BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -159,10 +161,10 @@ def combine_kernel(
     for start in range(begin, whole, BLOCK):
         _combine_block(
             row, tensor, reals, wholes, start, n_models, K, KEEP, TIE, GAIN, VOTE, BALLOT, ZERO_SIGN,
-            MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ALIGNED, False, BLOCK,
+            MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, False, BLOCK,
         )  # fmt: skip
     if whole < end:
         _combine_block(
             row, tensor, reals, wholes, whole, n_models, K, KEEP, TIE, GAIN, VOTE, BALLOT, ZERO_SIGN,
-            MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ALIGNED, True, BLOCK,
+            MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, True, BLOCK,
         )  # fmt: skip

@@ -59,11 +59,23 @@ def base_of(
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """b, or +0 without a base, which leaves every difference as it is."""
+    """b, or +0 where nothing is subtracted, which leaves every difference as it is."""
     if HAS_BASE:
         base = load(tl.load(row + BASE), tl.load(row + BASE_DTYPE), i, inside, DTYPE, ALIGNED, MASKED)
     else:
         base = tl.zeros(i.shape, tl.float32)
+    return base
+
+
+@triton.jit
+def addend_of(
+    row, base, i, inside,
+    DTYPE: tl.constexpr, HAS_BASE: tl.constexpr, ADDS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """b where it is added and was not subtracted, otherwise `base`, from `base_of`."""
+    if ADDS_BASE and not HAS_BASE:
+        base = base_of(row, i, inside, DTYPE, ADDS_BASE, ALIGNED, MASKED)
     return base
 
 

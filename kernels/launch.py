@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 from tvfast.kernels.combine import combine_kernel
-from tvfast.kernels.measure import VOTES, measure_kernel, planes_kernel
+from tvfast.kernels.measure import DOTS, VOTES, measure_kernel, planes_kernel
 from tvfast.kernels.sums import LIMBS, WINDOWS
 from tvfast.kernels.table import Kind, Launch, device_scalars
 from tvfast.kernels.totals import total
@@ -46,7 +46,7 @@ def keep_constants(program: Program, kind: Kind) -> dict[str, Any]:
         "KEEP": int(program.keep),
         "TIE": int(program.tie if program.keep in _READ_TIES else Tie.GE),
         "DTYPE": kind.dtype,
-        "HAS_BASE": kind.has_base,
+        "HAS_BASE": kind.subtracts,
         "ALIGNED": kind.aligned,
     }
 
@@ -56,6 +56,7 @@ def combine_constants(program: Program, kind: Kind, n_models: int) -> dict[str, 
     votes = program.vote is not Vote.NONE
     return {
         **keep_constants(program, kind),
+        "ADDS_BASE": kind.has_base,
         "K": held_of(n_models),
         "GAIN": int(program.gain),
         "VOTE": int(program.vote),
@@ -117,17 +118,19 @@ def planes(launch: Launch, program: Program, scalars: Sequence[TensorScalars]) -
 class Measured:
     """Statistics of a launch's entries, in its order, on the host."""
 
-    sums: list[list[float]]  # [n_entries][S]: L1 before [K], L1 [K], Gram [K, K] with j <= k filled
+    sums: list[list[float]]  # [n_entries][S]: L1 before [K], L1 [K], Gram [K, K] with j <= k filled, dots [K]
     counts: list[list[int]]  # [n_entries][C]: kept, non-zero, non-finite [K] each; base, elected, conflict
 
 
 def measure_constants(program: Program, kind: Kind, n_models: int, wants: int) -> dict[str, Any]:
     """Compile-time arguments of `measure_kernel`."""
     votes = bool(wants & VOTES.value) and program.vote is not Vote.NONE
+    n_dots = n_models if wants & DOTS.value else 0
     return {
         **keep_constants(program, kind),
+        "ADDS_BASE": kind.has_base,
         "WANTS": wants,
-        "S": triton.next_power_of_2(2 * n_models + n_models * n_models),
+        "S": triton.next_power_of_2(2 * n_models + n_models * n_models + n_dots),
         "C": triton.next_power_of_2(3 * n_models + 3),
         "GAIN": int(program.gain) if votes else 0,
         "VOTE": int(program.vote) if votes else 0,

@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from tvfast.kernels import stages
-from tvfast.kernels.keeping import base_of, keep, model_of, rank_of, rescaled, shared_of
+from tvfast.kernels.keeping import (
+    addend_of,
+    base_of,
+    keep,
+    model_of,
+    rank_of,
+    rescaled,
+    score_of,
+    shared_of,
+)
 from tvfast.kernels.stages import VOTE_NONE
 from tvfast.kernels.sums import NO_WINDOW, add_sums, take
 from tvfast.kernels.table import (
@@ -32,6 +41,7 @@ GRAM = tl.constexpr(4)
 COUNTS = tl.constexpr(8)
 VOTES = tl.constexpr(16)
 SQUARES = tl.constexpr(32)
+DOTS = tl.constexpr(64)
 
 
 @triton.jit
@@ -68,7 +78,7 @@ def measure_kernel(
     nonfinite_sums,  # [n_entries, S] float64, zero
     all_counts,  # [n_entries, C] int64, zero
     WANTS: tl.constexpr,
-    S: tl.constexpr,  # sums: L1 before [K], L1 [K], Gram [K, K], padded to a power of two
+    S: tl.constexpr,  # sums: L1 before [K], L1 [K], Gram [K, K], dots [K] if wanted; padded to a power of two
     C: tl.constexpr,  # kept, non-zero, non-finite [K] each; base non-finite, elected, conflict; padded
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
@@ -76,7 +86,8 @@ def measure_kernel(
     VOTE: tl.constexpr,
     BALLOT: tl.constexpr,
     DTYPE: tl.constexpr,
-    HAS_BASE: tl.constexpr,
+    HAS_BASE: tl.constexpr,  # and it is subtracted
+    ADDS_BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -134,6 +145,12 @@ def measure_kernel(
                     windows, highs, lows, nonfinites, 2 * n_models + k * n_models + k,
                     value.to(tl.float64) * value.to(tl.float64), S,
                 )  # fmt: skip
+            if DOTS & WANTS:
+                score = score_of(row, k, i, inside, ALIGNED, True)
+                windows, highs, lows, nonfinites = take(
+                    windows, highs, lows, nonfinites, 2 * n_models + n_models * n_models + k,
+                    value.to(tl.float64) * score.to(tl.float64), S,
+                )  # fmt: skip
             if COUNTS & WANTS:
                 counts = _count(counts, k, kept, C)
                 counts = _count(counts, n_models + k, value != 0, C)
@@ -147,13 +164,14 @@ def measure_kernel(
                     ballot = stages.cast_ballot(t, tl.load(reals + k * REALS + WEIGHT), BALLOT)
                     votes = stages.vote(votes, ballot, VOTE)
         if COUNTS & WANTS:
+            base = addend_of(row, base, i, inside, DTYPE, HAS_BASE, ADDS_BASE, ALIGNED, True)
             counts = _count(counts, 3 * n_models, ((tl.abs(base) < float("inf")) == 0) & inside, C)
         if VOTES & WANTS:
             if VOTE != VOTE_NONE:
                 elected = (votes > 0).to(tl.int64) - (votes < 0).to(tl.int64)
                 counts = _count(counts, 3 * n_models + 1, tl.where(inside, elected, 0), C)
             counts = _count(counts, 3 * n_models + 2, positive & negative, C)
-    if (L1_BEFORE | L1 | GRAM | SQUARES) & WANTS:
+    if (L1_BEFORE | L1 | GRAM | SQUARES | DOTS) & WANTS:
         add_sums(limbs, nonfinite_sums, entry, windows, highs, lows, nonfinites, S)
     if (COUNTS | VOTES) & WANTS:
         tl.atomic_add(all_counts + entry * C + tl.arange(0, C), counts, mask=counts != 0)

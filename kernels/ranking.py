@@ -52,7 +52,7 @@ def _with_ranks(
                     width,
                     k,
                     DTYPE=launch.kind.dtype,
-                    HAS_BASE=launch.kind.has_base,
+                    HAS_BASE=launch.kind.subtracts,
                     ALIGNED=launch.kind.aligned,
                     BLOCK=triton.next_power_of_2(width),
                     enable_fp_fusion=False,

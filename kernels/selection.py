@@ -28,7 +28,7 @@ def key_constants(keep: Keep, kind: Kind) -> dict[str, Any]:
     return {
         "KEEP": int(keep),
         "DTYPE": kind.dtype,
-        "HAS_BASE": kind.has_base,
+        "HAS_BASE": kind.subtracts,
         "ALIGNED": kind.aligned,
         "BLOCK": _BLOCK,
     }

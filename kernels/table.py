@@ -85,6 +85,12 @@ class Kind:
     out_dtype: int
     has_base: bool
     aligned: bool  # every address by 16 bytes, every offset by 4 elements
+    task_vectors: bool = False  # the models are: a base is not subtracted from them
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether task vectors are differences from the base."""
+        return self.has_base and not self.task_vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ def kind_of(entry: Entry) -> Kind:
         out_dtype=0 if entry.out is None else int(entry.out.dtype),
         has_base=entry.base is not None,
         aligned=entry.offset % 4 == 0 and all(view.address % 16 == 0 for view in views),
+        task_vectors=entry.task_vectors,
     )
 
 

@@ -145,6 +145,7 @@ class Part:
     group: int = 0
     group_offset: int = 0
     score_maps: tuple[ScoreMap, ...] = ()
+    task_vectors: bool = False
 
     @property
     def n(self) -> int:
@@ -190,6 +191,7 @@ def table_of(parts: Sequence[Part], outs: Sequence[Tensor] | None = None) -> Wor
             offset=part.offset,
             group=part.group,
             group_offset=part.group_offset,
+            task_vectors=part.task_vectors,
         )
         for i, part in enumerate(parts)
     ]
@@ -288,7 +290,7 @@ def tensor_scalars(draw: st.DrawFn, part: Part, exact: bool) -> TensorScalars:
     """Scalars of one tensor; band ends are often magnitudes that occur in it, so that ties are common."""
     scalars = []
     for k, model in enumerate(part.models):
-        tau = model.float() if part.base is None else model.float() - part.base.float()
+        tau = model.float() if part.base is None or part.task_vectors else model.float() - part.base.float()
         seen = [float(x) for x in tau[:6].abs() if math.isfinite(float(x))]
         seen += [
             float(x)
@@ -350,6 +352,7 @@ def parts(draw: st.DrawFn, n_models: int, kinds: Sequence[str], widest: int = 10
         masks=[rng.random(n) < 0.6 for _ in range(n_models)],
         row=draw(st.one_of(st.just(0), st.integers(1, n + 2))),
         offset=draw(offsets),
+        task_vectors=draw(st.booleans()),
     )
 
 

@@ -217,7 +217,7 @@ class Entry:
 
     name: str
     models: tuple[View, ...]
-    base: View | None = None  # None: the models themselves are merged, not their differences
+    base: View | None = None  # None: the models themselves are merged, and nothing is added
     out: View | None = None  # may be `base` or one of `models`, exactly
     scores: tuple[View, ...] = ()  # one float array per model, for Keep.SCORE and Weighting.SCORE
     score_maps: tuple[ScoreMap, ...] = ()  # one per model, or none: magnitudes are read as they are
@@ -227,6 +227,7 @@ class Entry:
     offset: int = 0  # global index of the first element (a shard's position in its tensor)
     group: int = 0  # entries of one group share thresholds
     group_offset: int = 0  # position of element 0 of the whole tensor within the group
+    task_vectors: bool = False  # the models are task vectors: the base is added, never subtracted
 
     @property
     def n_elements(self) -> int:
@@ -280,3 +281,4 @@ class Moments:
     n_base_nonfinite: int = 0
     elected: int = 0  # sum over entries of the elected sign before zero_sign
     n_conflict: int = 0  # entries with a positive and a negative kept value
+    dots: list[float] = field(default_factory=list)  # [K] sum t_k * score_k; empty from a backend without

@@ -41,7 +41,8 @@ inline void add_entry(Table& table, const ViewArgument& base,
                       const std::vector<ViewArgument>& scores,
                       const std::vector<ScoreMapTuple>& score_maps,
                       const std::vector<Address>& masks, std::int64_t n, std::int64_t row,
-                      std::int64_t offset, int group, std::int64_t group_offset) {
+                      std::int64_t offset, int group, std::int64_t group_offset,
+                      bool task_vectors) {
   Entry entry;
   entry.base = to_view(base);
   entry.models = to_views(models);
@@ -56,6 +57,7 @@ inline void add_entry(Table& table, const ViewArgument& base,
   entry.offset = offset;
   entry.group = group;
   entry.group_offset = group_offset;
+  entry.task_vectors = task_vectors;
   table.entries.push_back(std::move(entry));
 }
 
@@ -163,7 +165,7 @@ inline py::list to_python(const std::vector<Moments>& all) {
   for (const Moments& m : all)
     result.append(py::make_tuple(values(m.l1_before), values(m.l1), values(m.gram), m.n_kept,
                                  m.n_nonzero, m.n_nonfinite, m.n_base_nonfinite, m.elected,
-                                 m.n_conflict));
+                                 m.n_conflict, values(m.dots)));
   return result;
 }
 

@@ -22,7 +22,10 @@ struct Entry {
   std::int64_t offset = 0;        // global index of element 0
   std::int64_t group_offset = 0;  // position of global index 0 in the group
   int group = 0;
+  bool task_vectors = false;  // the models are task vectors: the base is added, never subtracted
 
+  // What is subtracted from a model; data == nullptr: nothing.
+  View origin() const { return task_vectors ? View{} : base; }
   std::int64_t row_length() const { return row > 0 ? row : n; }
 };
 

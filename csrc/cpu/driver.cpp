@@ -136,6 +136,7 @@ void add(Moments& to, const Moments& from) {
   sums(to.l1_before, from.l1_before);
   sums(to.l1, from.l1);
   sums(to.gram, from.gram);
+  sums(to.dots, from.dots);
   counts(to.n_kept, from.n_kept);
   counts(to.n_nonzero, from.n_nonzero);
   counts(to.n_nonfinite, from.n_nonfinite);
@@ -150,6 +151,7 @@ Moments empty_moments(int n_models) {
   moments.l1_before.resize(k);
   moments.l1.resize(k);
   moments.gram.resize(k * k);
+  moments.dots.resize(k);
   moments.n_kept.resize(k);
   moments.n_nonzero.resize(k);
   moments.n_nonfinite.resize(k);

@@ -83,7 +83,7 @@ struct TileCall {
 };
 
 // Beside Wants: a measurement sets the bits of what is kept in the entries' planes of zeros.
-inline constexpr unsigned kPlanes = 64;
+inline constexpr unsigned kPlanes = 1u << 31;
 
 // Keys between two ends: how many above `hi`, equal to it, equal to `lo`; those strictly between
 // are collected.

@@ -92,7 +92,7 @@ struct KeyPasses {
   // Whether a query's keys can be read straight from storage.
   bool scans_taus(const Entry& entry, const Stream& stream, const Query& query) const {
     return keep == Keep::BAND && !query.by_histogram && query.hi < kNanKey &&
-           entry.base.data != nullptr && entry.base.dtype == entry.models[stream.model].dtype;
+           entry.origin().data != nullptr && entry.base.dtype == entry.models[stream.model].dtype;
   }
 
   // Counts of one tile for the queries of some streams; `first` is where a stream's queries stand

@@ -241,6 +241,7 @@ def test_continuous_values_stay_within_the_bound(backend: Backend) -> None:
             score_maps=part.score_maps,
             masks=[mask.owner for mask in case.table().entries[0].masks],
             row=part.row,
+            task_vectors=part.task_vectors,
         )
         decided = ~bounds.undecided(tile, program, own)
         excess = ((found - truth).abs() - bounds.combine_error(tile, program, own, part.out_dtype))[decided]

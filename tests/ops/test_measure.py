@@ -29,13 +29,14 @@ from tvfast.ops.raw import Backend, MaskingBackend, Wants
 from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote
 
 REFERENCE = reference.backend()
-EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES
+EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES | Wants.DOTS
 _FILLED_BY = {
     Wants.L1_BEFORE: ("l1_before",),
     Wants.L1: ("l1",),
     Wants.GRAM: ("gram",),
     Wants.COUNTS: ("n_kept", "n_nonzero", "n_nonfinite", "n_base_nonfinite"),
     Wants.VOTES: ("elected", "n_conflict"),
+    Wants.DOTS: ("dots",),
 }
 
 
@@ -60,7 +61,7 @@ def test_every_field_of_moments_has_a_want() -> None:
 
 
 @settings(max_examples=80)
-@given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 63).map(Wants)))
+@given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 127).map(Wants)))
 def test_every_number_equals_the_reference(native: Backend, case: Case, wants: Wants) -> None:
     found = native.measure(case.table(), case.program, case.scalars, wants)
     expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)

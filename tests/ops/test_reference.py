@@ -136,7 +136,9 @@ class Restated:
         self.base = None if part.base is None else numbers(part.base)
         self.scores = [numbers(score) for score in part.scores]
         self.taus = [
-            m if self.base is None else [x - b for x, b in zip(m, self.base, strict=True)]
+            m
+            if self.base is None or part.task_vectors
+            else [x - b for x, b in zip(m, self.base, strict=True)]
             for m in self.models
         ]
         self.ranks = [self._ranks(tau) for tau in self.taus]

@@ -30,6 +30,7 @@ def native_table(module: Any, table: WorkTable) -> Any:
             entry.offset,
             entry.group,
             entry.group_offset,
+            entry.task_vectors,
         )
     return native
 
@@ -78,7 +79,9 @@ def scalar_tuples(scalars: Sequence[TensorScalars]) -> tuple[list[Any], list[Any
 
 def moments_of(answer: Any, n_models: int) -> Moments:
     """Moments from the tuple that a compiled module gives for one entry."""
-    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite, n_base_nonfinite, elected, n_conflict = answer
+    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite, n_base_nonfinite, elected, n_conflict, dots = (
+        answer
+    )
     gram = [[upper[min(a, b) * n_models + max(a, b)] for b in range(n_models)] for a in range(n_models)]
     return Moments(
         l1_before=l1_before,
@@ -90,6 +93,7 @@ def moments_of(answer: Any, n_models: int) -> Moments:
         n_base_nonfinite=n_base_nonfinite,
         elected=elected,
         n_conflict=n_conflict,
+        dots=dots,
     )
 
 

@@ -53,6 +53,7 @@ class Tile:
     score_maps: tuple[ScoreMap, ...]  # K, or none
     masks: list[Tensor]  # K planes of int64 words, of the whole entry
     row: int  # elements per row; the tile holds whole rows wherever ranks are asked for
+    task_vectors: bool  # the models are task vectors already
 
     @property
     def n(self) -> int:
@@ -65,8 +66,8 @@ def float32_value(number: float, like: Tensor) -> Tensor:
 
 
 def task_vectors(tile: Tile) -> list[Tensor]:
-    """d_k = m_k - b, or m_k without a base."""
-    if tile.base is None:
+    """d_k = m_k - b; m_k where the models are task vectors, or without a base."""
+    if tile.base is None or tile.task_vectors:
         return list(tile.models)
     return [model - tile.base for model in tile.models]
 

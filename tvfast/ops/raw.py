@@ -31,6 +31,7 @@ class Wants(IntFlag):
     COUNTS = 8  # n_kept, n_nonzero, n_nonfinite, n_base_nonfinite
     VOTES = 16  # elected, n_conflict
     SQUARES = 32  # the diagonal of the Gram matrix only
+    DOTS = 64  # dots: products with the entries' `scores`
 
 
 class Backend(Protocol):

@@ -70,14 +70,18 @@ class _Sums:
     l1_before: list[ExactSum]
     l1: list[ExactSum]
     gram: list[list[ExactSum]]
+    dots: list[ExactSum]
     pairs: list[tuple[int, int]] = field(default_factory=list)
 
-    def take(self, kept: Kept, wants: Wants, take: Callable[[ExactSum, Tensor], None]) -> None:
+    def take(self, tile: Tile, kept: Kept, wants: Wants, take: Callable[[ExactSum, Tensor], None]) -> None:
         for k, (tau, entry) in enumerate(zip(kept.taus, kept.entries, strict=True)):
             if wants & Wants.L1_BEFORE:
                 take(self.l1_before[k], tau.abs().to(torch.float64))
             if wants & Wants.L1:
                 take(self.l1[k], entry.abs().to(torch.float64))
+        for dot, entry, score in zip(self.dots, kept.entries, tile.scores, strict=False):
+            if wants & Wants.DOTS:
+                take(dot, entry.to(torch.float64) * score.to(torch.float64))
         for j, k in self.pairs:
             take(self.gram[j][k], kept.entries[j].to(torch.float64) * kept.entries[k].to(torch.float64))
 
@@ -231,6 +235,7 @@ class Reference(ReferenceProducts):
             [ExactSum() for _ in models],
             [ExactSum() for _ in models],
             [[ExactSum() for _ in models] for _ in models],
+            [ExactSum() for _ in models],
         )
         if wants & Wants.GRAM:
             sums.pairs = [(j, k) for j in models for k in range(j, n_models)]
@@ -244,16 +249,18 @@ class Reference(ReferenceProducts):
             n_nonzero=[0] * n_models,
             n_nonfinite=[0] * n_models,
         )
-        for tile in self._tiles(entry, program):
+        scored = bool(wants & Wants.DOTS)
+        for tile in self._tiles(entry, program, scored):
             kept = stages.keep(tile, program, scalars)
-            sums.take(kept, wants, ExactSum.observe)
+            sums.take(tile, kept, wants, ExactSum.observe)
             if wants & Wants.COUNTS:
                 _count(tile, kept, moments)
             if wants & Wants.VOTES:
                 self._count_votes(tile, program, scalars, kept, moments)
-        if wants & (Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES):
-            for tile in self._tiles(entry, program):
-                sums.take(stages.keep(tile, program, scalars), wants, ExactSum.add)
+        if wants & (Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS):
+            for tile in self._tiles(entry, program, scored):
+                sums.take(tile, stages.keep(tile, program, scalars), wants, ExactSum.add)
+        moments.dots = [one.value() for one in sums.dots]
         moments.l1_before = [one.value() for one in sums.l1_before]
         moments.l1 = [one.value() for one in sums.l1]
         for j, k in sums.pairs:
@@ -275,15 +282,16 @@ class Reference(ReferenceProducts):
             ballots = stages.cast_ballots(program, rescaled, weighted)
             moments.elected += int(stages.vote(program, ballots).sum())
 
-    def _tiles(self, entry: Entry, program: Program) -> Iterator[Tile]:
-        """The entry in tiles, whole rows in each where the keep stage ranks."""
+    def _tiles(self, entry: Entry, program: Program, scored: bool = False) -> Iterator[Tile]:
+        """The entry in tiles, whole rows in each where the keep stage ranks; with its scores if `scored`."""
         n = entry.n_elements
         size = _TILE
         if program.keep in _BY_RANK:
             row = entry.row or n
             size = row * max(1, _TILE // max(1, row))
         models = [_flat(view) for view in entry.models]
-        scores = [_flat(view) for view in entry.scores] if program.reads_scores else []
+        scored = scored or program.reads_scores
+        scores = [_flat(view) for view in entry.scores] if scored else []
         masks = [_flat(view) for view in entry.masks] if program.keep is Keep.MASK else []
         base = None if entry.base is None else _flat(entry.base)
         for start in range(0, n, max(1, size)):
@@ -297,6 +305,7 @@ class Reference(ReferenceProducts):
                 score_maps=entry.score_maps,
                 masks=masks,
                 row=entry.row,
+                task_vectors=entry.task_vectors,
             )
 
     def _keys(self, table: WorkTable, keep: Keep, group: int, model: int) -> Iterator[tuple[Tensor, int]]:

@@ -112,13 +112,13 @@ class TritonBackend(TritonProducts):
     ) -> list[Moments]:
         """One `Moments` per entry; fields that are not asked for are zero."""
         n = table.n_models
-        blank = kernels.Measured([[0.0] * (2 * n + n * n)], [[0] * (3 * n + 3)])
-        found = [_moments(blank, 0, n) for _ in table.entries]
+        blank = kernels.Measured([[0.0] * (3 * n + n * n)], [[0] * (3 * n + 3)])
+        found = [_moments(blank, 0, n, True) for _ in table.entries]
         for launch in _ready(table, program):
             with kernels.on_device(launch.fields.device):
                 measured = kernels.measure(launch, program, scalars, int(wants))
             for place, number in enumerate(launch.numbers):
-                found[number] = _moments(measured, place, n)
+                found[number] = _moments(measured, place, n, bool(wants & Wants.DOTS))
         return found
 
     def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
@@ -188,7 +188,7 @@ def _key(value: float) -> int:
     return int(torch.tensor(abs(value), dtype=torch.float32).view(torch.int32))
 
 
-def _moments(measured: kernels.Measured, place: int, n: int) -> Moments:
+def _moments(measured: kernels.Measured, place: int, n: int, dotted: bool) -> Moments:
     sums, counts = measured.sums[place], measured.counts[place]
     gram = [[sums[2 * n + min(j, k) * n + max(j, k)] for k in range(n)] for j in range(n)]
     return Moments(
@@ -201,6 +201,7 @@ def _moments(measured: kernels.Measured, place: int, n: int) -> Moments:
         n_base_nonfinite=counts[3 * n],
         elected=counts[3 * n + 1],
         n_conflict=counts[3 * n + 2],
+        dots=sums[2 * n + n * n : 3 * n + n * n] if dotted else [0.0] * n,
     )
 
 

@@ -23,7 +23,7 @@ static void rescale_block(const BlockCall& block, int k, const KeepBlock& keep) 
 }
 
 // Kept and rescaled t_k of every model.
-static void stage_kept(const BlockCall& block, const float* base) {
+static void stage_kept(const BlockCall& block, const float* origin) {
   const TileCall& call = block.tile;
   const Program& program = call.program;
   if (program.gain == Gain::MODEL && (program.keep == Keep::ALL || program.keep == Keep::BAND)) {
@@ -31,12 +31,12 @@ static void stage_kept(const BlockCall& block, const float* base) {
       float* tau = block.tau(k);
       const F gain = splat(call.models[k].gain);
       if (program.keep == Keep::ALL) {
-        for_each_tau(call.entry.models[k], base, block.begin, block.n,
+        for_each_tau(call.entry.models[k], origin, block.begin, block.n,
                      [=](std::int64_t j, F x)
                          __attribute__((always_inline)) { store(tau + j, x * gain); });
       } else {
         const KeepBlock keep = keep_block(block, k, nullptr);
-        for_each_tau(call.entry.models[k], base, block.begin, block.n,
+        for_each_tau(call.entry.models[k], origin, block.begin, block.n,
                      [&](std::int64_t j, F x) __attribute__((always_inline)) {
                        store(tau + j, masked(keep.band(magnitude(x), j), x) * gain);
                      });
@@ -44,7 +44,7 @@ static void stage_kept(const BlockCall& block, const float* base) {
     }
     return;
   }
-  stage_taus(block, base, [](int, const float*) {});
+  stage_taus(block, origin, [](int, const float*) {});
   const float* variance = stage_variance(block);
   for (int k = 0; k < call.n_models(); ++k) {
     float* tau = block.tau(k);
@@ -206,8 +206,8 @@ static void combine_staged(const TileCall& call, bool streaming) {
   std::vector<const float*> taus(n_models);
   const F zero = zero_sign(call.program, call.tensor);
   for_each_block(call, [&](const BlockCall& block) {
-    const float* base = stage_base(entry, block.begin, block.n, call.scratch);
-    stage_kept(block, base);
+    const float* base = stage_base(entry.base, block.begin, block.n, call.scratch);
+    stage_kept(block, entry.task_vectors ? nullptr : base);
     for (int k = 0; k < n_models; ++k) taus[k] = block.tau(k);
     float* result = call.scratch.result.get(kMaxBlock + 64);
     reduce(call.program, call.tensor, zero, Weights{weights.data(), stage_shares(block)},

@@ -120,14 +120,15 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
   const int n_models = call.n_models();
   for_each_block(call, [&](const BlockCall& block) {
     const std::int64_t n = block.n;
-    const float* base = block.staged() ? nullptr : stage_base(entry, block.begin, n, call.scratch);
+    const float* origin =
+        block.staged() ? nullptr : stage_base(entry.origin(), block.begin, n, call.scratch);
     if (wants & COUNTS) {
       if (entry.base.data != nullptr)
         count_nonfinite(entry.base, block.begin, n, moments.n_base_nonfinite);
       for (int k = 0; k < n_models; ++k)
         count_nonfinite(entry.models[k], block.begin, n, moments.n_nonfinite[k]);
     }
-    stage_taus(block, base, [&](int k, float* tau) {
+    stage_taus(block, origin, [&](int k, float* tau) {
       // What lies past the end must not count.
       if (n % kLanes != 0) store(tau + n, F{});
       if (wants & L1_BEFORE)
@@ -161,6 +162,18 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
       if (wants & L1)
         add_block(moments.l1[k], n, [tau](std::int64_t j) { return widened_magnitude(tau + j); });
     }
+    if ((wants & DOTS) && !entry.scores.empty()) {
+      float* score = call.scratch.score.get(block.stride());
+      for (int k = 0; k < n_models; ++k) {
+        const View& with = entry.scores[k];
+        // The task vectors of one gradient: it is staged once.
+        if (k == 0 || with.data != entry.scores[k - 1].data)
+          for_each(with, block.begin, n, [score](std::int64_t j, F x) { store(score + j, x); });
+        const float* tau = block.tau(k);
+        add_block(moments.dots[k], n,
+                  [tau, score](std::int64_t j) { return widened(tau + j) * widened(score + j); });
+      }
+    }
     if (wants & (GRAM | SQUARES)) {
       for (int a = 0; a < n_models; ++a) {
         for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
@@ -182,9 +195,9 @@ static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t be
     for_each_score(entry, model, begin, n, put_key);
     return;
   }
-  const float* base = stage_base(entry, begin, n, scratch);
+  const float* origin = stage_base(entry.origin(), begin, n, scratch);
   if (keep != Keep::VARIANCE) {
-    for_each_tau(entry.models[model], base, begin, n, put_key);
+    for_each_tau(entry.models[model], origin, begin, n, put_key);
     return;
   }
   const int n_models = static_cast<int>(entry.models.size());
@@ -193,7 +206,7 @@ static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t be
   std::vector<const float*> of_model;
   for (int k = 0; k < n_models; ++k) {
     float* tau = taus + k * stride;
-    for_each_tau(entry.models[k], base, begin, n,
+    for_each_tau(entry.models[k], origin, begin, n,
                  [tau](std::int64_t j, F x) { store(tau + j, x); });
     of_model.push_back(tau);
   }

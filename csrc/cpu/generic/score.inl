@@ -4,7 +4,7 @@
 static void score_tile(const TileCall& call) {
   const Entry& entry = call.entry;
   for_each_block(call, [&](const BlockCall& block) {
-    const float* base = stage_base(entry, block.begin, block.n, call.scratch);
+    const float* base = stage_base(entry.origin(), block.begin, block.n, call.scratch);
     float* total = call.scratch.result.get(kMaxBlock + 64);
     float* tau = block.tau(0);
     widen({entry.out, DType::F32}, block.begin, block.n, total);

@@ -22,24 +22,24 @@ static void widen(const View& view, std::int64_t begin, std::int64_t n, float* o
   for_each(view, begin, n, [out](std::int64_t j, F x) { store(out + j, x); });
 }
 
-// Widened base of a block, or null.
-TVFAST_INLINE const float* stage_base(const Entry& entry, std::int64_t begin, std::int64_t n,
+// A widened block of the base or the origin, or null; there is room for one of them.
+TVFAST_INLINE const float* stage_base(const View& base, std::int64_t begin, std::int64_t n,
                                       Scratch& scratch) {
-  if (entry.base.data == nullptr) return nullptr;
-  float* base = scratch.base.get(kMaxBlock + 64);
-  widen(entry.base, begin, n, base);
-  return base;
+  if (base.data == nullptr) return nullptr;
+  float* block = scratch.base.get(kMaxBlock + 64);
+  widen(base, begin, n, block);
+  return block;
 }
 
-// fn(j, tau) over one model's task vector.
+// fn(j, tau) over one model's task vector; `origin` is a block of what is subtracted, or null.
 template <class Fn>
-TVFAST_INLINE void for_each_tau(const View& model, const float* base, std::int64_t begin,
+TVFAST_INLINE void for_each_tau(const View& model, const float* origin, std::int64_t begin,
                                 std::int64_t n, Fn&& fn) {
-  if (base == nullptr) {
+  if (origin == nullptr) {
     for_each(model, begin, n, fn);
   } else {
     for_each(model, begin, n, [&](std::int64_t j, F x) __attribute__((always_inline)) {
-      fn(j, x - load<F>(base + j));
+      fn(j, x - load<F>(origin + j));
     });
   }
 }
@@ -215,10 +215,10 @@ static BlockCall rank_tile_row(const TileCall& call, std::int64_t row_begin,
   float* taus = scratch.rows.get(stride * call.n_models());
   for (std::int64_t i = 0; i < row_length; i += kMaxBlock) {
     const std::int64_t n = std::min(kMaxBlock, row_length - i);
-    const float* base = stage_base(call.entry, row_begin + i, n, scratch);
+    const float* origin = stage_base(call.entry.origin(), row_begin + i, n, scratch);
     for (int k = 0; k < call.n_models(); ++k) {
       float* tau = taus + k * stride + i;
-      for_each_tau(call.entry.models[k], base, row_begin + i, n,
+      for_each_tau(call.entry.models[k], origin, row_begin + i, n,
                    [tau](std::int64_t j, F x) { store(tau + j, x); });
     }
   }
@@ -309,12 +309,12 @@ TVFAST_INLINE F probability(const KeepBlock& keep, std::int64_t j) {
 // Stages the task vectors of every model, unless they are, and calls seen(k, tau) on
 // each.
 template <class Seen>
-static void stage_taus(const BlockCall& block, const float* base, Seen&& seen) {
+static void stage_taus(const BlockCall& block, const float* origin, Seen&& seen) {
   const TileCall& call = block.tile;
   for (int k = 0; k < call.n_models(); ++k) {
     float* tau = block.tau(k);
     if (!block.staged())
-      for_each_tau(call.entry.models[k], base, block.begin, block.n,
+      for_each_tau(call.entry.models[k], origin, block.begin, block.n,
                    [tau](std::int64_t j, F x) { store(tau + j, x); });
     seen(k, tau);
   }
