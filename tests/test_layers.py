@@ -42,6 +42,7 @@ LAYERS = {
             "tvfast.ops",
             "tvfast.merging",
             "tvfast.comparing",
+            "tvfast.live",
             "tvfast.checkpoints",
             "tvfast.curvature",
         )
@@ -151,6 +152,18 @@ LAYERS = {
     ),
     "tvfast.comparing": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.merging", "tvfast._leaves"),
+        outside=("torch",),
+    ),
+    "tvfast.live": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast.program",
+            "tvfast.ops",
+            "tvfast.methods",
+            "tvfast.merging",
+            "tvfast.comparing",
+            "tvfast._leaves",
+        ),
         outside=("torch",),
     ),
     "tvfast.demo": Layer(exactly=PUBLIC, outside=("torch", "numpy", "sklearn", "matplotlib", "safetensors")),

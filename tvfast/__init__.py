@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tvfast.checkpoints import plan as plan
     from tvfast.comparing import Comparison as Comparison
     from tvfast.comparing import compare as compare
+    from tvfast.live import LiveMerge as LiveMerge
     from tvfast.merging import merge as merge
     from tvfast.merging import merge_ as merge_
 
@@ -35,6 +36,7 @@ _HOMES = {
     "merge": "tvfast.merging",
     "compare": "tvfast.comparing",
     "Comparison": "tvfast.comparing",
+    "LiveMerge": "tvfast.live",
     "load_recipe": "tvfast.checkpoints",
     "merge_checkpoints": "tvfast.checkpoints",
     "plan": "tvfast.checkpoints",
@@ -47,6 +49,7 @@ _MODULES = ("curvature", "errors", "importance", "methods", "ops", "program", "s
 
 __all__ = [
     "Comparison",
+    "LiveMerge",
     "Plan",
     "Progress",
     "Recipe",

@@ -222,8 +222,8 @@ def _run(
             _run(average, [leaf for leaf, _ in rest], plain, [out for _, out in rest], n_threads)
             return
         assert isinstance(method, ProgramMethod)
-        for table, backend in list(_tables(method, leaves, extra.scores, outs)):
-            planes = _Planes(table)
+        for table, backend in list(work_tables(method, leaves, extra.scores, outs)):
+            planes = Planes(table)
             statistics = TableStatistics(backend, table, planes.new, n_threads)
             program, scalars = method.resolve(statistics)
             backend.combine(table, program, scalars, n_threads)
@@ -231,11 +231,13 @@ def _run(
                 entry.masks = ()
 
 
-def _tables(
+def work_tables(
     method: ProgramMethod,
     leaves: Sequence[Leaf],
     scores: Sequence[LeafScores],
     outs: Sequence[Tensor],
+    *,
+    task_vectors: bool = False,
 ) -> Iterator[tuple[WorkTable, Backend]]:
     """Work tables: one per device and arithmetic, and as few as the memory for bit planes allows."""
     rows: dict[tuple[torch.device, bool], list[Entry]] = {}
@@ -252,6 +254,7 @@ def _tables(
             row=method.row_elements(leaf.base.shape),
             scores=method.score_operands(own.views),
             score_summaries=method.score_operands(own.summaries),
+            task_vectors=task_vectors,
         )
         # tensors that are ranked together need one table, in the widest arithmetic that any tensor needs
         together = method.group_of(leaf.name) is not None
@@ -296,7 +299,7 @@ def _batches(method: ProgramMethod, entries: Sequence[Entry]) -> Iterator[list[E
         yield batch
 
 
-class _Planes:
+class Planes:
     """Allocates bit planes on the device of a table; words are zero."""
 
     def __init__(self, table: WorkTable) -> None:

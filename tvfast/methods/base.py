@@ -214,6 +214,7 @@ class ProgramMethod(Method):
     """A merge method inside the stage algebra."""
 
     random: ClassVar[bool] = False  # whether entries are drawn, so that every model needs a key
+    plain_weights: ClassVar[bool] = True  # whether w_k is `ModelScalars.weight` and enters no other number
 
     # -- the three questions ------------------------------------------------------------------------
 

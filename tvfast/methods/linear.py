@@ -19,6 +19,8 @@ from tvfast.program import Divisor, Program, Reduce, TensorScalars
 class Linear(ProgramMethod):
     """θ = λ · Σ_k w_k θ_k / Σ_k w_k; the base is written, not read."""
 
+    plain_weights = False  # their sum is a number of its own
+
     normalize: bool = parameter(True, "divide by the sum of the weights")
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ SMALLEST = float32(1e-6)  # mergekit: floor of the divisor, and of the energy be
 class Sce(TaskVectorMethod):
     """θ = θ₀ + λ · elected mean of τ_k by w_k ∝ mean(τ_k²) over the entries of largest variance."""
 
+    plain_weights = False  # they multiply the calculated ones
+
     select_topk: float = parameter(1.0, "share of the non-zero variances selected, in [0, 1]")
     select_in_merge: bool | None = parameter(
         None, "whether unselected entries also leave the merge; None: mergekit yes, paper no"

@@ -22,6 +22,7 @@ class Slerp(ProgramMethod):
     """θ = λ (sin((1-t)φ) θ₀ + sin(tφ) θ_1) / sin φ, φ the angle between θ₀ and θ_1; t = 0 is the base."""
 
     unused = frozenset({"weights"})
+    plain_weights = False
 
     t: float = parameter(0.5, "0 is the base, 1 the model; outside [0, 1] extrapolates")
 
