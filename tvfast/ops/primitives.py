@@ -13,6 +13,7 @@ from torch import Tensor
 from tvfast.errors import ArgumentError, DTypeError
 from tvfast.ops import _check as check
 from tvfast.ops._planes import CHUNK, pack, plane_view, unpack
+from tvfast.ops._tracing import traceable
 from tvfast.ops._views import DTYPES, check_plain, check_same, view
 from tvfast.ops.raw import Backend, Wants, backend_for
 from tvfast.program import (
@@ -33,13 +34,14 @@ from tvfast.program import (
 )
 
 EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES
-"""All fields of `Moments`."""
+"""All fields of `Moments` that need no scores."""
 
 _TIES = {"hash": Tie.HASH, "index": Tie.INDEX, "ge": Tie.GE}
 _VOTES = {"mass": False, "count": True}
 _ZERO_SIGNS = {"plus": 1, "minus": -1, "none": 0}
 
 
+@traceable
 def threshold(
     tensor: Tensor | Sequence[Tensor],
     density: float,
@@ -109,6 +111,7 @@ def threshold(
     return result if out is None else out
 
 
+@traceable
 def topk_mask(
     tensor: Tensor,
     density: float,
@@ -185,6 +188,7 @@ def topk_mask(
     return result if out is None else out
 
 
+@traceable
 def elect(
     deltas: Tensor | Sequence[Tensor],
     *,
@@ -248,6 +252,7 @@ def elect(
     return result if out is None else out
 
 
+@traceable
 def combine(
     base: Tensor | None,
     models: Tensor | Sequence[Tensor],
@@ -259,6 +264,7 @@ def combine(
     offset: int = 0,
     row: int | None = None,
     name: str = "",
+    task_vectors: bool = False,
     out: Tensor | None = None,
     n_threads: int = 0,
 ) -> Tensor:
@@ -280,6 +286,7 @@ def combine(
         row: elements per row for the stages that rank; 0: the whole tensor is one row. Default: the last
             dimension of a matrix or higher, otherwise 0.
         name: the tensor's name, for messages only.
+        task_vectors: the models are θ_k - θ₀ already: the base is added and not subtracted.
         out: the base's shape, any of the dtypes; overwritten. May be `base` or one of `models`, exactly.
         n_threads: 0 is all cores that the process may use.
 
@@ -302,6 +309,7 @@ def combine(
     program = Program() if program is None else program
     check.threads(n_threads)
     entry, everything = _operands(base, models, program, scores, masks, offset, row, name)
+    entry.task_vectors = task_vectors
     numbers = check.scalars_of(scalars, len(entry.models))
     like, like_role = everything[0][1], everything[0][0]
     if out is None:
@@ -321,6 +329,7 @@ def combine(
     return result
 
 
+@traceable
 def measure(
     base: Tensor | None,
     models: Tensor | Sequence[Tensor],
@@ -333,6 +342,7 @@ def measure(
     offset: int = 0,
     row: int | None = None,
     name: str = "",
+    task_vectors: bool = False,
     out: Moments | None = None,
     n_threads: int = 0,
 ) -> Moments:
@@ -342,7 +352,8 @@ def measure(
     non-finite entries, the sum of elected signs and the number of sign conflicts.
 
     Args:
-        base, models, scores, masks, offset, row, name, n_threads: as in `combine`. Nothing is modified.
+        base, models, scores, masks, offset, row, name, task_vectors, n_threads: as in `combine`. Nothing
+            is modified.
         wants: which fields to fill; the others are zero. `Wants.SQUARES` is the diagonal of the Gram matrix
             only.
         program: the keep stage and, for `elected`, the vote; the rest is not read.
@@ -366,6 +377,11 @@ def measure(
     if out is not None:
         check.instance("out", out, Moments)
     entry, _ = _operands(base, models, program, scores, masks, offset, row, name)
+    entry.task_vectors = task_vectors
+    if wants & Wants.DOTS and not scores:
+        raise ArgumentError(
+            "wants asks for DOTS, products with scores, and there are none; pass one per model."
+        )
     numbers = check.scalars_of(scalars, len(entry.models))
     table = WorkTable([entry], n_models=len(entry.models))
     moments = backend_for(table).measure(table, program, [numbers], wants, n_threads)[0]

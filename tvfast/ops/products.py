@@ -12,6 +12,7 @@ from tvfast.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from tvfast.factored import LARGEST_BLOCK, BlockDiagonal, KroneckerProduct, ProductPanel
 from tvfast.ops import _check as check
 from tvfast.ops._reference_products import unpacked
+from tvfast.ops._tracing import traceable
 from tvfast.ops._views import DTYPES, check_plain
 from tvfast.ops.raw import ProductSum, product_backend_for
 from tvfast.program import DType, View
@@ -45,6 +46,7 @@ class _Factor:
         return unpacked(stored, size) if self.packed else stored.view(size, size)
 
 
+@traceable
 def kron(
     x: Tensor,
     a: Tensor | Sequence[Tensor],

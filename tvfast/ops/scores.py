@@ -11,6 +11,7 @@ from torch import Tensor
 from tvfast.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from tvfast.factored import FactoredSample, FactoredScore
 from tvfast.ops import _check as check
+from tvfast.ops._tracing import traceable
 from tvfast.ops._views import DTYPES, check_plain, check_same, view
 from tvfast.ops.raw import product_backend_for
 from tvfast.program import Entry, ModelScalars, TensorScalars, WorkTable
@@ -32,6 +33,7 @@ class _Parameter:
         ]
 
 
+@traceable
 def score(
     gradient: Tensor | Sequence[Tensor],
     weight: Tensor | None = None,
