@@ -12,6 +12,8 @@ import tvfast
 from bench import baselines, layers
 from bench.buffers import N_MODELS, Buffers
 from bench.limit import stream_pass
+from bench.live import LIVE_PASS, live_set
+from bench.traffic import Traffic
 from tvfast.methods import TableStatistics, make_method
 from tvfast.ops._views import view
 from tvfast.ops.raw import Backend, backend_for
@@ -24,25 +26,6 @@ DELLA: dict[str, Any] = {"density": 0.5, "epsilon": 0.1}
 
 class UnavailableError(RuntimeError):
     """A row cannot be measured with what is installed here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Tensors that a row must read and write at least once; also the limit that it is measured against."""
-
-    n_read: int
-    n_written: int
-
-    @property
-    def limit(self) -> str:
-        return f"read {self.n_read}" + (f" + write {self.n_written}" if self.n_written else "")
-
-    def n_bytes(self, buffers: Buffers) -> int:
-        return (self.n_read + self.n_written) * buffers.n_bytes
-
-    def streams(self, buffers: Buffers) -> tuple[list[Tensor], Tensor | None]:
-        """The tensors of the limit pass: those that the row reads and writes."""
-        return [buffers.base, *buffers.models][: self.n_read], buffers.out if self.n_written else None
 
 
 READ_4 = Traffic(N_MODELS + 1, 0)
@@ -319,6 +302,15 @@ ROWS: tuple[Row, ...] = (
     Row("compare", "compare", compare_row, READ_4),
     *layer_rows(),
     Row(
+        "live set, 8 tasks, float32",
+        "live",
+        live_set("task_arithmetic"),
+        LIVE_PASS,
+        goals=(Goal(LIMIT, 0.85), Goal(LIMIT, 0.85, threads=2)),
+        rounds=9,
+    ),
+    Row("live set, 8 tasks, ties", "live", live_set("ties", **_TIES), LIVE_PASS, rounds=5),
+    Row(
         TA_FLOAT32,
         "baseline",
         torch_row(baselines.task_arithmetic_float32, WEIGHTS),
@@ -374,6 +366,7 @@ GATES: dict[str, tuple[str, ...]] = {
     "compare": (*_MEASURE, "tests/methods/test_compare.py"),
     "score": ("tests/ops/test_scores.py",),
     "kron": ("tests/ops/test_kron.py",),
+    "live": (*_COMBINE, "tests/live"),
     "memory": (*_METHODS, "tests/methods/test_merge_api.py"),
 }
 """The tests that must pass before an op is timed."""

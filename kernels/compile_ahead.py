@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,10 @@ def specialisations() -> Iterator[Specialisation]:
     yield _combine("ties, unaligned", _TIES, Kind(int(DType.BF16), int(DType.BF16), True, False), 3)
     yield _combine("ties, mixed", _TIES, Kind(-1, int(DType.F32), True, True), 3)
     yield _combine("linear, no base", Program(), Kind(int(DType.BF16), int(DType.BF16), False, True), 3)
-    everything = 2 * measure.SQUARES.value - 1
+    given = replace(_USUAL, task_vectors=True)
+    yield _combine("task vectors, summed", Program(), given, 8)
+    yield _combine("task vectors, ties", _TIES, given, 3)
+    everything = 2 * measure.DOTS.value - 1
     for keep in Keep:
         program = Program(keep=keep, tie=Tie.HASH, vote=Vote.MASS)
         constants = launch.measure_constants(program, _USUAL, 3, everything)

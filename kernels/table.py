@@ -86,6 +86,7 @@ class Kind:
     has_base: bool
     aligned: bool  # every address by 16 bytes, every offset by 4 elements
     task_vectors: bool = False  # the models are: a base is not subtracted from them
+    scored: bool = False  # there are scores to read
 
     @property
     def subtracts(self) -> bool:
@@ -133,6 +134,7 @@ def kind_of(entry: Entry) -> Kind:
         has_base=entry.base is not None,
         aligned=entry.offset % 4 == 0 and all(view.address % 16 == 0 for view in views),
         task_vectors=entry.task_vectors,
+        scored=bool(entry.scores),
     )
 
 

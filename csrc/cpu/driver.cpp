@@ -24,8 +24,10 @@ namespace {
 // of this many elements, 0.92 with 2^14.
 constexpr std::int64_t kTile = 65536;
 
-// Below this much output, lines are still cached when the next pass wants them.
+// Below this much output of a tensor, lines are still cached when the next pass wants them, unless
+// the whole table writes more than caches hold.
 constexpr std::size_t kStreamBytes = std::size_t{4} << 20;
+constexpr std::size_t kStreamTableBytes = std::size_t{64} << 20;
 
 // Rows of more tiles are ranked a segment at a time, in so many bytes together with the bit planes
 // of the table; in at least so many, whatever those take. Both for tiles of the usual length.
@@ -166,15 +168,18 @@ void combine(const Table& asked, const Program& program, const Scalars& scalars,
   Plan plan(table, program, scalars, options);
   // A long row is read once more for every segment, so its inputs stay until all are written.
   std::vector<std::unique_ptr<std::byte[]>> held(table.entries.size());
+  std::size_t n_written = 0;
   for (std::size_t e = 0; e < held.size(); ++e) {
     Entry& entry = table.entries[e];
+    n_written += out_bytes(entry);
     if (!plan.has_long_rows(entry) || !reads(entry, entry.out)) continue;
     held[e] = std::make_unique_for_overwrite<std::byte[]>(out_bytes(entry));
     entry.out = held[e].get();
   }
   plan.run([&](const TileCall& call, const Tile&, int) {
     const Entry& entry = call.entry;
-    plan.kernels.combine(call, out_bytes(entry) >= kStreamBytes && !reads(entry, entry.out));
+    const bool large = n_written >= kStreamTableBytes || out_bytes(entry) >= kStreamBytes;
+    plan.kernels.combine(call, large && !reads(entry, entry.out));
   });
   for (std::size_t e = 0; e < held.size(); ++e)
     if (held[e]) std::memcpy(asked.entries[e].out, held[e].get(), out_bytes(asked.entries[e]));

@@ -115,10 +115,12 @@ class TritonBackend(TritonProducts):
         blank = kernels.Measured([[0.0] * (3 * n + n * n)], [[0] * (3 * n + 3)])
         found = [_moments(blank, 0, n, True) for _ in table.entries]
         for launch in _ready(table, program):
+            # products with scores that are not there are zero
+            own = wants if launch.kind.scored else wants & ~Wants.DOTS
             with kernels.on_device(launch.fields.device):
-                measured = kernels.measure(launch, program, scalars, int(wants))
+                measured = kernels.measure(launch, program, scalars, int(own))
             for place, number in enumerate(launch.numbers):
-                found[number] = _moments(measured, place, n, bool(wants & Wants.DOTS))
+                found[number] = _moments(measured, place, n, bool(own & Wants.DOTS))
         return found
 
     def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
