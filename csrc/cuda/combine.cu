@@ -146,7 +146,7 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
   for (int k = 0; k < kModels; ++k) {
     if (k >= n_models) break;
     load(k, t[k]);
-    if (has_base) {
+    if (merge.entry.subtracts) {
 #pragma unroll
       for (int e = 0; e < kQuad; ++e) t[k][e] = t[k][e] - base[e];
     }
@@ -211,7 +211,7 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
   if (has_base) load(-1, base);
   const auto load_tau = [&](int k, F* tau) {
     load(k, tau);
-    if (has_base) {
+    if (merge.entry.subtracts) {
 #pragma unroll
       for (int e = 0; e < kQuad; ++e) tau[e] = tau[e] - base[e];
     }

@@ -150,12 +150,12 @@ TVFAST_STAGE void close_chunk(const DeviceTable& table, std::int64_t tile, Chunk
 template <DType dtype>
 TVFAST_STAGE void count_packets(const DeviceEntry& entry, const TileSpan& span, Chunk& chunk,
                                 U (&counts)[kChunk]) {
-  const bool has_base = entry.base.data != nullptr;
+  const bool subtracts = entry.subtracts;
   constexpr int kStep = 2 * kQuad, kTogether = 2;
   for (std::int64_t i = span.body + kStep * static_cast<int>(threadIdx.x); i < span.body_end;
        i += kStep * kThreads) {
     Packet base{};
-    if (has_base) base = load_packet(entry.base.data, i);
+    if (subtracts) base = load_packet(entry.base.data, i);
 #pragma unroll
     for (int first = 0; first < kChunk; first += kTogether) {
       Packet packets[kTogether];
@@ -169,7 +169,7 @@ TVFAST_STAGE void count_packets(const DeviceEntry& entry, const TileSpan& span, 
         for (int half = 0; half < 2; ++half) {
           F x[kQuad], b[kQuad];
           unpack<dtype>(packets[c], half, x);
-          if (has_base) {
+          if (subtracts) {
             unpack<dtype>(base, half, b);
 #pragma unroll
             for (int e = 0; e < kQuad; ++e) x[e] = x[e] - b[e];
@@ -187,8 +187,8 @@ TVFAST_STAGE void count_loaded(const DeviceEntry& entry, const DeviceModel* mode
                                std::int64_t i, int n, bool whole, Chunk& chunk,
                                U (&counts)[kChunk]) {
   F base[kQuad] = {}, x[kQuad];
-  const bool has_base = entry.base.data != nullptr;
-  if (keep == Keep::BAND && has_base) load_quad(entry.base, i, n, whole, base);
+  const bool subtracts = entry.subtracts;
+  if (keep == Keep::BAND && subtracts) load_quad(entry.base, i, n, whole, base);
   if (keep == Keep::VARIANCE) load_ranked<keep>(entry, models, n_models, 0, i, n, whole, x);
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) {
@@ -196,7 +196,7 @@ TVFAST_STAGE void count_loaded(const DeviceEntry& entry, const DeviceModel* mode
     if (keep == Keep::SCORE) load_quad(chunk.view[c], i, n, whole, x);
     if (keep == Keep::BAND) {
       load_quad(chunk.view[c], i, n, whole, x);
-      if (has_base) {
+      if (subtracts) {
 #pragma unroll
         for (int e = 0; e < kQuad; ++e) x[e] = x[e] - base[e];
       }

@@ -73,7 +73,8 @@ PackedTable::PackedTable(const Table& table, const std::vector<const std::uint32
     };
     entries.push_back({to_view(entry.base), entry.out, static_cast<std::int32_t>(entry.out_dtype),
                        form, entry.n, entry.row_length(), entry.offset,
-                       entry.group_offset + entry.offset, entry.group, head});
+                       entry.group_offset + entry.offset, entry.group, head,
+                       entry.origin().data != nullptr});
     for (int k = 0; k < n_models_; ++k) {
       const std::size_t at = models.size();
       models.push_back(

@@ -34,7 +34,8 @@ struct DeviceEntry {
   Form form;
   std::int64_t n, row, offset, position;  // position of element 0 in its group
   std::int32_t group;
-  std::int32_t head;  // elements before the first aligned one
+  std::int32_t head;       // elements before the first aligned one
+  std::int32_t subtracts;  // whether the base is, from the models
 };
 
 // Addresses in device memory.

@@ -23,12 +23,12 @@ TVFAST_STAGE void load_ranked(const DeviceEntry& entry, const DeviceModel* model
     load_quad(models[model].score, i, n, whole, x);
     return;
   }
-  const bool has_base = entry.base.data != nullptr;
+  const bool subtracts = entry.subtracts;
   F base[kQuad] = {};
-  if (has_base) load_quad(entry.base, i, n, whole, base);
+  if (subtracts) load_quad(entry.base, i, n, whole, base);
   const auto load_tau = [&](int k, F* tau) {
     load_quad(models[k].model, i, n, whole, tau);
-    if (has_base) {
+    if (subtracts) {
 #pragma unroll
       for (int e = 0; e < kQuad; ++e) tau[e] = tau[e] - base[e];
     }

@@ -21,13 +21,15 @@ constexpr std::int64_t kMeasureSpan = kTile / 2;
 // Sums that one launch keeps in shared memory, for each warp.
 constexpr int kSumsOfLaunch = 64;
 
-// Sums of an entry: L1 before [K], L1 [K], products [K][K] of which j <= k are filled.
+// Sums of an entry: L1 before [K], L1 [K], products [K][K] of which j <= k are filled, products
+// with scores [K].
 struct SumNumbers {
   int n_models;
   __host__ __device__ int l1_before(int k) const { return k; }
   __host__ __device__ int l1(int k) const { return n_models + k; }
   __host__ __device__ int product(int j, int k) const { return (2 + j) * n_models + k; }
-  __host__ __device__ int size() const { return (2 + n_models) * n_models; }
+  __host__ __device__ int dot(int k) const { return (2 + n_models) * n_models + k; }
+  __host__ __device__ int size() const { return (3 + n_models) * n_models; }
 };
 
 // Counts of an entry: kept, non-zero and non-finite [K] each, then three of the entry.
@@ -68,7 +70,7 @@ struct TauQuad {
 
 TVFAST_STAGE void load_tau(const Measured& m, int k, const Quad& quad, F* tau) {
   load_quad(m.models[k].model, quad.i, quad.n, quad.whole, tau);
-  if (m.entry.base.data == nullptr) return;
+  if (!m.entry.subtracts) return;
   F base[kQuad];
   load_quad(m.entry.base, quad.i, quad.n, quad.whole, base);
 #pragma unroll
@@ -227,6 +229,26 @@ TVFAST_STAGE void measure_product(const Measured& m, const TileSpan& span, std::
   put(all, number, sum);
 }
 
+// The product of model k with its scores over a span.
+TVFAST_STAGE void measure_dot(const Measured& m, const TileSpan& span, std::int64_t from, int k,
+                              int first_sum, int n_sums, BlockSums& all) {
+  const int number = SumNumbers{m.n_models}.dot(k) - first_sum;
+  if (number < 0 || number >= n_sums || m.models[k].score.data == nullptr) return;
+  ThreadSum sum;
+  for_each(m.entry, span, from, [&](const Quad& quad) {
+    TauQuad t;
+    load_kept(m, k, quad, t);
+    F score[kQuad];
+    load_quad(m.models[k].score, quad.i, quad.n, quad.whole, score);
+    double x[kQuad];
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e)
+      x[e] = e < quad.n ? static_cast<double>(t.kept[e]) * static_cast<double>(score[e]) : 0.0;
+    add_quad(sum, x);
+  });
+  put(all, number, sum);
+}
+
 // Conflicts, elected signs and non-finite entries of the base over a span.
 TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::int64_t from,
                                 unsigned wants, unsigned long long* counts) {
@@ -295,7 +317,7 @@ TVFAST_STAGE void flush(BlockSums& all, const Gathered& gathered, std::int64_t f
 }
 
 // What one launch gathers: a kernel with all of it would need more registers than there are.
-enum class Part { MODELS, PRODUCTS, ENTRY };
+enum class Part { MODELS, PRODUCTS, DOTS, ENTRY };
 
 // Sums [first_sum, first_sum + n_sums) of every entry; counts with the first of them.
 template <Part part>
@@ -331,6 +353,10 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocksPerMultiprocessor)
         for (int j = 0; j < table.n_models; ++j)
           for (int k = j; k < table.n_models; ++k)
             measure_product(m, span, from, j, k, first_sum, n_sums, all);
+      }
+      if constexpr (part == Part::DOTS) {
+        for (int k = 0; k < table.n_models; ++k)
+          measure_dot(m, span, from, k, first_sum, n_sums, all);
       }
       if constexpr (part == Part::ENTRY) measure_entry(m, span, from, wants, counts);
       from += kMeasureSpan;
@@ -425,6 +451,8 @@ void measure(const DeviceTable& table, const Program& program, const DeviceScala
     if ((wants & (L1_BEFORE | L1 | SQUARES)) != 0 || counts)
       run(measure_kernel<Part::MODELS>, first, n);
     if ((wants & GRAM) != 0) run(measure_kernel<Part::PRODUCTS>, first, n);
+    if ((wants & DOTS) != 0 && first + n > SumNumbers{table.n_models}.dot(0))
+      run(measure_kernel<Part::DOTS>, first, n);
   }
   if ((wants & (COUNTS | VOTES)) != 0) run(measure_kernel<Part::ENTRY>, 0, 0);
 }
@@ -458,6 +486,7 @@ std::vector<Moments> moments(const std::vector<unsigned char>& workspace, std::i
     for (int k = 0; k < n_models; ++k) {
       m.l1_before.push_back(sum(numbers.l1_before(k)));
       m.l1.push_back(sum(numbers.l1(k)));
+      m.dots.push_back(sum(numbers.dot(k)));
       m.n_kept.push_back(count(places.kept(k)));
       m.n_nonzero.push_back(count(places.nonzero(k)));
       m.n_nonfinite.push_back(count(places.nonfinite(k)));

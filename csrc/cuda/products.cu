@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const auto one_quad = [&](std::int64_t i, int n, bool whole) {
       F total[kQuad], base[kQuad] = {};
       load_quad(out, i, n, whole, total);
-      if (entry.base.data != nullptr) load_quad(entry.base, i, n, whole, base);
+      if (entry.subtracts) load_quad(entry.base, i, n, whole, base);
       for (int k = 0; k < table.n_models; ++k) {
         F model[kQuad], gradient[kQuad];
         load_quad(models[k].model, i, n, whole, model);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         const F weight = own[k].weight;
 #pragma unroll
         for (int e = 0; e < kQuad; ++e) {
-          const F tau = entry.base.data != nullptr ? model[e] - base[e] : model[e];
+          const F tau = entry.subtracts ? model[e] - base[e] : model[e];
           total[e] = total[e] + magnitude(gradient[e] * tau) * weight;
         }
       }

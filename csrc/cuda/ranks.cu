@@ -32,7 +32,7 @@ struct RowOf {
 
 TVFAST_STAGE U key_at(const RowOf& row, unsigned i) {
   F tau = load_one(row.model.model, row.begin + i);
-  if (row.entry.base.data != nullptr) tau = tau - load_one(row.entry.base, row.begin + i);
+  if (row.entry.subtracts) tau = tau - load_one(row.entry.base, row.begin + i);
   const U key = bits(magnitude(tau));
   return key < kNanKey ? key : kNanKey;
 }
