@@ -163,6 +163,7 @@ LAYERS = {
             "tvfast.merging",
             "tvfast.comparing",
             "tvfast._leaves",
+            "tvfast._scores",
         ),
         outside=("torch",),
     ),

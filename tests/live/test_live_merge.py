@@ -18,9 +18,13 @@ import tvfast
 from tests.methods.inputs import grid, normal
 from tests.strategies import bits
 from tvfast.errors import ArgumentError, DTypeError, LayoutError, ShapeError, StateDictError, UnknownNameError
-from tvfast.methods import METHODS
+from tvfast.methods import METHODS, ProgramMethod
 
-WEIGHTED = sorted(name for name, info in METHODS.items() if "weights" in [p.name for p in info.parameters])
+WEIGHTED = sorted(
+    name
+    for name, info in METHODS.items()
+    if "weights" in [p.name for p in info.parameters] and issubclass(info.cls, ProgramMethod)
+)
 PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.4},
     "dare_ties": {"density": 0.5},
@@ -30,6 +34,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.7, "gamma": 0.1},
     "breadcrumbs_ties": {"density": 0.7, "gamma": 0.1},
     "sce": {"select_topk": 0.5},
+    "sta": {"density": 0.4},
+    "sta_forget": {"density": 0.4},
 }
 SHAPES = {"layers.0.up": (5, 33), "layers.0.norm": (7,), "layers.1.up": (5, 33), "head": (64,), "empty": (0,)}
 
@@ -64,19 +70,23 @@ def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize("dialect", ["mergekit", "paper"])
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize(
+    ("name", "dialect"), [(name, dialect) for name in WEIGHTED for dialect in METHODS[name].dialects]
+)
 def test_set_gives_the_bits_of_merge(name: str, dialect: str) -> None:
     info = METHODS[name]
-    if dialect not in info.dialects:
-        pytest.skip(f"{name} has no dialect {dialect}")
     n = info.n_models[1] or 3
     base = state(0)
     models = [with_noise(base, 50 * (k + 1)) for k in range(n)]
     parameters = {**PARAMETERS.get(name, {}), "dialect": dialect, "seed": 3}
+    if info.needs_scores:
+        parameters["scores"] = [
+            {n: t.abs().float() for n, t in with_noise(base, 7 * (k + 1)).items() if n != "steps"}
+            for k in range(n)
+        ]
     live = copied(base)
     with tvfast.LiveMerge(live, models=models, method=name, **parameters) as merging:
-        for weights, scale in (([0.3, 0.9, -0.4], 1.0), ([1.0, 0.5, 0.25], 0.7), ([0.3, 0.9, -0.4], 1.0)):
+        for weights, scale in (([0.3, 0.9, 0.4], 1.0), ([1.0, 0.5, 0.25], -0.7), ([0.3, 0.9, 0.4], 1.0)):
             merging.set(weights[:n], scale=scale)
             expected = tvfast.merge(base, models, name, weights=weights[:n], scale=scale, **parameters)
             assert_equal_bits(live, expected)
@@ -326,6 +336,7 @@ WRONG: list[tuple[dict[str, Any], type[ValueError], str]] = [
     ({"deltas": []}, ArgumentError, "got 0 models; expected at least 1"),
     ({"weights": [1, 2]}, ArgumentError, r"takes no weights; expected them in set\(\[\.\.\.\]\)"),
     ({"method": "linear"}, ArgumentError, "'linear' merges the models themselves"),
+    ({"method": "regmean", "deltas": None, "models": [torch.ones(4)]}, ArgumentError, "no pass"),
     ({"method": "slerp", "deltas": None, "models": [torch.ones(4)]}, ArgumentError, "'slerp' has no weights"),
     ({"method": "tise"}, UnknownNameError, "did you mean 'ties'"),
     ({"by": "layers"}, UnknownNameError, "by is 'layers'; expected 'layer', 'tensor'"),

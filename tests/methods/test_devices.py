@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tvfast
 from tvfast import merging
 from tvfast._leaves import Leaf
+from tvfast._scores import LeafScores
 from tvfast.errors import BackendError, DeviceError, LayoutError
 from tvfast.methods import make_method
 from tvfast.program import DType, View, WorkTable
@@ -96,7 +97,12 @@ def test_one_table_per_device_however_many_tensors(
     leaves = [leaf(fakes, f"{i}", devices[i % 3], 64 * i) for i in range(900)]
     monkeypatch.setattr(merging, "backend_for", lambda table: AnyBackend())
     method = make_method("task_arithmetic")
-    tables = [table for table, _ in merging.work_tables(method, leaves, [one.base for one in leaves])]
+    tables = [
+        table
+        for table, _ in merging.work_tables(
+            method, leaves, [LeafScores()] * len(leaves), [one.base for one in leaves]
+        )
+    ]
     assert len(tables) == 3
     for table, device in zip(tables, devices, strict=True):
         assert {str(entry.models[0].owner.device) for entry in table.entries} == {device}
@@ -107,7 +113,7 @@ def test_thresholds_of_the_whole_model_need_one_device(fakes: FakeTensorMode) ->
     leaves = [leaf(fakes, "a", "cuda:0", 0), leaf(fakes, "b", "cpu", 64)]
     method = make_method("ties", scope="model")
     with pytest.raises(DeviceError, match="ranks all tensors together; found them on cpu, cuda:0"):
-        list(merging.work_tables(method, leaves, [one.base for one in leaves]))
+        list(merging.work_tables(method, leaves, [LeafScores()] * len(leaves), [one.base for one in leaves]))
 
 
 def test_no_backend_for_a_device_is_found_before_another_is_written(
@@ -126,6 +132,7 @@ def test_no_backend_for_a_device_is_found_before_another_is_written(
         return AnyBackend()
 
     monkeypatch.setattr(merging, "backend_for", choose)
+    nothing = merging._Extra([LeafScores()] * 2, None, None)
     with pytest.raises(BackendError, match="tensor 'b' is on cuda:0"):
-        merging._run(make_method("task_arithmetic"), [real, elsewhere], [here, elsewhere.base], 1)
+        merging._run(make_method("task_arithmetic"), [real, elsewhere], nothing, [here, elsewhere.base], 1)
     assert here.tolist() == [0.0] * 4

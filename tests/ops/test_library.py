@@ -170,7 +170,10 @@ def op_arguments() -> list[tuple[Any, tuple[Any, ...]]]:
         (op.combine_out, (*merge, torch.zeros(3, 70))),
         (op.measure, (BASE, MODELS, int(EVERYTHING), *merge[2:])),
         (op.score, ([BASE], MODELS[0], "product", None, [], False, [], True, [1.0], True, 1)),
-        (op.score_out, ([BASE], None, "square", None, [], False, [], True, [1.0], True, 1, torch.zeros(3, 70))),
+        (
+            op.score_out,
+            ([BASE], None, "square", None, [], False, [], True, [1.0], True, 1, torch.zeros(3, 70)),
+        ),
         (op.kron, (X, a, True, b, True, None, 1.0, False, False, 1)),
         (op.kron_out, (X, a, True, b, True, None, 2.0, False, False, 1, True, torch.zeros(3, 6))),
     ]

@@ -24,6 +24,7 @@ def check_differentiable(method: ProgramMethod, program: Program) -> None:
     """
     reasons = {
         "elects signs": program.vote is not Vote.NONE,
+        "reads scores": program.reads_scores,
         "takes largest magnitudes": program.reduce is Reduce.MAX_ABS,
         "divides entries by their own probability": program.gain is Gain.INVERSE_PROBABILITY,
         "divides by those that are not zero": program.members is Members.STRICT

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors
+from tvfast._scores import LeafScores, Scores, scores_of
 from tvfast.errors import ArgumentError, LayoutError
 from tvfast.live.coefficients import Coefficients, Columns, Grouping, columns_of, group_of
 from tvfast.live.gradient import TableGradient, check_differentiable
@@ -54,6 +55,7 @@ class LiveMerge:
         scale: λ, until a `set` brings another.
         base: θ₀, of the names and shapes of `model`; never written, and no copy is made: it must not change
             or share memory with `model`. None: a copy of what `model` holds now, the one large allocation.
+        scores: of methods on scores, one per task, as for `merge_`.
         by: how `set` groups tensors where coefficients are per group: "layer" ("model.layers.3" for
             "model.layers.3.mlp.up_proj.weight"; tensors outside any layer by the first component of their
             name), "tensor", or a function from a tensor's name to its group's.
@@ -84,6 +86,7 @@ class LiveMerge:
         method: str = "task_arithmetic",
         scale: float = 1.0,
         base: Weights | None = None,
+        scores: Iterable[Scores] | None = None,
         by: Grouping = "layer",
         n_threads: int = 0,
         **parameters: Any,
@@ -108,17 +111,24 @@ class LiveMerge:
         numbers = {name: number for number, name in enumerate(self.groups)}
         in_group = {leaf.name: numbers[name] for leaf, name in zip(leaves, group_names, strict=True)}
         with torch.no_grad():
-            self._parts = self._measured(leaves, in_group, deltas is not None)
+            found = scores_of(self._method, leaves, scores, n_threads)
+            self._parts = self._measured(leaves, found, in_group, deltas is not None)
         self._scale = self._method.scale
         self._columns: Columns | None = None
         self._kept = False
         self._open = True
 
-    def _measured(self, leaves: Sequence[Leaf], in_group: Mapping[str, int], deltas: bool) -> list[_Part]:
+    def _measured(
+        self,
+        leaves: Sequence[Leaf],
+        scores: Sequence[LeafScores],
+        in_group: Mapping[str, int],
+        deltas: bool,
+    ) -> list[_Part]:
         """The tables with everything measured that coefficients do not change."""
         outs = [leaf.base for leaf in self._live]
         parts = []
-        for table, backend in list(work_tables(self._method, leaves, outs, task_vectors=deltas)):
+        for table, backend in list(work_tables(self._method, leaves, scores, outs, task_vectors=deltas)):
             remembering = RememberingBackend(backend)
             statistics = TableStatistics(remembering, table, Planes(table).new, self._n_threads)
             program, scalars = self._method.resolve(statistics)
@@ -308,6 +318,10 @@ def _chosen(
     if "weights" in parameters:
         raise ArgumentError("LiveMerge takes no weights; expected them in set([...]).")
     method = make_method(name, scale=scale, **parameters)
+    if not isinstance(method, ProgramMethod):
+        raise ArgumentError(
+            f"method {name!r} solves equations for whole tensors, which is no pass; expected another method."
+        )
     if "weights" in method.unused:
         raise ArgumentError(
             f"method {name!r} has no weights that set([...]) could give; expected another method."

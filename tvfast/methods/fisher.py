@@ -65,6 +65,8 @@ FISHER_DIALECTS: Mapping[str, FisherDialect] = MappingProxyType(
 class Fisher(ProgramMethod):
     """θ = λ · Σ_k c_k F_k · θ_k / Σ_k c_k F_k, entry by entry, F_k the diagonal Fisher of model k."""
 
+    plain_weights = False  # they are made relative to the norm and to the largest of them
+
     epsilon: PerModel | None = parameter(
         None, "floor of F_k (mergelm: added to it), above 0; one, or one per model; by dialect if None"
     )

@@ -143,6 +143,8 @@ class Sta(TaskVectorMethod):
 class StaForget(Sta):
     """θ = θ_from - λ Σ_k w_k m_k · τ_k: only the entries that matter to a task are taken away."""
 
+    plain_weights = False  # what is taken away is the scale's or a weight's sign
+
     source: str = parameter(
         "base", "θ_from: 'base' is θ₀, 'model' is θ_1, the one model, itself", ("base", "model")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any, cast
 
 from tvfast.program import ModelScalars, Program, TensorScalars
 
@@ -21,7 +22,7 @@ def pack_program(program: Program) -> list[int]:
 def unpack_program(choices: Sequence[int]) -> Program:
     """The program of `pack_program`."""
     stages = zip(fields(Program), choices, strict=True)
-    return Program(**{stage.name: type(stage.default)(choice) for stage, choice in stages})
+    return Program(**{stage.name: cast(Any, type(stage.default))(choice) for stage, choice in stages})
 
 
 def pack_scalars(scalars: TensorScalars) -> tuple[list[float], list[int]]:
