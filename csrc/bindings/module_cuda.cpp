@@ -234,9 +234,9 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
   // Bands of the queries' answers, and the merge with them; nothing waits for the device.
   m.def(
       "combine_trimmed",
-      [](const ResidentTable& table, const ProgramChoices& program,
-         const ResidentScalars& scalars, const ResidentQueries& queries, Address workspace,
-         const ResidentEquals* equals, Address equals_workspace, int device, Address stream) {
+      [](const ResidentTable& table, const ProgramChoices& program, const ResidentScalars& scalars,
+         const ResidentQueries& queries, Address workspace, const ResidentEquals* equals,
+         Address equals_workspace, int device, Address stream) {
         const py::gil_scoped_release unlocked;
         const Place place = to_place(device, stream);
         void* at = reinterpret_cast<void*>(workspace);
