@@ -28,7 +28,7 @@ demo: $(VENV)/with-torch
 test: develop
 	$(MAKE) lint
 	$(MAKE) cpp-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # An editable install: warnings are errors, and what only tests use is in: the emulated instruction set, and the CUDA
 # kernels' host build. Not isolated: the tools keep their place, so that a second run compiles only what changed.
