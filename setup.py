@@ -29,6 +29,8 @@ class CMakeBuild(build_ext):
     """Configures the `release` preset, builds the modules and installs them where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.optional:
+            return  # made together with the first, if at all
         import pybind11
 
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -60,6 +62,10 @@ setup(
     packages=packages,
     package_dir={"tvfast.kernels": "kernels"},
     package_data={"tvfast": ["py.typed"]},
-    ext_modules=[Extension("tvfast._C_cpu", sources=[])],
+    ext_modules=[
+        Extension("tvfast._C_cpu", sources=[]),
+        Extension("tvfast._C_cuda", sources=[], optional=True),
+        Extension("tvfast._C_simt", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

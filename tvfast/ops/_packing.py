@@ -12,16 +12,17 @@ _TENSOR_REALS = 4
 _MODEL_REALS = 6
 _MODEL_WHOLES = 7
 _WORD = 2**64
+_STAGES = tuple(fields(Program))  # known beforehand, since a compiler does not trace `fields`
 
 
 def pack_program(program: Program) -> list[int]:
     """The choices in the order of their declaration."""
-    return [int(getattr(program, stage.name)) for stage in fields(Program)]
+    return [int(getattr(program, stage.name)) for stage in _STAGES]
 
 
 def unpack_program(choices: Sequence[int]) -> Program:
     """The program of `pack_program`."""
-    stages = zip(fields(Program), choices, strict=True)
+    stages = zip(_STAGES, choices, strict=True)
     return Program(**{stage.name: cast(Any, type(stage.default))(choice) for stage, choice in stages})
 
 

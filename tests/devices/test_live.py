@@ -19,7 +19,7 @@ from tvfast.ops.raw import Backend
     [("task_arithmetic", {}), ("ties", {"density": 0.3}), ("della", {"density": 0.5}), ("sce", {})],
 )
 def test_live_merges_have_the_bits_of_the_reference(
-    interpreted: Backend, method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    triton_backend: Backend, method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = {"a": grid(9, 13), "b": grid(40, seed=1).bfloat16()}
     deltas = [{name: normal(*t.shape, seed=k).to(t.dtype) for name, t in base.items()} for k in range(3)]
@@ -36,7 +36,7 @@ def test_live_merges_have_the_bits_of_the_reference(
 
 
 def test_gradients_have_the_bits_of_the_reference(
-    interpreted: Backend, monkeypatch: pytest.MonkeyPatch
+    triton_backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = {"a": grid(9, 13), "b": grid(40, seed=1)}
     tasks = [{name: normal(*t.shape, seed=k) for name, t in base.items()} for k in range(3)]
@@ -54,7 +54,7 @@ def test_gradients_have_the_bits_of_the_reference(
 
 
 def test_thousands_of_small_tensors_are_one_launch(
-    interpreted: Backend, monkeypatch: pytest.MonkeyPatch
+    triton_backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tvfast.kernels import launch
 

@@ -30,7 +30,7 @@ SHAPES = {"a.weight": (5, 33), "b.weight": (7,), "c.weight": (2, 50)}
 )
 def test_triton_merges_checkpoints_on_a_device(
     tmp_path: Path,
-    interpreted: Backend,
+    triton_backend: Backend,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     parameters: dict[str, Any],
@@ -41,7 +41,7 @@ def test_triton_merges_checkpoints_on_a_device(
     with monkeypatch.context() as patch:
         patch.delenv("TVFAST_BACKEND")
         tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
-    device = HostDouble(interpreted, limit_scratch=True)
+    device = HostDouble(triton_backend, limit_scratch=True)
     report = merge_on(device, config, tmp_path / "out")
     expected = (tmp_path / "cpu" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
