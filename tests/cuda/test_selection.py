@@ -103,7 +103,7 @@ def some_queries(rng: np.random.Generator, parts: Sequence[Part], keep: Keep, n:
 def test_groups_shards_and_several_tiles(limited: Any, keep: Keep) -> None:
     rng = np.random.default_rng(int(keep))
     dtype = DTYPES[int(keep) % 3]
-    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype)
+    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype, mapped=False)
     parts[0].models[0][-20:] = bit_values(rng, 20, dtype)
     parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
     check_all(limited, parts, keep, some_queries(rng, parts, keep, 2))
@@ -159,7 +159,7 @@ def test_samples_that_mislead(emulated: Any, order: str) -> None:
 def test_the_order_of_blocks_and_threads(emulated: Any, seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVFAST_SIMT_SEED", seed)
     rng = np.random.default_rng(5)
-    parts = grouped(rng, 2, [900, 40, 17_000], torch.bfloat16)
+    parts = grouped(rng, 2, [900, 40, 17_000], torch.bfloat16, mapped=False)
     emulated.limits = (0, 300, 100)
     check_all(emulated, parts, Keep.BAND, some_queries(rng, parts, Keep.BAND, 3))
 
@@ -205,13 +205,13 @@ def test_workspace_is_bounded(emulated: Any) -> None:
     module = emulated._module
     native = module.Table(3)
     for group in range(40):
-        native.add((0, 0), [(0, 1)] * 3, (0, 0), [], [], 1 << 32, 0, 0, group, 0)
+        native.add((0, 0), [(0, 1)] * 3, (0, 0), [], [], [], 1 << 32, 0, 0, group, 0, False)
     asked = [(group, model, 1 << 31) for group in range(40) for model in range(3)]
     queries = module.ResidentQueries(native, 1, asked, module.LIMITS)
     assert queries.n_batches == 120
     assert queries.n_workspace < 4 * module.LIMITS[1] + (8 << 20)
     small = module.Table(1)
-    small.add((0, 0), [(0, 1)], (0, 0), [], [], 1000, 0, 0, 0, 0)
+    small.add((0, 0), [(0, 1)], (0, 0), [], [], [], 1000, 0, 0, 0, 0, False)
     assert module.ResidentQueries(small, 1, [(0, 0, 1)], module.LIMITS).n_workspace < 32 << 10
 
 
@@ -237,7 +237,7 @@ def banded(case: Case, queries: Sequence[RankQuery]) -> list[torch.Tensor]:
 def test_trimming_without_the_host(emulated: Any, keep: Keep, tie: Tie) -> None:
     rng = np.random.default_rng(int(tie))
     dtype = DTYPES[int(keep) % 3]
-    parts = grouped(rng, 3, [90, 300, 500, 70], dtype)
+    parts = grouped(rng, 3, [90, 300, 500, 70], dtype, mapped=False)
     parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
     parts[1].models[2][:7] = math.nan
     parts[1].models[2][7:9] = math.inf

@@ -251,7 +251,7 @@ def test_measures_of_many_models_and_several_tiles(gpu: Backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_thresholds_and_places(gpu: Backend, keep: Keep, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(7)
-    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype)
+    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype, mapped=False)
     parts[0].models[0][-20:] = bit_values(rng, 20, dtype)
     parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
     sizes = [sum(part.n for part in parts if part.group == group) for group in (0, 1)]
