@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocksPerMultiprocessor)
 }
 
 // A thread's four bits join those of fifteen neighbours in one word of the plane.
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor / 2)
     row_masks_kernel(DeviceTable table, DeviceScalars scalars, Program program) {
   for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
     const TileSpan span = whole_words_of(table, tile);
