@@ -199,8 +199,9 @@ def backend() -> CudaBackend:
     try:
         from tvfast import _C_cuda
     except ImportError as error:
+        why = "" if error.name == "tvfast" else f" ({error})"  # absent, or there and not to be loaded
         raise ImportError(
-            f"no CUDA module ({error}); install with nvcc at hand, or with TVFAST_CUDA=ON to see why not"
+            f"no CUDA module in this build{why}; install with nvcc at hand, or with TVFAST_CUDA=ON to see why"
         ) from error
     if not torch.cuda.is_available():
         raise ImportError("torch finds no GPU; a driver or a CUDA build of torch is missing")
