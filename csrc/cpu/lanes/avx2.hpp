@@ -16,6 +16,13 @@ TVFAST_INLINE std::uint32_t mask_bits(M m) {
   return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)m));
 }
 
+TVFAST_INLINE bool any_nan(F a, F b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+}
+
+// The bits of floats with the upper 16 rounded to nearest even; the lower are of no meaning.
+TVFAST_INLINE U round_upper(U u) { return u + (0x7fffu + ((u >> 16) & 1u)); }
+
 TVFAST_INLINE F fused_add(F a, F b, F c) {
   return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }

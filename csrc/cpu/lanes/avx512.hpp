@@ -14,6 +14,17 @@ TVFAST_INLINE void put(T* p, V v) {
 }
 TVFAST_INLINE std::uint32_t mask_bits(M m) { return _mm512_movepi32_mask((__m512i)m); }
 
+TVFAST_INLINE bool any_nan(F a, F b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+}
+
+// The bits of floats with the upper 16 rounded to nearest even; the lower are of no meaning.
+TVFAST_INLINE U round_upper(U u) {
+  const __m512i x = (__m512i)u, down = _mm512_add_epi32(x, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000));
+  return (U)_mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
+}
+
 TVFAST_INLINE F fused_add(F a, F b, F c) {
   return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }

@@ -44,8 +44,7 @@ TVFAST_INLINE F load_as_float(const void* p, std::int64_t i) {
 
 // Round to nearest even into storage; every NaN becomes the one quiet NaN.
 TVFAST_INLINE H narrow_bf16(F x) {
-  const U u = bits(x);
-  const U rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
+  const U rounded = round_upper(bits(x)) >> 16;
   return __builtin_convertvector(is_nan(x) ? splat_bits(0x7fc0u) : rounded, H);
 }
 TVFAST_INLINE F quiet(F x) { return select(is_nan(x), from_bits(splat_bits(0x7fc00000u)), x); }

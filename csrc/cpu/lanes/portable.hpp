@@ -11,6 +11,11 @@ TVFAST_INLINE std::uint32_t mask_bits(M m) {
   return result;
 }
 
+TVFAST_INLINE bool any_nan(F a, F b) { return mask_bits((a != a) | (b != b)) != 0; }
+
+// The bits of floats with the upper 16 rounded to nearest even; the lower are of no meaning.
+TVFAST_INLINE U round_upper(U u) { return u + (0x7fffu + ((u >> 16) & 1u)); }
+
 // a * b + c, rounded once.
 TVFAST_INLINE F fused_add(F a, F b, F c) {
   for (int lane = 0; lane < kLanes; ++lane) c[lane] = std::fma(a[lane], b[lane], c[lane]);
