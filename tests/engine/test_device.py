@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,10 @@ def test_a_computation_without_memory_is_done_in_smaller_pieces(
     config = recipe(family, "ties", {"density": 0.3}, **own)
     tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
     n_short = 0
-    for seed, share in enumerate((0.1, 0.4)):
-        device = HostDouble(load("cpp-scalar"), seed=seed, resumable=False)
-        device.fault = memory_is_short(random.Random(seed), share)
-        out = tmp_path / str(seed)
+    for every, n_times in ((7, 1), (2, 2)):
+        device = HostDouble(load("cpp-scalar"), seed=every, resumable=False)
+        device.fault = memory_is_short(every, n_times)
+        out = tmp_path / str(every)
         try:
             merge_on(device, config, out, **memories)
         except OutOfDeviceMemory:  # of the smallest piece too
@@ -226,11 +227,13 @@ def test_a_computation_without_memory_is_done_in_smaller_pieces(
     assert n_short > 3
 
 
-def memory_is_short(drawn: random.Random, share: float) -> Fault:
-    """For some computations, found out when the backend is at work."""
+def memory_is_short(every: int, n_times: int) -> Fault:
+    """For one computation of so many, so many times, found out when the backend is at work."""
+    found: Counter[int] = Counter()
 
     def fault(queue: str, number: int) -> None:
-        if queue == "compute" and number % 2 and drawn.random() < share:
+        if queue == "compute" and number % (2 * every) == 1 and found[number] < n_times:
+            found[number] += 1
             raise OutOfDeviceMemory("cuda:0: none left")
 
     return fault
