@@ -215,9 +215,10 @@ def _run(
     """Merge leaves into `outs`; every table has its backend before the first one is written."""
     with torch.no_grad():
         if isinstance(method, TensorMethod):
-            assert extra.stats is not None
             pairs = list(zip(leaves, outs, strict=True))
             rest, average = merge_tensors(method, pairs, extra.stats, extra.report)
+            if average is None:
+                return
             plain = _Extra([LeafScores()] * len(rest), None, None)
             _run(average, [leaf for leaf, _ in rest], plain, [out for _, out in rest], n_threads)
             return
@@ -264,7 +265,7 @@ def work_tables(
         for batch in _batches(method, entries):
             share_groups(method, batch)
             table = WorkTable(batch, len(batch[0].models))
-            yield table, float64_backend() if float64 else backend_for(table)
+            yield table, float64_backend() if float64 else backend_for(table, method.program().weighting)
 
 
 def _check_devices(method: ProgramMethod, rows: Mapping[tuple[torch.device, bool], list[Entry]]) -> None:

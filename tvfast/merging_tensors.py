@@ -44,23 +44,26 @@ def check_statistics(method: Method, stats: Sequence[Any] | None, n_models: int 
 
 
 def merge_tensors(
-    method: TensorMethod, pairs: Sequence[tuple[Leaf, Tensor]], stats: Sequence[Any], report: list[str] | None
-) -> tuple[list[tuple[Leaf, Tensor]], ProgramMethod]:
-    """Merge the leaves that have factors into their outputs; the rest, and the method that averages them.
+    method: TensorMethod,
+    pairs: Sequence[tuple[Leaf, Tensor]],
+    stats: Sequence[Any] | None,
+    report: list[str] | None,
+) -> tuple[list[tuple[Leaf, Tensor]], ProgramMethod | None]:
+    """Merge the leaves that the method has a rule for; the rest, and the method that averages them, if any.
 
     Raises:
         StatisticsError: statistics of other models: of no tensor here, or of another shape.
         SolveError: singular or non-finite factors.
     """
-    sources = [statistics_of(source, f"stats[{k}]") for k, source in enumerate(stats)]
+    sources = [statistics_of(source, f"stats[{k}]") for k, source in enumerate(stats or ())]
     _check_names(sources, pairs)
     rest: list[tuple[Leaf, Tensor]] = []
     mine: list[tuple[Leaf, Tensor]] = []
     reasons: dict[str, list[Leaf]] = defaultdict(list)
     average: ProgramMethod | None = None
     for leaf, out in pairs:
-        kinds = [_kind(source, leaf) for source in sources]
-        found = method.fallback(tuple(leaf.base.shape), kinds, len(sources))
+        kinds = [_kind(source, leaf) for source in sources] or [None] * len(leaf.models)
+        found = method.fallback(tuple(leaf.base.shape), kinds, len(leaf.models))
         if found is None:
             mine.append((leaf, out))
             continue
@@ -72,7 +75,7 @@ def merge_tensors(
         jobs = [
             TensorJob(
                 leaf.name,
-                leaf.base if method.info.needs_base else None,
+                leaf.base if method.reads_base else None,
                 leaf.models,
                 tuple(_curvature(source, leaf) for source in sources),
             )
@@ -83,14 +86,14 @@ def merge_tensors(
             lines += [f"{method.info.name}: {result.note}"] * bool(result.note)
     if report is not None:
         report += lines
-    elif matrices := [leaf for leaves in reasons.values() for leaf in leaves if leaf.base.dim() > 1]:
+    elif stats and (matrices := [leaf for leaves in reasons.values() for leaf in leaves if leaf.base.dim() > 1]):
         warnings.warn(
             f"method {method.info.name!r} averaged matrices without factors: {_some(matrices)}. Pass "
             "report=[] to "
             "be told in a list instead.",
             stacklevel=4,
         )
-    return rest, average or method.fallback((), [None] * len(sources), len(sources))[0]  # type: ignore[index]
+    return rest, average
 
 
 def _kind(source: Mapping[str, Curvature], leaf: Leaf) -> str | None:

@@ -63,6 +63,8 @@ class Weighting(IntEnum):
 
     MODEL = 0  # the model's weight
     SCORE = 1  # the model's weight times the entry's score
+    NEARNESS = 2  # of two models: how near they are; the second one's weight is where they count as one
+    ALONE = 3  # the model's weight where no other model has an entry, otherwise 1
 
 
 class Gain(IntEnum):
@@ -282,3 +284,4 @@ class Moments:
     elected: int = 0  # sum over entries of the elected sign before zero_sign
     n_conflict: int = 0  # entries with a positive and a negative kept value
     dots: list[float] = field(default_factory=list)  # [K] sum t_k * score_k; empty from a backend without
+    n_alone: list[int] = field(default_factory=list)  # [K] kept, and the only one that is not zero

@@ -165,7 +165,7 @@ inline py::list to_python(const std::vector<Moments>& all) {
   for (const Moments& m : all)
     result.append(py::make_tuple(values(m.l1_before), values(m.l1), values(m.gram), m.n_kept,
                                  m.n_nonzero, m.n_nonfinite, m.n_base_nonfinite, m.elected,
-                                 m.n_conflict, values(m.dots)));
+                                 m.n_conflict, values(m.dots), m.n_alone));
   return result;
 }
 

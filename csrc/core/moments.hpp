@@ -11,7 +11,7 @@ namespace tvfast {
 struct Moments {
   std::vector<BinnedSum> l1_before, l1, gram;  // [K], [K], [K * K] upper triangle
   std::vector<BinnedSum> dots;                 // [K] with the entry's scores
-  std::vector<std::int64_t> n_kept, n_nonzero, n_nonfinite;
+  std::vector<std::int64_t> n_kept, n_nonzero, n_nonfinite, n_alone;
   std::int64_t n_base_nonfinite = 0, elected = 0, n_conflict = 0;
 };
 
@@ -22,7 +22,8 @@ enum Wants : unsigned {
   COUNTS = 8,
   VOTES = 16,
   SQUARES = 32,
-  DOTS = 64
+  DOTS = 64,
+  ALONE = 128,
 };
 
 }  // namespace tvfast

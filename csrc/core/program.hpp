@@ -21,7 +21,7 @@ enum class Keep : std::uint8_t {
 };
 enum class Tie : std::uint8_t { GE = 0, INDEX = 1, HASH = 2 };
 enum class Cross : std::uint8_t { NONE = 0, WINNER = 1, EXCLUDE_OTHERS = 2 };
-enum class Weighting : std::uint8_t { MODEL = 0, SCORE = 1 };
+enum class Weighting : std::uint8_t { MODEL = 0, SCORE = 1, NEARNESS = 2, ALONE = 3 };
 enum class Gain : std::uint8_t { MODEL = 0, INVERSE_PROBABILITY = 1 };
 enum class Vote : std::uint8_t { NONE = 0, MASS = 1, COUNT = 2 };
 enum class Ballot : std::uint8_t { RAW = 0, WEIGHTED = 1 };

@@ -42,6 +42,21 @@ TVFAST_STAGE F mapped_score(F score, F scale, F shift, F floor) {
 // A score that no band holds where another model's entry takes this one's place.
 TVFAST_STAGE F unless_lost(F score, M lost) { return select(lost, splat(-1.0f), score); }
 
+// weights
+
+// How much of y replaces x: all of it where they are no farther apart than `limit`.
+TVFAST_STAGE F nearness(F x, F y, F limit, F floor) {
+  const F apart = magnitude(x - y);
+  const F share = limit / select(apart < floor, floor, apart);
+  const F least = select(share < splat(0.0f), splat(0.0f), share);
+  return select(least > splat(1.0f), splat(1.0f), least);
+}
+
+// Of a model's entry where `n_present` models have one.
+TVFAST_STAGE F weight_alone(F n_present, F weight) {
+  return select(n_present == splat(1.0f), weight, splat(1.0f));
+}
+
 // vote
 
 TVFAST_STAGE F sign_of(F x) {

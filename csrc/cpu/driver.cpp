@@ -142,6 +142,7 @@ void add(Moments& to, const Moments& from) {
   counts(to.n_kept, from.n_kept);
   counts(to.n_nonzero, from.n_nonzero);
   counts(to.n_nonfinite, from.n_nonfinite);
+  counts(to.n_alone, from.n_alone);
   to.n_base_nonfinite += from.n_base_nonfinite;
   to.elected += from.elected;
   to.n_conflict += from.n_conflict;
@@ -157,6 +158,7 @@ Moments empty_moments(int n_models) {
   moments.n_kept.resize(k);
   moments.n_nonzero.resize(k);
   moments.n_nonfinite.resize(k);
+  moments.n_alone.resize(k);
   return moments;
 }
 

@@ -82,7 +82,8 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
             *recipe.warnings,
             *_doubts(recipe, checkpoints),
             *rows.warnings,
-            *(factors.notes() if factors.is_read else scoring.warnings()),
+            *factors.notes(),
+            *(() if factors.is_read else scoring.warnings()),
         ),
         ties=ties,
         statistics=statistics,
@@ -105,7 +106,7 @@ class _Binder:
         self.scoring = scoring
         self.checkpoints = checkpoints
         self.resolver = Resolver(recipe, seed)
-        self.needs_base = METHODS[recipe.method].needs_base
+        self.needs_base = recipe.reads_base
         self.copy = Passthrough()
 
     def task(self, row: Row) -> Task:

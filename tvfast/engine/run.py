@@ -242,7 +242,7 @@ class Run:
             entries = [entry_of(loaded.parts[index], loaded, index) for index in indices]
             share_groups(method, entries)
             table = WorkTable(entries, len(entries[0].models))
-            backend = self._backend(table)
+            backend = self._backend(table, method)
             self._go_on()
             program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
             self._go_on()
@@ -298,7 +298,7 @@ class Run:
         """Tensors that are never in memory at once: the method's questions become passes over the files."""
         table, method = self._logical(unit)
         source = self._source(unit, table, slots, finish)
-        measured = inner or self._backend(table)
+        measured = inner or self._backend(table, method)
         backend = StreamedBackend(measured, source, foresee=method.program(), combine=combine)
         threads = self._plan.n_threads
         program, scalars = method.resolve(TableStatistics(backend, table, None, threads))
@@ -318,8 +318,8 @@ class Run:
         layout, inputs = self._plan.layout, self._inputs
         return StreamSource(unit, table, layout, inputs, slots, finish, self._check_finite)
 
-    def _backend(self, table: WorkTable) -> Backend:
-        return backend_for(table)
+    def _backend(self, table: WorkTable, method: ProgramMethod) -> Backend:
+        return backend_for(table, method.program().weighting)
 
     # -- results ------------------------------------------------------------------------------------
 

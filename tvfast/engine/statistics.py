@@ -34,7 +34,7 @@ class ModelStatistics:
         self._files = statistics
         self._averaged: dict[str, list[str]] = defaultdict(list)
         self.is_read = bool(self._kinds)
-        needs_base = METHODS[recipe.method].needs_base
+        needs_base = recipe.reads_base
         for part in recipe.slices if self.is_read else ():
             for k, source in enumerate(part.sources):
                 if not (needs_base and k == part.base):

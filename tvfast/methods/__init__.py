@@ -11,11 +11,17 @@ from tvfast.methods import (  # noqa: F401  (imported to register)
     dare,
     della,
     fisher,
+    geometric_median,
     kronecker,
     linear,
+    magnitude,
+    model_stock,
+    nearswap,
     passthrough,
+    ram,
     sce,
     slerp,
+    spherical,
     sta,
     task_arithmetic,
     ties,
@@ -32,6 +38,7 @@ from tvfast.methods.base import (
     register_method,
 )
 from tvfast.methods.statistics import TableStatistics
+from tvfast.methods.whole import fusion, spectral  # noqa: F401
 
 __all__ = [
     "METHODS",
@@ -87,4 +94,4 @@ def make_method(name: str, **parameters: Any) -> Method:
         raise UnknownNameError(
             f"method {name!r}: parameter {found!r} does not exist;{hint} it takes {', '.join(own)}."
         )
-    return info.cls(**{key: value for key, value in parameters.items() if value is not None})
+    return info.cls(**{key: value for key, value in parameters.items() if value is not None}).specialised()

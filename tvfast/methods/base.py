@@ -42,7 +42,8 @@ class Parameter:
 class MethodInfo:
     """What the registry knows of a method. `n_models`: fewest and most (None: no limit), base not counted.
 
-    `needs_scores`: every model must bring scores, from a statistics file.
+    `needs_scores`: every model must bring scores, from a statistics file. `optional_base`: a recipe may leave
+    the base out; the models themselves are then merged.
     """
 
     name: str
@@ -53,6 +54,7 @@ class MethodInfo:
     n_models: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
     needs_scores: bool = False
+    optional_base: bool = False
 
     @property
     def formula(self) -> str:
@@ -75,6 +77,7 @@ def register_method(
     needs_base: bool = True,
     n_models: tuple[int, int | None] = (1, None),
     needs_scores: bool = False,
+    optional_base: bool = False,
 ) -> Callable[[type[M]], type[M]]:
     """Class decorator: make a method known under `name`; the first of `dialects` is its default.
 
@@ -83,6 +86,7 @@ def register_method(
         needs_base: whether the base's values are an operand.
         n_models: fewest and most models, base not counted.
         needs_scores: whether every model must bring scores; `score_kind` says of which kind.
+        optional_base: whether a recipe may have no base; the method then has a flag `task_vectors`.
     """
 
     def decorate(cls: type[M]) -> type[M]:
@@ -92,7 +96,7 @@ def register_method(
             if f.name not in cls.unused
         )
         cls.info = METHODS[name] = MethodInfo(
-            name, cls, source, dialects, needs_base, n_models, parameters, needs_scores
+            name, cls, source, dialects, needs_base, n_models, parameters, needs_scores, optional_base
         )
         return cls
 
@@ -135,6 +139,15 @@ class Method(ABC):
         check_name("dialect", self.dialect, self.info.dialects, f"method {self.info.name!r}")
         if self.tie is not None:
             check_name("tie", self.tie, TIES, f"method {self.info.name!r}")
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether θ₀ is an operand."""
+        return self.info.needs_base
+
+    def specialised(self) -> Method:
+        """What carries the method out; another class where these parameters leave the stage algebra."""
+        return self
 
     # -- for subclasses -----------------------------------------------------------------------------
 
@@ -197,6 +210,29 @@ class Method(ABC):
                         f"method {self.info.name!r}: {name} is {item}; expected a number in [0, 1]."
                     )
 
+    def _refuse_weights(self) -> None:
+        """Raise if there are weights, which the method has no place for."""
+        if self.weights is not None:
+            raise ArgumentError(
+                f"method {self.info.name!r} takes no weights; found {self.weights!r}, expected None."
+            )
+
+    def _check_least(self, name: str, *, zero: bool = True) -> None:
+        """Normalise one number; raise unless it is finite and above 0, or 0 where `zero`."""
+        self._normalise(name, finite=True, per_model=False)
+        value = getattr(self, name)
+        if value < 0 or (value == 0 and not zero):
+            expected = "a number of 0 or more" if zero else "a number above 0"
+            raise ArgumentError(f"method {self.info.name!r}: {name} is {value}; expected {expected}.")
+
+    def _check_count(self, name: str) -> None:
+        """Normalise a count, which may come as a float, as numbers of a recipe do."""
+        self._check_least(name)
+        value = getattr(self, name)
+        if value != int(value):
+            raise ArgumentError(f"method {self.info.name!r}: {name} is {value}; expected a whole number.")
+        object.__setattr__(self, name, int(value))
+
     def _check_word(self, name: str) -> None:
         """Raise unless the parameter is one of its words, or None."""
         known = next(p.words for p in self.info.parameters if p.name == name)
@@ -234,7 +270,7 @@ class ProgramMethod(Method):
 
     def operands(self, base: View, models: tuple[View, ...]) -> tuple[View | None, tuple[View, ...]]:
         """(base, models) of an `Entry`: without a base, the models themselves are merged."""
-        return (base if self.info.needs_base else None), models
+        return (base if self.reads_base else None), models
 
     def row_elements(self, shape: Sequence[int]) -> int:
         """Elements per row for rank stages; 0: the whole tensor is one row."""
@@ -361,6 +397,11 @@ def share_groups(method: ProgramMethod, entries: Sequence[Entry]) -> None:
         entry.group = group
 
 
+def own_values(method: Method) -> dict[str, Any]:
+    """The parameters of a method, by name."""
+    return {f.name: getattr(method, f.name) for f in fields(method)}
+
+
 def numbers(name: str, value: Any) -> float | tuple[float, ...]:
     """A number as float; a sequence, array or 1-D tensor of numbers as a tuple.
 
@@ -431,6 +472,12 @@ def float32(value: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
+
+
+def next_float32(value: float) -> float:
+    """The least float32 above one of 0 or more."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    return float(struct.unpack("<f", struct.pack("<I", bits + 1))[0])
 
 
 def top_count(density: float, n: int) -> int:

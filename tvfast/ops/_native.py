@@ -79,7 +79,8 @@ def scalar_tuples(scalars: Sequence[TensorScalars]) -> tuple[list[Any], list[Any
 
 def moments_of(answer: Any, n_models: int) -> Moments:
     """Moments from the tuple that a compiled module gives for one entry."""
-    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite, n_base_nonfinite, elected, n_conflict, dots = answer
+    l1_before, l1, upper, n_kept, n_nonzero, n_nonfinite = answer[:6]
+    n_base_nonfinite, elected, n_conflict, dots, n_alone = answer[6:]
     gram = [[upper[min(a, b) * n_models + max(a, b)] for b in range(n_models)] for a in range(n_models)]
     return Moments(
         l1_before=l1_before,
@@ -92,6 +93,7 @@ def moments_of(answer: Any, n_models: int) -> Moments:
         elected=elected,
         n_conflict=n_conflict,
         dots=dots,
+        n_alone=n_alone,
     )
 
 

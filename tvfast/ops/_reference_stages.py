@@ -237,12 +237,34 @@ def rescale(program: Program, scalars: TensorScalars, kept: Kept) -> list[Tensor
     return rescaled
 
 
-def weights(tile: Tile, program: Program, scalars: TensorScalars) -> list[Tensor]:
-    """w_k: weight_k, or weight_k * s_k; K tensors [n]."""
+def nearness(x: Tensor, y: Tensor, limit: Tensor, floor: Tensor) -> Tensor:
+    """How much of y replaces x: min(max(limit / max(|x - y|, floor), 0), 1)."""
+    apart = (x - y).abs()
+    share = limit / torch.where(apart < floor, floor, apart)
+    least = torch.where(share < 0, torch.zeros_like(share), share)
+    return torch.where(least > 1, torch.ones_like(share), least)
+
+
+def n_present(entries: Sequence[Tensor]) -> Tensor:
+    """How many of the t_k are not zero; int64 [n]."""
+    return torch.stack([t != 0 for t in entries]).sum(dim=0)
+
+
+def weights(
+    tile: Tile, program: Program, scalars: TensorScalars, rescaled: Sequence[Tensor]
+) -> list[Tensor]:
+    """w_k: weight_k, weight_k * s_k, or what NEARNESS and ALONE make of the t_k; K tensors [n]."""
     like = tile.models[0]
+    if program.weighting is Weighting.NEARNESS:
+        limit = float32_value(scalars.models[1].weight, like)
+        share = nearness(rescaled[0], rescaled[1], limit, float32_value(scalars.divisor_floor, like))
+        return [1 - share, share]
     of_model = [torch.full_like(like, float(float32_value(m.weight, like))) for m in scalars.models]
     if program.weighting is Weighting.MODEL:
         return of_model
+    if program.weighting is Weighting.ALONE:
+        alone = n_present(rescaled) == 1
+        return [torch.where(alone, weight, torch.ones_like(weight)) for weight in of_model]
     return [weight * score(tile, k) for k, weight in enumerate(of_model)]
 
 

@@ -18,6 +18,7 @@ from tvfast.program import (
     RankQuery,
     TensorScalars,
     Threshold,
+    Weighting,
     WorkTable,
 )
 
@@ -32,13 +33,15 @@ class Wants(IntFlag):
     VOTES = 16  # elected, n_conflict
     SQUARES = 32  # the diagonal of the Gram matrix only
     DOTS = 64  # dots: products with the entries' `scores`
+    ALONE = 128  # n_alone
 
 
 class Backend(Protocol):
     """What every backend implements; `docs/architecture.md` gives the contract.
 
     One whose attribute `maps_scores` is true reads `Entry.score_maps`, and with them `Cross` and
-    `Weighting.SCORE`; others never see a table that has maps, or summaries to make them of.
+    `Weighting.SCORE`; others never see a table that has maps, or summaries to make them of. Its attribute
+    `weightings` holds those beyond `SCORE` that it has; with `ALONE` it also answers `Wants.ALONE`.
     """
 
     name: str
@@ -201,8 +204,11 @@ def _load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(_MODULES[name]).backend())
 
 
-def backend_for(table: WorkTable) -> Backend:
+def backend_for(table: WorkTable, weighting: Weighting = Weighting.MODEL) -> Backend:
     """The first backend that can process the table; `TVFAST_BACKEND` forces one.
+
+    Args:
+        weighting: of the programs that will run.
 
     Raises:
         ArgumentError: `TVFAST_BACKEND` names no backend.
@@ -213,6 +219,8 @@ def backend_for(table: WorkTable) -> Backend:
     def why_not(backend: Backend) -> str | None:
         if scored and not getattr(backend, "maps_scores", False):
             return "it has no kernel for mapped scores, crossed scores or weights by score"
+        if weighting > Weighting.SCORE and weighting not in getattr(backend, "weightings", ()):
+            return f"it has no kernel for Weighting.{weighting.name}"
         return backend.why_not(table)
 
     return _first(why_not)

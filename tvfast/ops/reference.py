@@ -27,6 +27,7 @@ from tvfast.program import (
     Threshold,
     View,
     Vote,
+    Weighting,
     WorkTable,
 )
 
@@ -91,6 +92,7 @@ class Reference(ReferenceProducts):
 
     name = "reference"
     maps_scores = True
+    weightings = frozenset(Weighting)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -219,7 +221,7 @@ class Reference(ReferenceProducts):
     def _combine(self, tile: Tile, program: Program, scalars: TensorScalars) -> Tensor:
         kept = stages.keep(tile, program, scalars)
         rescaled = stages.rescale(program, scalars, kept)
-        weights = stages.weights(tile, program, scalars)
+        weights = stages.weights(tile, program, scalars, rescaled)
         weighted = stages.weigh(weights, rescaled)
         ballots = stages.cast_ballots(program, rescaled, weighted)
         belong = stages.members(program, scalars, ballots, weighted)
@@ -248,6 +250,7 @@ class Reference(ReferenceProducts):
             n_kept=[0] * n_models,
             n_nonzero=[0] * n_models,
             n_nonfinite=[0] * n_models,
+            n_alone=[0] * n_models,
         )
         scored = bool(wants & Wants.DOTS)
         for tile in self._tiles(entry, program, scored):
@@ -255,6 +258,10 @@ class Reference(ReferenceProducts):
             sums.take(tile, kept, wants, ExactSum.observe)
             if wants & Wants.COUNTS:
                 _count(tile, kept, moments)
+            if wants & Wants.ALONE:
+                alone = stages.n_present(kept.entries) == 1
+                for k, t in enumerate(kept.entries):
+                    moments.n_alone[k] += int((alone & (t != 0)).sum())
             if wants & Wants.VOTES:
                 self._count_votes(tile, program, scalars, kept, moments)
         if wants & (Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS):
@@ -278,7 +285,7 @@ class Reference(ReferenceProducts):
         moments.n_conflict += int((positive & negative).sum())
         if program.vote is not Vote.NONE:
             rescaled = stages.rescale(program, scalars, kept)
-            weighted = stages.weigh(stages.weights(tile, program, scalars), rescaled)
+            weighted = stages.weigh(stages.weights(tile, program, scalars, rescaled), rescaled)
             ballots = stages.cast_ballots(program, rescaled, weighted)
             moments.elected += int(stages.vote(program, ballots).sum())
 

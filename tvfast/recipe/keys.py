@@ -64,13 +64,23 @@ _PASSTHROUGH = "passthrough"
 # Parameters that our methods have and mergekit's of the same names have not, so that it ignores them.
 _NOT_IN_PEER = MappingProxyType(
     {
+        "karcher": frozenset({"lambda", "weight"}),
         "linear": frozenset({"lambda"}),
+        "model_stock": frozenset({"lambda"}),
+        "multislerp": frozenset({"lambda", "task_vectors"}),
+        "nearswap": frozenset({"lambda"}),
+        "nuslerp": frozenset({"lambda", "task_vectors"}),
         "passthrough": frozenset({"lambda"}),
+        "ram": frozenset({"lambda"}),
+        "ramplus_tl": frozenset({"lambda"}),
         "sce": frozenset({"lambda", "weight"}),
         "slerp": frozenset({"lambda"}),
     }
 )
-_REQUIRED = MappingProxyType({"slerp": "t"})  # besides `weight`, where a method has it
+BASE_IS_AN_INPUT = frozenset({"karcher"})
+"""Methods for which mergekit takes `base_model` as one more model, since they know no base."""
+
+_REQUIRED = MappingProxyType({"nearswap": "t", "slerp": "t"})  # besides `weight`, where a method has it
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from tvfast.errors import ArgumentError, RecipeError, UnknownNameError
 from tvfast.methods import METHODS, MethodInfo, make_method
 from tvfast.methods.base import TIES
 from tvfast.recipe.document import Value, nearest, shortened
-from tvfast.recipe.keys import PEER_KEYS, PEER_METHODS, WORDS, Key, method_keys
+from tvfast.recipe.keys import BASE_IS_AN_INPUT, PEER_KEYS, PEER_METHODS, WORDS, Key, method_keys
 from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
 from tvfast.recipe.references import read_reference
 from tvfast.recipe.resolution import Resolver
@@ -85,6 +85,7 @@ class _Reader:
         self.info: MethodInfo = METHODS[self.method]
         self.dialect = self._dialect()
         self.keys = method_keys(self.method, self.dialect)
+        self.reads_base = self.info.needs_base and (self._names_base() or not self.info.optional_base)
         self.words = self._words()
 
     def recipe(self, text: str) -> Recipe:
@@ -123,6 +124,15 @@ class _Reader:
         )
         self._check(recipe)
         return recipe
+
+    def _names_base(self) -> bool:
+        """Whether a base is named, for the recipe or for a slice."""
+        if "base_model" in self.entries:
+            return True
+        slices = self.entries.get("slices")
+        items = slices.sequence("a list of slices") if slices is not None else []
+        found = (item.mapping(what="a mapping with sources").get("base_model") for item in items)
+        return any(base is not None and base.plain is not None for base in found)
 
     # -- method and parameters --------------------------------------------------------------------------
 
@@ -213,8 +223,14 @@ class _Reader:
         sources = [self._source(item, base, stacked=False) for item in items]
         if base is not None and base not in (source.model for source in sources):
             appended = Source(base, None, {}, "base_model")
-            if self.info.needs_base:
+            if self.reads_base:
                 sources.append(appended)
+            elif self.method in BASE_IS_AN_INPUT:
+                sources.append(appended)
+                self.warnings["base_model"] = (
+                    f"base_model: is one more input of {self.method!r}, as in mergekit. To leave it out, do "
+                    "not name it."
+                )
             elif "weight" in self.keys and "weight" in parameters:
                 # mergekit makes the base an input here, and so the recipe's weight is one for it, too
                 sources.append(appended)
@@ -251,7 +267,7 @@ class _Reader:
             if key not in found:
                 raise item.error(f"has no {key}; expected {', '.join(known)}.")
         model = read_reference(found["model"], self._ignore)
-        is_base = self.info.needs_base and model == base
+        is_base = self.reads_base and model == base
         parameters = self._settings(found.get("parameters"), level="base" if is_base else "source")
         layers = _layer_range(found["layer_range"]) if stacked else None
         return Source(model, layers, parameters, item.path, self._stats_of(model, found.get("stats")))
@@ -274,7 +290,7 @@ class _Reader:
         position = models.index(base) if base in models else None
         fewest, most = self.info.n_models
         n_models = len(sources)
-        if self.info.needs_base:
+        if self.reads_base:
             if base is None:
                 raise value.error(f"method {self.method!r} needs a base; set base_model.")
             if position is None:
@@ -285,7 +301,7 @@ class _Reader:
             n_models -= 1
             fewest = 0 if most is None else fewest  # of the base alone there is nothing to add: it is copied
         if n_models < fewest or (most is not None and n_models > most):
-            base_too = " besides the base" if self.info.needs_base else ""
+            base_too = " besides the base" if self.reads_base else ""
             many = f"{fewest} model{'s' * (fewest != 1)}" if most is not None else f"{fewest} model at least"
             raise value.error(
                 f"method {self.method!r} got {n_models} models{base_too}; expected {many}{base_too}."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tvfast.methods import METHODS
 from tvfast.recipe.settings import Setting
 
 Settings = Mapping[str, Setting]
@@ -108,6 +109,13 @@ class Recipe:
     nonfinite: Literal["error", "propagate"] = "error"
     on_missing: Literal["error", "base"] = "error"
     warnings: tuple[str, ...] = ()
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the method has the base as an operand: where it is optional, the recipe decides."""
+        info = METHODS[self.method]
+        named = self.base_model is not None or any(part.base is not None for part in self.slices)
+        return info.needs_base and (named or not info.optional_base)
 
     @property
     def output_dtype(self) -> str | None:

@@ -25,7 +25,9 @@ class Resolver:
         self.recipe = recipe
         self._fixed = {"seed": seed, "tie": recipe.tie, "dialect": recipe.dialect, **recipe.words}
         self._keys = tuple(method_keys(recipe.method, recipe.dialect).values())
-        self._needs_base = METHODS[recipe.method].needs_base
+        self._needs_base = recipe.reads_base
+        if METHODS[recipe.method].optional_base:
+            self._fixed["task_vectors"] = recipe.reads_base
         self._methods: dict[Arguments, Method] = {}
         self._constant: dict[str, Method | None] = {}  # by place of the slice; None: not constant
 

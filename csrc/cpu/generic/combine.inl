@@ -74,7 +74,9 @@ struct Weights {
 
   TVFAST_INLINE_MEMBER F at(const Program& program, int k, std::int64_t j) const {
     const F weight = splat(of_model[k]);
-    return program.weighting == Weighting::SCORE ? weight * load<F>(shares[k] + j) : weight;
+    if (program.weighting == Weighting::MODEL) return weight;
+    const F share = load<F>(shares[k] + j);
+    return program.weighting == Weighting::SCORE ? weight * share : share;
   }
 };
 
@@ -153,6 +155,7 @@ inline constexpr Program kTiesByWeight{.vote = Vote::MASS,
                                        .ballot = Ballot::WEIGHTED,
                                        .members = Members::STRICT,
                                        .divisor = Divisor::WEIGHT};
+inline constexpr Program kActiveMean{.members = Members::STRICT, .divisor = Divisor::COUNT};
 inline constexpr Program kTiesByCount{
     .vote = Vote::MASS, .members = Members::STRICT, .divisor = Divisor::COUNT};
 
@@ -172,6 +175,7 @@ static Program after_keep(const Program& program) {
 static ReduceBlock choose_reduce(const Program& program, int n_models) {
   const Program p = after_keep(program);
   if (p == kSum) return for_model_count<Fixed<kSum>>(n_models);
+  if (p == kActiveMean) return for_model_count<Fixed<kActiveMean>>(n_models);
   if (p == kTiesByWeight) return for_model_count<Fixed<kTiesByWeight>>(n_models);
   if (p == kTiesByCount) return for_model_count<Fixed<kTiesByCount>>(n_models);
   return reduce_block<AtRunTime, 0>;

@@ -115,6 +115,19 @@ static void set_bits(std::uint64_t* words, std::int64_t i, std::uint64_t bits, s
         .fetch_or(bits >> (64 - at), std::memory_order_relaxed);
 }
 
+// Entries that are the only one present among the kept t_k.
+static void count_alone(const BlockCall& block, Moments& moments) {
+  float* n_present = block.tile.scratch.shares.get(block.stride());
+  for (std::int64_t j = 0; j < block.n; j += kLanes) store(n_present + j, count_present(block, j));
+  for (int k = 0; k < block.tile.n_models(); ++k) {
+    const float* tau = block.tau(k);
+    I count = {};
+    for (std::int64_t j = 0; j < block.n; j += kLanes)
+      count -= (load<F>(n_present + j) == splat(1.0f)) & not_zero(load<F>(tau + j));
+    moments.n_alone[k] += lane_sum(count);
+  }
+}
+
 static void measure_tile(const TileCall& call, unsigned wants, Moments& moments) {
   const Entry& entry = call.entry;
   const int n_models = call.n_models();
@@ -183,6 +196,7 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
         }
       }
     }
+    if (wants & ALONE) count_alone(block, moments);
     if (wants & VOTES) count_votes(block, variance, moments);
   });
 }

@@ -320,17 +320,52 @@ static void stage_taus(const BlockCall& block, const float* origin, Seen&& seen)
   }
 }
 
-// [K] scores that weigh the models' entries; null pointers where the program weighs by model alone.
+// How many models have an entry that is not zero.
+TVFAST_INLINE F count_present(const BlockCall& block, std::int64_t j) {
+  F n_present = splat(0.0f);
+  for (int k = 0; k < block.tile.n_models(); ++k)
+    n_present += masked(not_zero(load<F>(block.tau(k) + j)), splat(1.0f));
+  return n_present;
+}
+
+// What the first model's entries are multiplied by, and the second's, from how far they are apart.
+static void stage_nearness(const BlockCall& block, float* first, float* second) {
+  const float *x = block.tau(0), *y = block.tau(1);
+  const F limit = splat(block.tile.models[1].weight), floor = splat(block.tile.tensor.divisor_floor);
+  for (std::int64_t j = 0; j < block.n; j += kLanes) {
+    const F share = nearness(load<F>(x + j), load<F>(y + j), limit, floor);
+    store(first + j, splat(1.0f) - share);
+    store(second + j, share);
+  }
+}
+
+// [K] what weighs the models' entries; null pointers where the program weighs by model alone. The
+// kept and rescaled entries are staged.
 static std::vector<const float*> stage_shares(const BlockCall& block) {
   const TileCall& call = block.tile;
-  std::vector<const float*> shares(call.n_models(), nullptr);
-  if (call.program.weighting != Weighting::SCORE) return shares;
-  float* all = call.scratch.shares.get(block.stride() * call.n_models());
-  for (int k = 0; k < call.n_models(); ++k) {
-    float* share = all + k * block.stride();
-    for_each_score(call.entry, k, block.begin, block.n,
-                   [share](std::int64_t j, F x) { store(share + j, x); });
-    shares[k] = share;
+  const int n_models = call.n_models();
+  std::vector<const float*> shares(n_models, nullptr);
+  if (call.program.weighting == Weighting::MODEL) return shares;
+  float* all = call.scratch.shares.get(block.stride() * n_models);
+  for (int k = 0; k < n_models; ++k) shares[k] = all + k * block.stride();
+  switch (call.program.weighting) {
+    case Weighting::MODEL: break;
+    case Weighting::SCORE:
+      for (int k = 0; k < n_models; ++k) {
+        float* share = all + k * block.stride();
+        for_each_score(call.entry, k, block.begin, block.n,
+                       [share](std::int64_t j, F x) { store(share + j, x); });
+      }
+      break;
+    case Weighting::NEARNESS: stage_nearness(block, all, all + block.stride()); break;
+    case Weighting::ALONE:
+      for (std::int64_t j = 0; j < block.n; j += kLanes) {
+        const F n_present = count_present(block, j);
+        for (int k = 0; k < n_models; ++k)
+          store(all + k * block.stride() + j,
+                weight_alone(n_present, splat(call.models[k].weight)));
+      }
+      break;
   }
   return shares;
 }

@@ -1,0 +1,1 @@
+"""Methods that merge whole tensors with torch, outside the stage algebra."""

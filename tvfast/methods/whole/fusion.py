@@ -1,0 +1,37 @@
+"""Arcee Fusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvfast.methods.base import TensorJob, TensorResult, register_method
+from tvfast.methods.whole.base import WholeMethod
+
+
+@register_method(
+    "arcee_fusion", source="Arcee AI 2024, arcee.ai; mergekit 0.1.5 `arcee_fusion`", n_models=(1, 1)
+)
+@dataclass(frozen=True, kw_only=True)
+class ArceeFusion(WholeMethod):
+    """θ = θ₀ + λ τ where |τ| KL(softmax θ_1 | softmax θ₀) of the row reaches q50 + 1.5 (q75 - q25)."""
+
+    unused = frozenset({"weights", "tie"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_weights()
+
+    def merge(self, jobs: Sequence[TensorJob]) -> list[TensorResult]:
+        from tvfast.matrices.fusion import fuse
+
+        results = []
+        for job in jobs:
+            assert job.base is not None
+            results.append(TensorResult(fuse(job.base, job.models[0], self.scale)))
+        return results
+
+    def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
+        """Task vector, importance, base and result in float32, and blocks in float64."""
+        return 17 * math.prod(shape) + 64 * 2**20
