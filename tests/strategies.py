@@ -242,8 +242,9 @@ scoring_programs = st.builds(
     programs,
     keep=st.sampled_from([Keep.SCORE, *Keep]),
     cross=st.sampled_from(Cross),
-    weighting=st.sampled_from(Weighting),
+    weighting=st.sampled_from([kind for kind in Weighting if kind is not Weighting.NEARNESS]),
 )
+near_programs = st.builds(replace, programs, weighting=st.just(Weighting.NEARNESS))  # of two models
 undivided_programs = programs.map(lambda program: replace(program, divisor=Divisor.NONE))
 
 lengths = st.one_of(
@@ -364,12 +365,16 @@ def cases(
     exact: bool = False,
     most_parts: int = 3,
     widest: int = 1000,
+    counts: st.SearchStrategy[int] = model_counts,
 ) -> Case:
     """A program and a table of one to `most_parts` entries, each with its own scalars."""
-    n_models = draw(model_counts)
+    n_models = draw(counts)
     drawn = [draw(parts(n_models, kinds, widest)) for _ in range(draw(st.integers(1, most_parts)))]
     return Case(draw(choose), drawn, [draw(tensor_scalars(part, exact)) for part in drawn])
 
 
 scoring_cases = cases(choose=scoring_programs).flatmap(scored)
 """Cases of the stages on scores."""
+
+near_cases = cases(choose=near_programs, counts=st.just(2))
+"""Cases of two models that are weighted by how near they are."""

@@ -47,7 +47,7 @@ TVFAST_STAGE F unless_lost(F score, M lost) { return select(lost, splat(-1.0f), 
 // How much of y replaces x: all of it where they are no farther apart than `limit`.
 TVFAST_STAGE F nearness(F x, F y, F limit, F floor) {
   const F apart = magnitude(x - y);
-  const F share = limit / select(apart < floor, floor, apart);
+  const F share = splat(1.0f) / select(apart < floor, floor, apart) * limit;
   const F least = select(share < splat(0.0f), splat(0.0f), share);
   return select(least > splat(1.0f), splat(1.0f), least);
 }

@@ -28,6 +28,7 @@ from tests.strategies import (
     grid_values,
     normal_values,
     programs,
+    near_cases,
     scoring_cases,
     undivided_programs,
     unpack_plane,
@@ -151,6 +152,12 @@ def test_stages_on_scores_equal_the_reference(native: Backend, case: Case) -> No
     wants = Wants.COUNTS | Wants.VOTES
     found = native.measure(case.table(), case.program, case.scalars, wants)
     assert found == REFERENCE.measure(case.table(), case.program, case.scalars, wants)
+
+
+@settings(max_examples=40)
+@given(case=near_cases)
+def test_weights_by_nearness_equal_the_reference(native: Backend, case: Case) -> None:
+    assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
 
 
 @settings(max_examples=60)

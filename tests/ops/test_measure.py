@@ -29,7 +29,7 @@ from tvfast.ops.raw import Backend, MaskingBackend, Wants
 from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote
 
 REFERENCE = reference.backend()
-EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES | Wants.DOTS
+EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES | Wants.DOTS | Wants.ALONE
 _FILLED_BY = {
     Wants.L1_BEFORE: ("l1_before",),
     Wants.L1: ("l1",),
@@ -37,6 +37,7 @@ _FILLED_BY = {
     Wants.COUNTS: ("n_kept", "n_nonzero", "n_nonfinite", "n_base_nonfinite"),
     Wants.VOTES: ("elected", "n_conflict"),
     Wants.DOTS: ("dots",),
+    Wants.ALONE: ("n_alone",),
 }
 
 

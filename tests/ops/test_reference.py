@@ -27,6 +27,7 @@ from tests.strategies import (
     combined,
     normal_values,
     scored,
+    near_programs,
     scoring_programs,
     table_of,
     unpack_plane,
@@ -181,7 +182,20 @@ class Restated:
 
     def weight(self, k: int, i: int) -> np.float32:
         weight = F(self.scalars.models[k].weight)
-        return weight * self.score(k, i) if self.program.weighting is Weighting.SCORE else weight
+        match self.program.weighting:
+            case Weighting.MODEL:
+                return weight
+            case Weighting.SCORE:
+                return weight * self.score(k, i)
+            case Weighting.ALONE:
+                present = sum(bool(self.rescaled(j, i) != 0) for j in range(len(self.taus)))
+                return weight if present == 1 else F(1)
+            case Weighting.NEARNESS:
+                apart = abs(self.rescaled(0, i) - self.rescaled(1, i))
+                floor = F(self.scalars.divisor_floor)
+                share = F(1) / (floor if apart < floor else apart) * F(self.scalars.models[1].weight)
+                share = F(0) if share < 0 else F(1) if share > 1 else share
+                return share if k else F(1) - share
 
     def kept(self, k: int, i: int) -> bool:
         own, g, tau = self.scalars.models[k], self.part.offset + i, self.taus[k][i]
@@ -310,10 +324,18 @@ def test_stages_on_scores_are_the_restated_page(case: Case) -> None:
     assert_same_bits(combined(REFERENCE, case), [expected], case.program)
 
 
+@settings(max_examples=40)
+@given(cases(widest=70, most_parts=1, choose=near_programs, counts=st.just(2)))
+def test_weights_by_nearness_are_the_restated_page(case: Case) -> None:
+    with np.errstate(all="ignore"):
+        expected = Restated(case.parts[0], case.program, case.scalars[0]).output()
+    assert_same_bits(combined(REFERENCE, case), [expected], case.program)
+
+
 @settings(max_examples=80)
 @given(cases(widest=40, most_parts=1))
 def test_measure_is_the_restated_page(case: Case) -> None:
-    wants = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES
+    wants = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES | Wants.ALONE
     (found,) = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
     part = case.parts[0]
     models = range(len(part.models))
@@ -333,6 +355,8 @@ def test_measure_is_the_restated_page(case: Case) -> None:
         voted = [restated.voted(restated.ballots(i)[0]) for i in range(part.n)]
     assert found.n_kept == [sum(flags) for flags in kept]
     assert found.n_nonzero == [sum(bool(x != 0) for x in row) for row in t]
+    alone = [sum(bool(x != 0) for x in column) == 1 for column in zip(*t, strict=True)]
+    assert found.n_alone == [sum(bool(x != 0) and a for x, a in zip(row, alone, strict=True)) for row in t]
     assert found.n_nonfinite == [int(np.sum(~np.isfinite(m))) for m in restated.models]
     assert found.n_base_nonfinite == (
         0 if restated.base is None else int(np.sum(~np.isfinite(restated.base)))

@@ -30,7 +30,7 @@ from tvfast.errors import MergeError
 from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.host import crc32c, first_nonfinite
-from tvfast.ops.raw import Backend, backend_for, host_backend
+from tvfast.ops.raw import Backend, backend_for, has_weighting, host_backend
 from tvfast.program import DType, View, WorkTable
 
 
@@ -202,15 +202,24 @@ class Run:
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
         n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
-        if self._offload is None or not unit.ring_bytes:
+        offload = self._offload_of(unit)
+        if offload is None or not unit.ring_bytes:
             self._check_finite(loaded)
             if unit.parts[0].task.tensor is not None:
                 block.drop(loaded.arrangement.n_bytes)
             self._merge(loaded, n_threads)
         else:
-            self._merge_on_device(self._offload, unit, loaded, n_threads)
+            self._merge_on_device(offload, unit, loaded, n_threads)
         self._go_on()
         self._write(loaded)
+
+    def _offload_of(self, unit: Unit) -> Offload | None:
+        """The device, if it has kernels for every method of the unit."""
+        offload = self._offload
+        methods = {part.task.method for part in unit.parts if part.task.method is not None}
+        if offload is None or not all(has_weighting(offload.backend, m.program().weighting) for m in methods):
+            return None
+        return offload
 
     def _merge_on_device(self, offload: Offload, unit: Unit, loaded: Loaded, n_threads: int) -> None:
         """Parts in memory, as `_merge`, through the ring of a device."""
@@ -259,7 +268,7 @@ class Run:
 
     def _process_in_chunks(self, unit: Unit, slots: Slots) -> None:
         """Parts that are not in host memory at once."""
-        offload = self._offload
+        offload = self._offload_of(unit)
         if offload is None:
             with self._streaming:  # kernels use every core, and a selection much memory
                 self._stream(unit, slots, self._finish_later)

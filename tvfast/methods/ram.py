@@ -22,6 +22,7 @@ class _Ram(ProgramMethod):
     """What both share: an entry of a model counts as changed if |τ| > epsilon."""
 
     unused = frozenset({"weights", "tie"})
+    plain_weights = False
 
     epsilon: float = parameter(1e-5, "an entry has changed if its |τ_k| is larger, 0 or more")
 

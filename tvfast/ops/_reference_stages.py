@@ -238,9 +238,9 @@ def rescale(program: Program, scalars: TensorScalars, kept: Kept) -> list[Tensor
 
 
 def nearness(x: Tensor, y: Tensor, limit: Tensor, floor: Tensor) -> Tensor:
-    """How much of y replaces x: min(max(limit / max(|x - y|, floor), 0), 1)."""
+    """How much of y replaces x: min(max(1 / max(|x - y|, floor) * limit, 0), 1)."""
     apart = (x - y).abs()
-    share = limit / torch.where(apart < floor, floor, apart)
+    share = torch.ones_like(apart) / torch.where(apart < floor, floor, apart) * limit
     least = torch.where(share < 0, torch.zeros_like(share), share)
     return torch.where(least > 1, torch.ones_like(share), least)
 

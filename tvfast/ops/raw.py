@@ -219,11 +219,16 @@ def backend_for(table: WorkTable, weighting: Weighting = Weighting.MODEL) -> Bac
     def why_not(backend: Backend) -> str | None:
         if scored and not getattr(backend, "maps_scores", False):
             return "it has no kernel for mapped scores, crossed scores or weights by score"
-        if weighting > Weighting.SCORE and weighting not in getattr(backend, "weightings", ()):
+        if not has_weighting(backend, weighting):
             return f"it has no kernel for Weighting.{weighting.name}"
         return backend.why_not(table)
 
     return _first(why_not)
+
+
+def has_weighting(backend: object, weighting: Weighting) -> bool:
+    """Whether a backend has kernels for programs that weigh so; scores are another matter."""
+    return weighting <= Weighting.SCORE or weighting in getattr(backend, "weightings", ())
 
 
 def product_backend_for(work: WorkTable | Sequence[Operand]) -> ProductBackend:
