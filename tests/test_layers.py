@@ -82,10 +82,20 @@ LAYERS = {
         inside=("tvfast.errors", "tvfast.ops", "tvfast.statistics", "tvfast.statistics.tensors"),
         outside=("torch",),
     ),
+    "tvfast.matrices": Layer(inside=("tvfast.errors", "tvfast.ops", "tvfast.program"), outside=("torch",)),
     "tvfast.methods": Layer(
-        inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw", "tvfast.methods.kronecker")
+        inside=(
+            "tvfast.errors",
+            "tvfast.program",
+            "tvfast.ops.raw",
+            "tvfast.methods.kronecker",
+            "tvfast.methods.whole",
+        )
     ),
-    # The one method module that calls torch: when it merges, and not before.
+    # The method modules that call torch: when they merge, and not before.
+    "tvfast.methods.whole": Layer(
+        inside=("tvfast.errors", "tvfast.methods", "tvfast.matrices"), outside=("torch",)
+    ),
     "tvfast.methods.kronecker": Layer(
         inside=("tvfast.errors", "tvfast.methods", "tvfast.factors"), outside=("torch",)
     ),

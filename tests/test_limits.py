@@ -33,7 +33,7 @@ def normal(std):
     return out
 
 n, method = int(sys.argv[1]), sys.argv[2]
-models = [normal(0.02) for _ in range(1 if METHODS[method].n_models[1] == 1 else 3)]
+models = [normal(0.02) for _ in range(min(3, METHODS[method].n_models[1] or 3))]
 base = normal(0.02)
 own = [p.name for p in METHODS[method].parameters]
 keywords = {name: 0.5 for name in ("density", "select_topk") if name in own}

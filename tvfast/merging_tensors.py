@@ -86,7 +86,9 @@ def merge_tensors(
             lines += [f"{method.info.name}: {result.note}"] * bool(result.note)
     if report is not None:
         report += lines
-    elif stats and (matrices := [leaf for leaves in reasons.values() for leaf in leaves if leaf.base.dim() > 1]):
+    elif stats and (
+        matrices := [leaf for leaves in reasons.values() for leaf in leaves if leaf.base.dim() > 1]
+    ):
         warnings.warn(
             f"method {method.info.name!r} averaged matrices without factors: {_some(matrices)}. Pass "
             "report=[] to "

@@ -43,9 +43,11 @@ from tvfast.program import (
     TensorScalars,
     Tie,
     Vote,
+    Weighting,
     ZeroSign,
 )
 
+MEASURED = EVERYTHING & ~Wants.ALONE  # which goes to backends with that weighting
 _SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _STAGES = {
     "keep": Keep,
@@ -198,9 +200,9 @@ def test_measures_and_planes_of_every_keep_stage(gpu: Backend, keep: Keep) -> No
     for number, tie in enumerate(Tie if keep in (Keep.BAND, Keep.SCORE, Keep.VARIANCE) else [Tie.HASH]):
         vote, gain = list(Vote)[(number + keep) % 3], list(Gain)[number % 2]
         program = Program(keep=keep, tie=tie, vote=vote, gain=gain, ballot=list(Ballot)[number % 2])
-        found = gpu.measure(case.table(), program, case.scalars, EVERYTHING)
-        expected = REFERENCE.measure(case.table(), program, case.scalars, EVERYTHING)
-        assert [asked(one, EVERYTHING) for one in found] == [asked(one, EVERYTHING) for one in expected]
+        found = gpu.measure(case.table(), program, case.scalars, MEASURED)
+        expected = REFERENCE.measure(case.table(), program, case.scalars, MEASURED)
+        assert [asked(one, MEASURED) for one in found] == [asked(one, MEASURED) for one in expected]
         if keep is not Keep.MASK:
             planes = []
             for backend in (gpu, REFERENCE):
@@ -300,7 +302,20 @@ def test_the_checks_of_every_backend(gpu: Backend) -> None:
     test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(gpu)
 
 
-@pytest.mark.parametrize("name", [n for n in methods.STAGED if not methods.METHODS[n].needs_scores])
+def weighting_of(name: str) -> Weighting:
+    method = methods.make_method(name)
+    assert isinstance(method, methods.ProgramMethod)
+    return method.program().weighting
+
+
+@pytest.mark.parametrize("name", [n for n in methods.STAGED if weighting_of(n) > Weighting.SCORE])
+def test_weights_by_other_entries_go_to_a_backend_that_has_them(gpu: Backend, name: str) -> None:
+    base = torch.zeros(5)
+    with pytest.raises(BackendError, match="no kernel for Weighting"):
+        merge(base, [base + 1], name)
+
+
+@pytest.mark.parametrize("name", [n for n in methods.STAGED if weighting_of(n) is Weighting.MODEL])
 def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(17, 15, generator=generator).bfloat16()
@@ -321,5 +336,5 @@ def test_scores_go_to_a_backend_that_reads_them(gpu: Backend) -> None:
 def test_wants_have_the_bits_of_the_kernels(gpu: Backend) -> None:
     from tvfast.kernels import measure
 
-    for want in Wants:
+    for want in MEASURED:
         assert getattr(measure, str(want.name)).value == want.value

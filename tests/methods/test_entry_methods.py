@@ -105,7 +105,12 @@ def test_nearswap_takes_the_model_where_it_is_near() -> None:
 def test_magmax_takes_the_largest_change() -> None:
     base, models = torch.zeros(4), [torch.tensor([1.0, -3.0, 2.0, 0.0]), torch.tensor([-2.0, 1.0, -2.0, 0.0])]
     assert tvfast.merge(base, models, method="magmax").tolist() == [-2.0, -3.0, -2.0, 0.0]
-    assert tvfast.merge(base, models, method="magmax", weights=[3, 1], scale=0.5).tolist() == [1.5, -4.5, 3, 0]
+    assert tvfast.merge(base, models, method="magmax", weights=[3, 1], scale=0.5).tolist() == [
+        1.5,
+        -4.5,
+        3,
+        0,
+    ]
 
 
 def test_magnitude_prune_trims_and_adds() -> None:

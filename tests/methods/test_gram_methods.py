@@ -91,9 +91,7 @@ def test_multislerp_with_given_weights_and_eps() -> None:
     base, models = family(0.5, 3, 40)
     taus = [(m - base).double() for m in models]
     weights = [0.5, -0.25, 1.5]
-    out = tvfast.merge(
-        base, models, method="multislerp", weights=weights, normalize_weights=False, eps=0.125
-    )
+    out = tvfast.merge(base, models, method="multislerp", weights=weights, normalize_weights=False, eps=0.125)
     assert close(out, base.double() + spheres.multislerp(taus, weights, 0.125), base, models)
 
 

@@ -62,7 +62,7 @@ def test_every_field_of_moments_has_a_want() -> None:
 
 
 @settings(max_examples=80)
-@given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 127).map(Wants)))
+@given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 255).map(Wants)))
 def test_every_number_equals_the_reference(native: Backend, case: Case, wants: Wants) -> None:
     found = native.measure(case.table(), case.program, case.scalars, wants)
     expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)

@@ -25,9 +25,9 @@ from tests.strategies import (
     bits,
     cases,
     combined,
+    near_programs,
     normal_values,
     scored,
-    near_programs,
     scoring_programs,
     table_of,
     unpack_plane,
@@ -193,7 +193,7 @@ class Restated:
             case Weighting.NEARNESS:
                 apart = abs(self.rescaled(0, i) - self.rescaled(1, i))
                 floor = F(self.scalars.divisor_floor)
-                share = F(1) / (floor if apart < floor else apart) * F(self.scalars.models[1].weight)
+                share = F(1) / (max(apart, floor)) * F(self.scalars.models[1].weight)
                 share = F(0) if share < 0 else F(1) if share > 1 else share
                 return share if k else F(1) - share
 

@@ -18,7 +18,7 @@ from tvfast.engine.statistics import ModelStatistics
 from tvfast.engine.tasks import Task
 from tvfast.engine.vocabulary import check_same_vocabulary, vocabulary_file
 from tvfast.errors import DTypeError, RecipeError, ShapeError
-from tvfast.methods import METHODS, ProgramMethod, TensorMethod
+from tvfast.methods import ProgramMethod, TensorMethod
 from tvfast.methods.passthrough import Passthrough
 from tvfast.recipe import Recipe, Resolver
 from tvfast.statistics import StatisticsFile, open_statistics

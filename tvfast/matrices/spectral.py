@@ -45,7 +45,7 @@ def iso_cts(deltas: Sequence[Tensor], common: float) -> Tensor:
 
 
 def knots(deltas: Sequence[Tensor], density: float, smallest: float) -> Tensor:
-    """TIES in the basis that all tasks share: U · TIES(diag(s) V_t) of [D_1 ... D_T] = U diag(s) [V_1 ... V_T].
+    """TIES in a common basis: U · TIES(diag(s) V_t) of [D_1 ... D_T] = U diag(s) [V_1 ... V_T].
 
     Singular values up to `smallest` are left out. TIES trims every task to its share `density` of largest
     magnitudes, elects signs by mass, and averages those that agree.

@@ -39,6 +39,7 @@ from tvfast.methods.base import (
 )
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.whole import fusion, spectral  # noqa: F401
+from tvfast.methods.whole.custom import custom_method
 
 __all__ = [
     "METHODS",
@@ -49,6 +50,7 @@ __all__ = [
     "ProgramMethod",
     "TableStatistics",
     "TensorMethod",
+    "custom_method",
     "make_method",
     "method_info",
     "register_method",

@@ -17,7 +17,7 @@ from tvfast.program import Program, TensorScalars
 
 @dataclass(frozen=True, kw_only=True)
 class GramMethod(ProgramMethod):
-    """θ = λ Σ_k c_k x_k, or θ₀ + that; c_k from the Gram matrix of a tensor's x_k, in float64, rounded once."""
+    """θ = λ Σ_k c_k x_k, or θ₀ + that; c_k in float64 from the Gram matrix of a tensor's x_k."""
 
     plain_weights: ClassVar[bool] = False  # every coefficient depends on every weight
 

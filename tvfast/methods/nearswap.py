@@ -13,7 +13,7 @@ SMALLEST_DISTANCE = float32(1e-6)  # t is divided by at least this
 
 @register_method(
     "nearswap",
-    source="alchemonaut 2024, huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001; mergekit 0.1.5 `nearswap`",
+    source="alchemonaut 2024, QuartetAnemoi-70B-t0.0001; mergekit 0.1.5 `nearswap`",
     n_models=(1, 1),
 )
 @dataclass(frozen=True, kw_only=True)

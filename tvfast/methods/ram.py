@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tvfast.methods.base import ProgramMethod, float32, next_float32, parameter, register_method

@@ -44,7 +44,10 @@ def units(gram: Gram, lengths: Sequence[float]) -> list[list[float]]:
 
 def combined(*terms: tuple[float, Sequence[float]]) -> Point:
     """Σ c · a over the (c, a)."""
-    return [math.fsum(c * x for (c, _), x in zip(terms, column, strict=True)) for column in zip(*(a for _, a in terms), strict=True)]
+    return [
+        math.fsum(c * x for (c, _), x in zip(terms, column, strict=True))
+        for column in zip(*(a for _, a in terms), strict=True)
+    ]
 
 
 def unit_vector(k: int, n: int) -> Point:
@@ -52,9 +55,7 @@ def unit_vector(k: int, n: int) -> Point:
     return [float(j == k) for j in range(n)]
 
 
-def karcher_mean(
-    gram: Gram, shares: Sequence[float], max_iter: int, tol: float
-) -> Point:
+def karcher_mean(gram: Gram, shares: Sequence[float], max_iter: int, tol: float) -> Point:
     """The mean of the vectors' directions on the sphere, as a combination of the vectors; of length 1.
 
     Iterates μ <- exp_μ(Σ share_k log_μ(u_k)) from the normalised mean of the unit vectors, until the step is

@@ -144,7 +144,9 @@ class Karcher(GramMethod):
     """θ = λ · Σ_k w_k |θ_k| · the Karcher mean of the directions θ_k / |θ_k|, weights of sum 1."""
 
     max_iter: int = parameter(10, "iterations at most")
-    tol: float = parameter(1e-5, "the iteration ends when a step is shorter; shorter models have no direction")
+    tol: float = parameter(
+        1e-5, "the iteration ends when a step is shorter; shorter models have no direction"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

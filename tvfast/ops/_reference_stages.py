@@ -250,9 +250,7 @@ def n_present(entries: Sequence[Tensor]) -> Tensor:
     return torch.stack([t != 0 for t in entries]).sum(dim=0)
 
 
-def weights(
-    tile: Tile, program: Program, scalars: TensorScalars, rescaled: Sequence[Tensor]
-) -> list[Tensor]:
+def weights(tile: Tile, program: Program, scalars: TensorScalars, rescaled: Sequence[Tensor]) -> list[Tensor]:
     """w_k: weight_k, weight_k * s_k, or what NEARNESS and ALONE make of the t_k; K tensors [n]."""
     like = tile.models[0]
     if program.weighting is Weighting.NEARNESS:
