@@ -22,6 +22,7 @@ class Goal:
 
 _SLOW = Goal(PEER, 10, otherwise_limit=2)
 _TWICE = Goal(LIMIT, 2)
+_OTHERS = (Goal(PEER, 8),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +74,12 @@ ROWS = (
     MethodRow("breadcrumbs", _BAND),
     MethodRow("breadcrumbs_ties", _BAND),
     MethodRow("sce", parameters={"select_topk": 0.5}),
+    MethodRow("nuslerp", {"weight": 0.5}, models=("ft1", "ft2"), goals=_OTHERS),
+    MethodRow("multislerp", {"weight": 0.5}, goals=_OTHERS),
+    MethodRow("karcher", base=False, goals=_OTHERS),
+    MethodRow("model_stock", goals=_OTHERS),
+    MethodRow("nearswap", parameters={"t": 1e-4}, models=("ft1",)),
+    MethodRow("arcee_fusion", models=("ft1",), goals=_OTHERS),
+    MethodRow("ram", goals=_OTHERS),
+    MethodRow("ramplus_tl"),
 )

@@ -38,14 +38,20 @@ from parity_cases import (
 from safetensors.numpy import load_file, save_file
 
 WITHOUT_BASE = ("linear", "passthrough")
+"""Methods that every case runs without a base."""
 
 
 def merged(
-    method: str, arrays: Sequence[Array], parameters: dict[str, Any], dtype: torch.dtype = torch.float32
+    method: str,
+    arrays: Sequence[Array],
+    parameters: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    base: bool = True,
 ) -> Any:
     """One call of a registered method; arrays[0] is the base, which some methods do not take."""
     tensors = [torch.from_numpy(x).to(dtype) for x in arrays]
-    if method in WITHOUT_BASE:
+    if method in WITHOUT_BASE or not base:
         group = TensorGroup.from_tensors(tensors[1:])
     else:
         group = TensorGroup.from_tensors(tensors, base_index=0)
@@ -86,8 +92,10 @@ def write_deterministic(path: Path) -> None:
         listed.append(vars(case))
         dtype = torch.float64 if case.float64 else torch.float32
         for name, members in families[case.family].items():
-            operands = members[: case.models + 1]
-            arrays[f"output/{case.name}/{name}"] = merged(case.method, operands, case.parameters, dtype)
+            if name in case.shapes:
+                operands = members[: case.models + 1]
+                out = merged(case.method, operands, case.parameters, dtype, base=case.base)
+                arrays[f"output/{case.name}/{name}"] = out
     np.savez_compressed(path, record=record(cases=listed), **arrays)
 
 

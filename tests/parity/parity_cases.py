@@ -34,6 +34,8 @@ class Case:
     parameters: dict[str, Any] = field(default_factory=dict)
     models: int = N_MODELS
     float64: bool = False  # the peer runs in float64: its formula without its roundings
+    base: bool = True  # whether the peer is given the base
+    shapes: tuple[str, ...] = tuple(SHAPES)
 
 
 def _finetune(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Array]:
@@ -185,6 +187,9 @@ def cases() -> Iterator[Case]:
     yield Case("passthrough", "passthrough", "wide", {}, models=1)
     yield Case("passthrough-scale", "passthrough", "wide", {"scale": [-0.7]}, models=1)
 
+    yield from _sphere_cases()
+    yield from _entry_cases()
+
     yield Case("ta", "task_arithmetic", "finetune", {"weight": [0.5, 0.3, 0.2]})
     yield Case("ta-one", "task_arithmetic", "finetune", {"weight": [1.0]}, models=1)
     yield Case("ta-lambda", "task_arithmetic", "wide", {"weight": [1.0, -0.7, 0.35], "lambda": 0.4})
@@ -224,6 +229,52 @@ def cases() -> Iterator[Case]:
     yield Case("sce-norms", "sce", "dominant", {})
     yield Case("sce-norms-0.3", "sce", "dominant", {"select_topk": 0.3})
     yield Case("sce-two", "sce", "dominant", {"select_topk": 0.5}, models=2)
+
+
+_FEW = ("vector", "row", "cube")
+
+
+def _sphere_cases() -> Iterator[Case]:
+    """Coefficients from norms and dot products: to an ulp where they scale little, else against float64."""
+    pair, three = {"weight": [0.3, 0.9]}, {"weight": [0.5, 1.0, 0.25]}
+    yield Case("nuslerp", "nuslerp", "dominant", pair, models=2)
+    yield Case("multislerp", "multislerp", "dominant", three)
+    yield Case("stock", "model_stock", "dominant", {})
+    yield Case("stock-two", "model_stock", "dominant", {}, models=2)
+    yield Case("stock-rows", "model_stock", "dominant", {"filter_wise": True})
+    yield Case("multislerp-one", "multislerp", "wide", {"weight": [0.7]}, models=1, base=False)
+    yield Case("karcher-one", "karcher", "wide", {}, models=1, base=False)
+    for family in ("wide", "finetune"):
+        exact = {"float64": True, "shapes": _FEW}
+        for base in (True, False):
+            name = f"{family}-{'base' if base else 'models'}"
+            yield Case(f"nuslerp-{name}", "nuslerp", family, pair, models=2, base=base, **exact)
+            yield Case(f"multislerp-{name}", "multislerp", family, three, base=base, **exact)
+        for along in (True, False):
+            rows = {**pair, "nuslerp_flatten": False, "nuslerp_row_wise": along}
+            yield Case(f"nuslerp-rows-{along}-{family}", "nuslerp", family, rows, models=2, **exact)
+        yield Case(f"karcher-{family}", "karcher", family, {}, base=False, **exact)
+        yield Case(f"karcher-{family}-2", "karcher", family, {"max_iter": 2}, base=False, **exact)
+        yield Case(f"stock-{family}", "model_stock", family, {}, **exact)
+        yield Case(f"stock-rows-{family}", "model_stock", family, {"filter_wise": True}, **exact)
+    unnormed = {**three, "normalize_weights": False}
+    yield Case("multislerp-sum", "multislerp", "wide", unnormed, float64=True, shapes=_FEW)
+
+
+def _entry_cases() -> Iterator[Case]:
+    """Entry by entry; of one model by the divergence of its rows."""
+    for t in (1e-4, 3e-4, 0.0):
+        yield Case(f"nearswap-{t}", "nearswap", "finetune", {"t": t}, models=1, shapes=_FEW)
+    yield Case("nearswap-wide", "nearswap", "wide", {"t": 0.5}, models=1)
+    for epsilon in (1e-5, 0.03):
+        yield Case(f"ram-{epsilon}", "ram", "dominant", {"epsilon": epsilon}, shapes=_FEW)
+        plus = {"epsilon": epsilon, "r": 0.5, "alpha": 0.75}
+        yield Case(f"ramplus-{epsilon}", "ramplus_tl", "dominant", plus, shapes=_FEW)
+    yield Case("ram-two", "ram", "dominant", {"epsilon": 0.02}, models=2)
+    yield Case("ramplus", "ramplus_tl", "dominant", {}, models=2)
+    for family in ("wide", "finetune"):
+        exact = {"float64": True, "shapes": ("matrix", "vector", "cube")}
+        yield Case(f"fusion-{family}", "arcee_fusion", family, {}, models=1, **exact)
 
 
 @dataclass(frozen=True)

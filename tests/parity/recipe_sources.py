@@ -15,6 +15,7 @@ REPOSITORY = "arcee-ai/mergekit"
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 _METHODS_PAGE = ("docs/merge_methods.md", "16379603a42e546142afa116be91be125cd3519b")
 _MULTI_PAGE = ("docs/multimerge.md", "e91e23056263e7cc7076fadc235056448d12057b")
+_RAM = ("mergekit/merge_methods/ram.py", "release 0.1.5")
 _README = ("README.md", "release 0.1.5")
 _13B = "13B models -> ft1, ft2, ft3, base with the same 40 layers, width 64"
 _7B = "7B models -> ft1, ft2, ft3, base with the same 32 layers, width 64"
@@ -100,6 +101,18 @@ SOURCES = (
     Source("breadcrumbs-edge", *_METHODS_PAGE, "the edge case that the page describes, on ft1, ft2, ft3"),
     Source("breadcrumbs-ties", *_METHODS_PAGE, _OPTION),
     Source("sce", *_METHODS_PAGE, _OPTION),
+    Source("nuslerp", *_METHODS_PAGE, "without a base: slerp of the models, on ft1, ft2"),
+    Source("nuslerp-task-vectors", *_METHODS_PAGE, "with a base: slerp of task vectors, on ft1, ft2"),
+    Source("nuslerp-rows", *_METHODS_PAGE, "its two flags, on ft1, ft2"),
+    Source("multislerp", *_METHODS_PAGE, _OPTION),
+    Source("multislerp-task-vectors", *_METHODS_PAGE, "with a base, on ft1, ft2, ft3"),
+    Source("karcher", *_METHODS_PAGE, _OPTION),
+    Source("model-stock", *_METHODS_PAGE, _OPTION),
+    Source("model-stock-filter-wise", *_METHODS_PAGE, "its flag, on ft1, ft2"),
+    Source("nearswap", *_METHODS_PAGE, "on ft1, t of the size of its changes"),
+    Source("arcee-fusion", "examples/arcee_fusion.yml", "86c30b6f2c67270ec97f514740d8ff214d2a46c6", "on ft1"),
+    Source("ram", *_RAM, "no page has a recipe: its parameters on ft1, ft2, ft3"),
+    Source("ramplus-tl", *_RAM, "no page has a recipe: its parameters on ft1, ft2"),
     Source("passthrough-scale", *_METHODS_PAGE, "the page's filter, on ft1"),
     Source("readme-precedence", *_README, "the levels of its section on parameters, on 8 layers"),
     Source("readme-tokenizer-source", *_README, "the legacy key, on ft1, ft2"),

@@ -32,6 +32,7 @@ RANDOM = load(GOLDEN / "random.npz")
 RANKED = ("finetune", "wide", "dominant")
 METHODS = {
     *("linear", "slerp", "passthrough", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "sce"),
+    *("nuslerp", "multislerp", "karcher", "model_stock", "nearswap", "ram", "ramplus_tl", "arcee_fusion"),
 }
 RANDOM_METHODS = {"dare_linear", "dare_ties", "della", "della_linear"}
 

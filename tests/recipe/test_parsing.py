@@ -112,10 +112,7 @@ def test_empty_keys_count_as_absent() -> None:
         ("merge_method: 3", "merge_method: is 3; expected the name of a method"),
         ("merge_method: tis", "method 'tis' does not exist; did you mean 'ties'?"),
         ("merge_method: Linear", "did you mean 'linear'?"),
-        (
-            "merge_method: nuslerp",
-            "mergekit has the method 'nuslerp', tvfast does not have it yet; expected one of",
-        ),
+        ("merge_method: nuslerpp", "did you mean 'nuslerp'?"),
         (LINEAR + "modelz: []", "line 4: modelz: no such key. Did you mean 'models'?"),
         (LINEAR + "density: 1", "density: belongs under parameters"),
         (LINEAR + "modules: {text: {models: []}}", "modules: is not supported yet"),
@@ -352,7 +349,11 @@ def test_what_needs_no_weight() -> None:
     assert parse(TIES.replace("{model: b}", "{model: o}")).warnings == ()
 
 
-OURS = {"select_in_merge", "threshold", "shrink", "ridge", "iterations", "tolerance"}  # the peer has not
+OURS = {  # the peer has not
+    *("select_in_merge", "threshold", "shrink", "ridge", "iterations", "tolerance"),
+    *("ftol", "common_space_fraction", "smallest"),
+}
+OF_ALL = {("ram", "epsilon"), ("ramplus_tl", "epsilon"), ("knots", "density")}  # elsewhere of every model
 
 
 def test_every_parameter_of_every_method_has_a_name_in_recipes() -> None:
@@ -360,10 +361,8 @@ def test_every_parameter_of_every_method_has_a_name_in_recipes() -> None:
         for dialect in METHODS[name].dialects:
             for key in method_keys(name, dialect).values():
                 assert key.name in PEER_KEYS | OURS, (name, key)
-                assert key.per_model == (
-                    key.name in ("weight", "density", "gamma", "epsilon", "scale", "threshold")
-                )
-                assert key.flag == (key.name in ("normalize", "rescale", "select_in_merge"))
+                per_model = key.name in ("weight", "density", "gamma", "epsilon", "scale", "threshold")
+                assert key.per_model == (per_model and (name, key.name) not in OF_ALL)
 
 
 def method_of(text: str) -> Any:
@@ -506,3 +505,48 @@ slices:
     assert recipe.model_paths() == ("o", "a", "b")
     assert len(recipe.warnings) == 1
     assert "residual_weight" in recipe.warnings[0]
+
+
+# -- an optional base -----------------------------------------------------------------------------------
+
+NUSLERP = "merge_method: nuslerp\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+
+
+@pytest.mark.parametrize("base", [None, "o"])
+def test_a_base_that_a_method_may_do_without_decides_what_is_interpolated(base: str | None) -> None:
+    recipe = parse(NUSLERP + (f"base_model: {base}\n" if base else ""))
+    assert recipe.reads_base is (base is not None)
+    assert inputs(recipe) == ["a", "b", *([base] if base else [])]
+    resolver = Resolver(recipe, 0)
+    assert resolver.operands(recipe.slices[0]) == [0, 1]
+    method = resolver.method(recipe.slices[0], [""] * 3, "", 0.0)
+    assert method.reads_base is (base is not None)
+
+
+def test_a_base_of_a_slice_counts() -> None:
+    slices = "slices: [{base_model: o, sources: [{model: a, layer_range: [0, 2]}, "
+    recipe = parse(
+        "merge_method: multislerp\nparameters: {weight: 1}\n"
+        + slices
+        + "{model: o, layer_range: [0, 2]}]}]\n"
+    )
+    assert recipe.reads_base
+    assert Resolver(recipe, 0).operands(recipe.slices[0]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (NUSLERP.replace("weight: 1", "weight: 1, task_vectors: true"), "no such parameter"),
+        (NUSLERP.replace("{model: b}", "{model: b}, {model: c}"), "got 3 models; expected 2 models"),
+        (NUSLERP.replace("{weight: 1}", "{}"), "has no weight, which method 'nuslerp' needs"),
+        ("merge_method: nearswap\nbase_model: o\nmodels: [{model: a}]", "has no t"),
+        ("merge_method: model_stock\nbase_model: o\nmodels: [{model: a}]", "expected at least 2"),
+        (
+            "merge_method: ram\nbase_model: o\nparameters: {epsilon: -1}\nmodels: [{model: a}]",
+            "epsilon is -1.0",
+        ),
+    ],
+)
+def test_recipes_of_the_further_methods_that_are_refused(text: str, words: str) -> None:
+    assert words in refused(text)

@@ -7,20 +7,6 @@ from types import MappingProxyType
 
 from tvfast.methods import METHODS, MethodInfo
 
-PEER_METHODS = frozenset(
-    {
-        "arcee_fusion",
-        "karcher",
-        "model_stock",
-        "multislerp",
-        "nearswap",
-        "nuslerp",
-        "ram",
-        "ramplus_tl",
-    }
-)
-"""Methods of mergekit 0.1.5 besides those that share a name with ours."""
-
 PEER_KEYS = frozenset(
     {
         "alpha",

@@ -11,7 +11,7 @@ from tvfast.errors import ArgumentError, RecipeError, UnknownNameError
 from tvfast.methods import METHODS, MethodInfo, make_method
 from tvfast.methods.base import TIES
 from tvfast.recipe.document import Value, nearest, shortened
-from tvfast.recipe.keys import BASE_IS_AN_INPUT, PEER_KEYS, PEER_METHODS, WORDS, Key, method_keys
+from tvfast.recipe.keys import BASE_IS_AN_INPUT, PEER_KEYS, WORDS, Key, method_keys
 from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
 from tvfast.recipe.references import read_reference
 from tvfast.recipe.resolution import Resolver
@@ -145,10 +145,7 @@ class _Reader:
         if name in METHODS:
             return name
         shown = shortened(repr(name))
-        if name in PEER_METHODS:
-            reason = f"mergekit has the method {shown}, tvfast does not have it yet;"
-        else:
-            reason = f"method {shown} does not exist;{nearest(name, known).lower()}"
+        reason = f"method {shown} does not exist;{nearest(name, known).lower()}"
         raise UnknownNameError(str(value.error(f"{reason} expected one of {', '.join(known)}.")))
 
     def _dialect(self) -> str:

@@ -1,0 +1,132 @@
+"""Merges of checkpoints from dot products, by entries and of whole tensors: the bits of `merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import tvfast
+from tvfast.engine import plan as planning
+
+SHAPES = {"embed.weight": (301, 1030), "norm.weight": (1030,), "proj.weight": (60, 500)}
+MEMBERS = ("base", "ft1", "ft2", "ft3")
+
+# method, parameters, models, whether the recipe names a base, passes where tensors do not fit the memory
+STREAMED: list[tuple[str, dict[str, Any], int, bool, int]] = [
+    ("nuslerp", {"weight": 0.5}, 2, True, 2),
+    ("nuslerp", {"weight": 0.5}, 2, False, 2),
+    ("multislerp", {"weight": 0.5}, 3, True, 2),
+    ("multislerp", {"weight": 0.5}, 3, False, 2),
+    ("karcher", {}, 3, False, 2),
+    ("model_stock", {}, 3, True, 2),
+    ("geometric_median", {"max_iter": 20}, 3, True, 2),
+    ("nearswap", {"t": 5e-4}, 1, True, 1),
+    ("ram", {"epsilon": 5e-4}, 3, True, 1),
+    ("ramplus_tl", {"epsilon": 5e-4}, 3, True, 2),
+    ("magmax", {}, 3, True, 1),
+    ("magnitude_prune", {"density": 0.3}, 3, True, 2),
+]
+WHOLE: list[tuple[str, dict[str, Any], int, bool]] = [
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}, 2, True),
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}, 2, False),
+    ("model_stock", {"filter_wise": True}, 2, True),
+    ("arcee_fusion", {}, 1, True),
+    ("tsv_m", {}, 2, True),
+]
+
+
+def members() -> dict[str, dict[str, Tensor]]:
+    drawn = torch.Generator().manual_seed(7)
+    base = {name: torch.randn(shape, generator=drawn) * 0.02 for name, shape in SHAPES.items()}
+    found = {"base": {name: tensor.bfloat16() for name, tensor in base.items()}}
+    for member in MEMBERS[1:]:
+        found[member] = {
+            name: (tensor.float() + torch.randn(tensor.shape, generator=drawn) * 1e-3).bfloat16()
+            for name, tensor in found["base"].items()
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("family")
+    for member, tensors in members().items():
+        (root / member).mkdir()
+        save_file(tensors, root / member / "model.safetensors", {"format": "pt"})
+    return root
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that cut and stream tensors of hundreds of kilobytes."""
+    for name in ("PROGRAM_BYTES", "SCRATCH_BYTES", "RANK_BYTES", "STREAM_BYTES"):
+        monkeypatch.setattr(planning, name, 0)
+    monkeypatch.setattr(planning, "UNIT_BYTES", 2**19)
+
+
+def recipe(family: Path, method: str, parameters: dict[str, Any], n: int, base: bool) -> dict[str, Any]:
+    named = {"base_model": str(family / "base")} if base else {}
+    models = [{"model": str(family / member)} for member in MEMBERS[1 : n + 1]]
+    return {"merge_method": method, **named, "models": models, "parameters": parameters}
+
+
+def expected(method: str, parameters: dict[str, Any], n: int, base: bool) -> dict[str, Tensor]:
+    own = {("weights" if key == "weight" else key): value for key, value in parameters.items()}
+    if tvfast.methods.METHODS[method].optional_base:
+        own["task_vectors"] = base
+    tensors = members()
+    return tvfast.merge(tensors["base"], [tensors[m] for m in MEMBERS[1 : n + 1]], method, **own)
+
+
+def check(out: Path, wanted: dict[str, Tensor]) -> None:
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize(("method", "parameters", "n", "base", "n_passes"), STREAMED)
+def test_memory_changes_no_bit(
+    family: Path,
+    tmp_path: Path,
+    method: str,
+    parameters: dict[str, Any],
+    n: int,
+    base: bool,
+    n_passes: int,
+) -> None:
+    config = recipe(family, method, parameters, n, base)
+    large = tvfast.merge_checkpoints(config, tmp_path / "large", threads=2)
+    small = tvfast.merge_checkpoints(config, tmp_path / "small", threads=3, memory=3 * 2**19)
+    assert (large.n_passes, small.n_passes) == (1, n_passes)
+    wanted = expected(method, parameters, n, base)
+    check(tmp_path / "large", wanted)
+    check(tmp_path / "small", wanted)
+
+
+@pytest.mark.parametrize(("method", "parameters", "n", "base"), WHOLE)
+def test_whole_tensors(
+    family: Path, tmp_path: Path, method: str, parameters: dict[str, Any], n: int, base: bool
+) -> None:
+    torch.set_num_threads(1)  # as the engine does
+    tvfast.merge_checkpoints(recipe(family, method, parameters, n, base), tmp_path / "out", threads=2)
+    check(tmp_path / "out", expected(method, parameters, n, base))
+
+
+def test_what_a_spectral_method_averages_is_in_the_report(family: Path, tmp_path: Path) -> None:
+    report = tvfast.merge_checkpoints(recipe(family, "tsv_m", {}, 2, True), tmp_path / "out")
+    assert "tsv_m: averaged, no matrices: 1 tensor (norm.weight)." in report.warnings
+
+
+def test_karcher_counts_a_named_base_as_one_more_model(family: Path, tmp_path: Path) -> None:
+    report = tvfast.merge_checkpoints(recipe(family, "karcher", {}, 2, True), tmp_path / "out")
+    assert any("base_model: is one more input of 'karcher'" in warning for warning in report.warnings)
+    tensors = members()
+    wanted = tvfast.merge(tensors["ft1"], [tensors[m] for m in ("ft1", "ft2", "base")], "karcher")
+    check(tmp_path / "out", wanted)
