@@ -42,6 +42,7 @@ LAYERS = {
             "tvfast.ops",
             "tvfast.merging",
             "tvfast.comparing",
+            "tvfast.localizing",
             "tvfast.live",
             "tvfast.checkpoints",
             "tvfast.curvature",
@@ -158,6 +159,10 @@ LAYERS = {
             "tvfast.merging",
             "tvfast._leaves",
         ),
+        outside=("torch",),
+    ),
+    "tvfast.localizing": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods", "tvfast._leaves"),
         outside=("torch",),
     ),
     "tvfast.comparing": Layer(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tvfast.comparing import Comparison as Comparison
     from tvfast.comparing import compare as compare
     from tvfast.live import LiveMerge as LiveMerge
+    from tvfast.localizing import Localized as Localized
+    from tvfast.localizing import localize as localize
     from tvfast.merging import merge as merge
     from tvfast.merging import merge_ as merge_
 
@@ -37,6 +39,8 @@ _HOMES = {
     "compare": "tvfast.comparing",
     "Comparison": "tvfast.comparing",
     "LiveMerge": "tvfast.live",
+    "Localized": "tvfast.localizing",
+    "localize": "tvfast.localizing",
     "load_recipe": "tvfast.checkpoints",
     "merge_checkpoints": "tvfast.checkpoints",
     "plan": "tvfast.checkpoints",
@@ -50,6 +54,7 @@ _MODULES = ("curvature", "errors", "importance", "methods", "ops", "program", "s
 __all__ = [
     "Comparison",
     "LiveMerge",
+    "Localized",
     "Plan",
     "Progress",
     "Recipe",
@@ -60,6 +65,7 @@ __all__ = [
     "errors",
     "importance",
     "load_recipe",
+    "localize",
     "merge",
     "merge_",
     "merge_checkpoints",

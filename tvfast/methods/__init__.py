@@ -38,7 +38,7 @@ from tvfast.methods.base import (
     register_method,
 )
 from tvfast.methods.statistics import TableStatistics
-from tvfast.methods.whole import fusion, spectral  # noqa: F401
+from tvfast.methods.whole import consensus, fusion, spectral  # noqa: F401
 from tvfast.methods.whole.custom import custom_method
 
 __all__ = [

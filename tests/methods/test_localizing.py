@@ -1,0 +1,112 @@
+"""Masks of tasks: consensus, and one model per task."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tvfast
+from tests.methods.inputs import exact_bits, grid, normal
+from tvfast.errors import ArgumentError, UnknownNameError
+
+
+def family(n: int = 3) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    base = {"a": grid(13, 17), "b": 4 * grid(41, seed=1), "steps": torch.tensor([3])}
+    models = [
+        {
+            "a": base["a"] + grid(13, 17, seed=5 + k),
+            "b": base["b"] + grid(41, seed=9 + k),
+            "steps": base["steps"],
+        }
+        for k in range(n)
+    ]
+    return base, models
+
+
+def taus_of(base: dict[str, Tensor], models: list[dict[str, Tensor]], name: str) -> Tensor:
+    return torch.stack([(model[name] - base[name]).double() for model in models])
+
+
+@pytest.mark.parametrize("agree", [1, 2, 3])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, [0.2, 0.5, 1.0]])
+def test_consensus(agree: int, threshold: float | list[float]) -> None:
+    base, models = family()
+    out = tvfast.merge(base, models, method="consensus", agree=agree, threshold=threshold, scale=0.5)
+    for name in ("a", "b"):
+        taus = taus_of(base, models, name)
+        total = taus.sum(dim=0)
+        limits = torch.tensor(threshold).double().expand(3).reshape(3, *[1] * base[name].dim())
+        needed = (taus.abs() > limits * (total - taus).abs()).sum(dim=0) >= agree
+        assert torch.equal(out[name].double(), base[name] + 0.5 * total * needed)
+
+
+def test_consensus_of_all_is_task_arithmetic() -> None:
+    base, models = normal(20), [normal(20, seed=k + 1) for k in range(3)]
+    out = tvfast.merge(base, models, method="consensus", threshold=0.0, agree=1)
+    assert exact_bits(out, tvfast.merge(base, models, method="task_arithmetic"))
+
+
+@pytest.mark.parametrize("rescale", ["tensors", "entries"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_emr(rescale: str, wide: bool) -> None:
+    base, models = family()
+    if wide:
+        base["a"] = base["a"].double()
+    found = tvfast.localize(base, models, "emr", rescale=rescale)
+    own, shared = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    masked = {}
+    for name in ("a", "b"):
+        taus = taus_of(base, models, name)
+        sign = torch.where(taus.sum(dim=0) > 0, 1.0, -1.0).double()
+        unified = sign * torch.where(taus * sign > 0, taus.abs(), 0.0).amax(dim=0)
+        masks = taus * sign > 0
+        assert torch.equal(found.task_vector[name].double(), unified)
+        assert all(torch.equal(found.mask(name, t), masks[t]) for t in range(3))
+        n = base[name].numel() if rescale == "tensors" else 1
+        own += taus.abs().flatten(1).sum(dim=1) / n
+        shared += (masks * unified.abs()).flatten(1).sum(dim=1) / n
+        masked[name] = masks * unified
+    assert found.factors == pytest.approx((own / shared).tolist(), rel=1e-12)
+    model = found.model(base, 1)
+    for name in ("a", "b"):
+        expected = base[name] + float(own[1] / shared[1]) * masked[name][1]
+        assert torch.allclose(model[name].double(), expected, atol=1e-6)
+        assert model[name].dtype is base[name].dtype
+    assert model["steps"] is base["steps"]
+
+
+def test_tall_masks_give_tasks_back() -> None:
+    base, models = family()
+    found = tvfast.localize(base, models, "tall", threshold=[0.2, 0.4, 0.6])
+    assert found.factors == (1.0, 1.0, 1.0)
+    for name in ("a", "b"):
+        taus = taus_of(base, models, name)
+        total = taus.sum(dim=0)
+        for t, threshold in enumerate((0.2, 0.4, 0.6)):
+            mask = taus[t].abs() > torch.tensor(threshold) * (total - taus[t]).abs()
+            assert torch.equal(found.mask(name, t), mask)
+            assert torch.equal(found.model(base, t)[name].double(), base[name] + mask * total)
+    alone = tvfast.localize(base, models[:1], "tall")
+    assert torch.equal(alone.model(base, 0)["a"], models[0]["a"])
+
+
+def test_masks_take_a_bit_per_entry() -> None:
+    base, models = family()
+    found = tvfast.localize(base, models)
+    assert [words.numel() for words in found.masks["a"]] == [-(-13 * 17 // 64)] * 3
+
+
+def test_bad_arguments() -> None:
+    base, models = family()
+    with pytest.raises(UnknownNameError, match="kind 'emrr' does not exist; did you mean 'emr'"):
+        tvfast.localize(base, models, "emrr")
+    with pytest.raises(ArgumentError, match="threshold is -1 for 3 models"):
+        tvfast.localize(base, models, "tall", threshold=-1)
+    found = tvfast.localize(base, models)
+    with pytest.raises(ArgumentError, match="task is 3; expected 0 to 2"):
+        found.model(base, 3)
+    with pytest.raises(ArgumentError, match="no tensor 'c'"):
+        found.mask("c", 0)
+    with pytest.raises(ArgumentError, match="agree is 0; expected 1 or more"):
+        tvfast.merge(base, models, method="consensus", agree=0)
