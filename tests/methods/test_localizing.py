@@ -47,6 +47,31 @@ def test_consensus_of_all_is_task_arithmetic() -> None:
     assert exact_bits(out, tvfast.merge(base, models, method="task_arithmetic"))
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
+def test_pcb(ratio: float) -> None:
+    base, weights = normal(40, 25), [1.0, 0.5, 2.0]
+    models = [base + normal(40, 25, seed=k + 1) for k in range(3)]
+    out = tvfast.merge(base, models, method="pcb", ratio=ratio, outliers=0.01, weights=weights, scale=1.2)
+    taus = torch.stack([(m - base).double().reshape(-1) for m in models])
+    clamped = torch.empty_like(taus)
+    for row, tau in zip(clamped, taus, strict=True):
+        ranked = tau.abs().sort().values
+        row[:] = tau.sign() * tau.abs().clamp(ranked[10], ranked[989])
+
+    def unit(x: Tensor) -> Tensor:
+        low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+        return (x - low) / (high - low)
+
+    scores = torch.exp(3 * unit(clamped.abs()) ** 2) * torch.tanh(clamped * clamped.sum(dim=0))
+    least = scores.sort(dim=1).values[:, [min(999, int(1000 * (1 - ratio)))]]
+    shares = unit(torch.maximum(scores, least))
+    by = torch.tensor(weights).double()[:, None]
+    change = (by * clamped * shares).sum(dim=0) / shares.sum(dim=0).clamp(min=1e-12)
+    expected = base.double() + 1.2 * change.view(40, 25)
+    assert torch.allclose(out.double(), expected, atol=1e-4)  # a share of 1e-7 / 1e-7 is nearly open
+    assert bool((expected != base).any())
+
+
 @pytest.mark.parametrize("rescale", ["tensors", "entries"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_emr(rescale: str, wide: bool) -> None:

@@ -29,3 +29,52 @@ def consensus(
         votes += tau.abs() > threshold * (total - tau).abs()
     kept = (votes >= agree) | total.isnan()
     return start + torch.where(kept, total, 0.0) * scale
+
+
+def competition_balanced(
+    base: Tensor,
+    models: Sequence[Tensor],
+    weights: Sequence[float],
+    ratio: float,
+    outliers: float,
+    scale: float,
+) -> Tensor:
+    """b + scale · Σ_t w_t τ̂_t S_t / Σ_t S_t, S_t the share of task t's scores that are among its largest.
+
+    τ̂_t is τ_t with magnitudes clamped to all but a share `outliers` at each end. The scores are
+    exp(T · N(|τ̂_t|)²) · tanh(τ̂_t · Σ τ̂), N scaling a task's values to [0, 1]; S_t is N of the scores after
+    those below the largest share `ratio` are raised to its least.
+
+    Returns:
+        A tensor of the base's shape, float32, or float64 where an input is.
+    """
+    wide = torch.float32
+    for x in (base, *models):
+        wide = torch.promote_types(wide, x.dtype)
+    start = base.to(wide)
+    n = start.numel()
+    if n == 0:
+        return start
+    cut = int(n * outliers)
+    clamped = []
+    for model in models:
+        tau = (model.to(wide) - start).reshape(-1)
+        ranked = tau.abs().sort().values
+        clamped.append(tau.sign() * tau.abs().clamp(ranked[cut], ranked[n - 1 - cut]))
+    together = torch.zeros_like(clamped[0])
+    for tau in clamped:
+        together += tau
+    total, divisor = torch.zeros_like(together), torch.zeros_like(together)
+    for tau, weight in zip(clamped, weights, strict=True):
+        scores = torch.exp(len(models) * _unit_range(tau.abs()).square()) * torch.tanh(tau * together)
+        least = scores.sort().values[min(n - 1, int(n * (1.0 - ratio)))]
+        share = _unit_range(scores.clamp(min=float(least)))
+        total += weight * tau * share
+        divisor += share
+    return start + (total / divisor.clamp(min=1e-12)).view(start.shape) * scale
+
+
+def _unit_range(x: Tensor) -> Tensor:
+    """Scaled to [0, 1]; 0 where all values are equal."""
+    least, most = x.aminmax()
+    return (x - least) / (most - least) if bool(most > least) else torch.zeros_like(x)

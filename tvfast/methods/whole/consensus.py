@@ -1,4 +1,4 @@
-"""Consensus Task Arithmetic: entries that several tasks need."""
+"""Merges that weigh entries by what the other tasks have there: consensus, and competition balancing."""
 
 from __future__ import annotations
 
@@ -49,3 +49,39 @@ class Consensus(WholeMethod):
     def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
         """Task vectors and their sum, base and result in float32."""
         return (4 * n_models + 20) * math.prod(shape) + 64 * 2**20
+
+
+@register_method("pcb", source="Du et al. 2024, arXiv:2410.02396", dialects=("paper",))
+@dataclass(frozen=True, kw_only=True)
+class Pcb(WholeMethod):
+    """θ = θ₀ + λ · Σ_t w_t τ̂_t S_t / Σ_t S_t, S_t from competition within and between the tasks."""
+
+    unused = frozenset({"tie"})
+
+    ratio: float = parameter(0.1, "share of a task's scores that count, in [0, 1]")
+    outliers: float = parameter(1e-4, "share of the magnitudes that is clamped at each end, in [0, 0.5)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_fractions("ratio", "outliers")
+        self._normalise("ratio", per_model=False)
+        self._normalise("outliers", per_model=False)
+        if self.outliers >= 0.5:
+            raise ArgumentError(f"method 'pcb': outliers is {self.outliers}; expected a number below 0.5.")
+
+    def merge(self, jobs: Sequence[TensorJob]) -> list[TensorResult]:
+        from tvfast.matrices.masks import competition_balanced
+
+        results = []
+        for job in jobs:
+            assert job.base is not None
+            weights = self.per_model("weights", len(job.models))
+            merged = competition_balanced(
+                job.base, job.models, weights, self.ratio, self.outliers, self.scale
+            )
+            results.append(TensorResult(merged))
+        return results
+
+    def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
+        """Clamped task vectors, sums and a sort in float32."""
+        return (4 * n_models + 60) * math.prod(shape) + 64 * 2**20
