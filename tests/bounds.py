@@ -45,7 +45,7 @@ def combine_error(tile: Tile, program: Program, scalars: TensorScalars, dtype: t
     """
     kept = stages.keep(tile, program, scalars)
     rescaled = stages.rescale(program, scalars, kept)
-    weights = stages.weights(tile, program, scalars)
+    weights = stages.weights(tile, program, scalars, rescaled)
     weighted = stages.weigh(weights, rescaled)
     ballots = stages.cast_ballots(program, rescaled, weighted)
     belong = stages.members(program, scalars, ballots, weighted)
@@ -68,7 +68,7 @@ def undecided(tile: Tile, program: Program, scalars: TensorScalars) -> Tensor:
     """Elements where a float32 rounding may turn a decision, bool [n]; the tile is at float64."""
     kept = stages.keep(tile, program, scalars)
     rescaled = stages.rescale(program, scalars, kept)
-    weights = stages.weights(tile, program, scalars)
+    weights = stages.weights(tile, program, scalars, rescaled)
     weighted = stages.weigh(weights, rescaled)
     ballots = stages.cast_ballots(program, rescaled, weighted)
     n_models = len(weighted)

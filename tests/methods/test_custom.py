@@ -45,7 +45,7 @@ def test_a_function_is_a_method() -> None:
     assert torch.allclose(half, base + 0.5 * (full - base))
     info = methods.method_info("softened")
     assert (info.formula, info.source) == ("θ = θ₀ + λ Σ_k w_k sign(τ_k) |τ_k|^power.", "this test")
-    assert [p.name for p in info.parameters] == ["weights", "scale", "seed", "dialect", "power"]
+    assert [p.name for p in info.parameters] == ["weights", "scale", "seed", "tie", "dialect", "power"]
 
 
 def test_it_gets_float32_and_its_result_is_rounded_once() -> None:

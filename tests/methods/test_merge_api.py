@@ -328,12 +328,11 @@ def test_nothing_to_merge_is_no_error() -> None:
 
 
 def test_every_method_is_described() -> None:
-    assert len(METHODS) == 18
+    assert len(METHODS) == 36
     for name, info in METHODS.items():
         assert info.formula.startswith(("θ =", "θ ="))
         assert info.source
-        of_statistics = info.needs_scores or info.cls.statistics  # mergekit has no such method
-        assert info.dialects[0] == "mergekit" or of_statistics
+        assert "mergekit" not in info.dialects[1:], "it is the default where it exists"
         assert all(p.meaning for p in info.parameters), name
         assert {"scale", "seed", "tie", "dialect"} <= {p.name for p in info.parameters}
 

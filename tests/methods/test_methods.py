@@ -146,9 +146,7 @@ def test_order_of_models_is_irrelevant(name: str, dialect: str) -> None:
     models = [base + grid(33, 5, seed=k + 1) for k in range(3)]
     scores = scores_for(name, base)
     turned = {"scores": scores["scores"][::-1]} if scores else {}
-    settings = {"dialect": dialect, **SETTINGS[name]}
-    if "tie" not in METHODS[name].cls.unused:
-        settings["tie"] = "ge"
+    settings = {"dialect": dialect, "tie": "ge", **SETTINGS[name]}
     first = tvfast.merge(base, models, method=name, **settings, **scores)
     second = tvfast.merge(base, models[::-1], method=name, **settings, **turned)
     assert bool(((first - second).double().abs() <= 2 * bound(base, models, first)).all())

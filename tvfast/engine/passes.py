@@ -136,6 +136,7 @@ class _Counter:
             n_kept=[1] * k,
             n_nonzero=[1] * k,
             n_nonfinite=[0] * k,
+            n_alone=[1] * k,
         )
         return [moments for _ in table.entries]
 

@@ -16,8 +16,6 @@ from tvfast.program import Keep, Program, Reduce, TensorScalars, Tie
 class MagMax(TaskVectorMethod):
     """θ = θ₀ + λ · the w_k τ_k of largest magnitude, entry by entry; the later model among equals."""
 
-    unused = frozenset({"tie"})
-
     def program(self) -> Program:
         return Program(reduce=Reduce.MAX_ABS)
 

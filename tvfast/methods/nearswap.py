@@ -20,7 +20,7 @@ SMALLEST_DISTANCE = float32(1e-6)  # t is divided by at least this
 class Nearswap(ProgramMethod):
     """θ = λ ((1 - w) θ₀ + w θ_1), w = min(max(t / max(|θ₀ - θ_1|, 1e-6), 0), 1), entry by entry."""
 
-    unused = frozenset({"weights", "tie"})
+    unused = frozenset({"weights"})
     plain_weights = False
 
     t: float = parameter(1e-4, "entries that are no farther apart are the model's")

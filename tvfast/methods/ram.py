@@ -20,7 +20,7 @@ CHANGED = Program(keep=Keep.BAND, tie=Tie.GE, members=Members.STRICT, divisor=Di
 class _Ram(ProgramMethod):
     """What both share: an entry of a model counts as changed if |τ| > epsilon."""
 
-    unused = frozenset({"weights", "tie"})
+    unused = frozenset({"weights"})
     plain_weights = False
 
     epsilon: float = parameter(1e-5, "an entry has changed if its |τ_k| is larger, 0 or more")
@@ -50,7 +50,7 @@ class Ram(_Ram):
 @register_method("ramplus_tl", source=f"{SOURCE}; mergekit 0.1.5 `ramplus_tl`")
 @dataclass(frozen=True, kw_only=True)
 class RamplusTl(_Ram):
-    """`ram`, and what model k alone has changed times 1 + r min(n_shared / n_alone, alpha), n per tensor."""
+    """θ = `ram`, where one model alone has changed an entry times 1 + r min(n_shared / n_alone, alpha)."""
 
     r: float = parameter(0.1, "strength of the rescaling")
     alpha: float = parameter(0.2, "most that the ratio of shared to lone entries counts, 0 or more")

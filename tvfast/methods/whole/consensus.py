@@ -16,7 +16,7 @@ from tvfast.methods.whole.base import WholeMethod
 class Consensus(WholeMethod):
     """θ = θ₀ + λ · Σ_t τ_t where `agree` tasks or more have |τ_t| > threshold_t · |Σ τ - τ_t|, else θ₀."""
 
-    unused = frozenset({"weights", "tie"})
+    unused = frozenset({"weights"})
 
     threshold: PerModel = parameter(
         0.4, "how small a task's own share may be, 0 or more; one, or one per model"
@@ -55,8 +55,6 @@ class Consensus(WholeMethod):
 @dataclass(frozen=True, kw_only=True)
 class Pcb(WholeMethod):
     """θ = θ₀ + λ · Σ_t w_t τ̂_t S_t / Σ_t S_t, S_t from competition within and between the tasks."""
-
-    unused = frozenset({"tie"})
 
     ratio: float = parameter(0.1, "share of a task's scores that count, in [0, 1]")
     outliers: float = parameter(1e-4, "share of the magnitudes that is clamped at each end, in [0, 0.5)")

@@ -56,7 +56,7 @@ def custom_method(
         namespace = {
             "__doc__": inspect.getdoc(function) or f"The function {function.__qualname__}.",
             "__module__": function.__module__,
-            "unused": frozenset({"weights", "tie"} - set(kinds)),
+            "unused": frozenset({"weights"} - set(kinds)),
             "function": staticmethod(function),
             "kinds": {key: kind for key, (kind, _) in kinds.items()},
         }

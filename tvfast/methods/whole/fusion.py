@@ -17,7 +17,7 @@ from tvfast.methods.whole.base import WholeMethod
 class ArceeFusion(WholeMethod):
     """θ = θ₀ + λ τ where |τ| KL(softmax θ_1 | softmax θ₀) of the row reaches q50 + 1.5 (q75 - q25)."""
 
-    unused = frozenset({"weights", "tie"})
+    unused = frozenset({"weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class _Spectral(WholeMethod):
     """θ = θ₀ + λ M, M a matrix made of the D_t = θ_t - θ₀."""
 
-    unused = frozenset({"weights", "tie"})
+    unused = frozenset({"weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
