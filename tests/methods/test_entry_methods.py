@@ -157,6 +157,20 @@ def test_arcee_fusion_of_a_copy_is_the_copy() -> None:
     assert exact_bits(tvfast.merge(base, [base.clone()], method="arcee_fusion"), base)
 
 
+@pytest.mark.parametrize("shape", [(40, 37), (100,), (5, 6, 7), ()])
+def test_arcee_fusion_in_float32_is_the_peers_arithmetic(shape: tuple[int, ...]) -> None:
+    base = 0.02 * normal(*shape)
+    model = base + 5e-4 * normal(*shape, seed=1)
+    out = tvfast.merge(base, [model], method="arcee_fusion", dialect="mergekit_float32")
+    p, q = model.softmax(dim=-1) + 1e-8, base.softmax(dim=-1) + 1e-8
+    importance = (model - base).abs() * (p * (p / q).log()).sum(dim=-1, keepdim=True)
+    ranked = importance.reshape(-1).sort().values
+    last = ranked.numel() - 1
+    q25, median, q75 = ranked[last // 4], ranked[last // 2], ranked[3 * last // 4]
+    kept = importance >= median + 1.5 * (q75 - q25)
+    assert exact_bits(out, base + (model - base) * kept)
+
+
 def test_divergence_of_rows_that_hardly_differ_has_digits() -> None:
     base = 0.02 * normal(4, 512)
     model = base + 1e-6 * normal(4, 512, seed=1)
@@ -164,7 +178,7 @@ def test_divergence_of_rows_that_hardly_differ_has_digits() -> None:
     q = base.double().softmax(dim=-1)
     # To second order in the change, the divergence is half its variance under q.
     second = 0.5 * ((q * delta**2).sum(dim=-1) - (q * delta).sum(dim=-1) ** 2)
-    found = divergence(base, model).reshape(-1)
+    found = divergence(base, model, torch.float64).reshape(-1)
     assert bool(((found - second).abs() <= 1e-2 * second).all())
 
 

@@ -61,6 +61,7 @@ def peer_recipe(recipe: Mapping[str, Any], family: Path, stored: str) -> dict[st
     """
     out_dtype = recipe.get("out_dtype") or recipe.get("dtype") or stored
     located: dict[str, Any] = _located(recipe, family)
+    located.pop("tvfast", None)
     return {**located, "dtype": "float32", "out_dtype": out_dtype}
 
 

@@ -11,7 +11,10 @@ from tvfast.methods.whole.base import WholeMethod
 
 
 @register_method(
-    "arcee_fusion", source="Arcee AI 2024, arcee.ai; mergekit 0.1.5 `arcee_fusion`", n_models=(1, 1)
+    "arcee_fusion",
+    source="Arcee AI 2024, arcee.ai; mergekit 0.1.5 `arcee_fusion`",
+    dialects=("mergekit", "mergekit_float32"),
+    n_models=(1, 1),
 )
 @dataclass(frozen=True, kw_only=True)
 class ArceeFusion(WholeMethod):
@@ -29,7 +32,8 @@ class ArceeFusion(WholeMethod):
         results = []
         for job in jobs:
             assert job.base is not None
-            results.append(TensorResult(fuse(job.base, job.models[0], self.scale)))
+            exact = self.dialect == "mergekit"
+            results.append(TensorResult(fuse(job.base, job.models[0], self.scale, exact=exact)))
         return results
 
     def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
