@@ -7,7 +7,13 @@ import triton.language as tl
 from tvfast.kernels import stages
 from tvfast.kernels.keeping import addend_of, base_of, kept_entry, rank_of, rescaled, shared_of
 from tvfast.kernels.lanes import negative_zero, store
-from tvfast.kernels.stages import DIVISOR_NONE, REDUCE_MAX_ABS, VOTE_NONE
+from tvfast.kernels.stages import (
+    DIVISOR_NONE,
+    REDUCE_MAX_ABS,
+    VOTE_NONE,
+    WEIGHTING_ALONE,
+    WEIGHTING_NEARNESS,
+)
 from tvfast.kernels.table import (
     FILL,
     FLOOR,
@@ -57,10 +63,11 @@ def _join(
 @triton.jit
 def _combine_block(
     row, tensor, reals, wholes, start, n_models,
-    K: tl.constexpr, KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, VOTE: tl.constexpr,
-    BALLOT: tl.constexpr, ZERO_SIGN: tl.constexpr, MEMBERS: tl.constexpr, REDUCE: tl.constexpr,
-    DIVISOR: tl.constexpr, DTYPE: tl.constexpr, OUT_KIND: tl.constexpr, HAS_BASE: tl.constexpr,
-    ADDS_BASE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, WEIGHTING: tl.constexpr,
+    VOTE: tl.constexpr, BALLOT: tl.constexpr, ZERO_SIGN: tl.constexpr, MEMBERS: tl.constexpr,
+    REDUCE: tl.constexpr, DIVISOR: tl.constexpr, DTYPE: tl.constexpr, OUT_KIND: tl.constexpr,
+    HAS_BASE: tl.constexpr, ADDS_BASE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = start + tl.arange(0, BLOCK)
     inside = i < tl.load(row + N)
@@ -70,6 +77,8 @@ def _combine_block(
     first += start
     base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, MASKED)
     shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, MASKED)
+    floor, fill = tl.load(tensor + FLOOR), tl.load(tensor + FILL)
+    shares = tl.zeros([BLOCK], tl.float32)
     votes = tl.zeros([BLOCK], tl.float32)
     held = ()
     if K > 0:
@@ -79,17 +88,32 @@ def _combine_block(
                 KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
             )  # fmt: skip
             held = held + (t,)  # noqa: RUF005  (the compiler knows no unpacking)
-            if VOTE != VOTE_NONE:
-                ballot = stages.cast_ballot(t, tl.load(reals + k * REALS + WEIGHT), BALLOT)
-                votes = stages.vote(votes, ballot, VOTE)
-    elif VOTE != VOTE_NONE:
-        for k in range(n_models):
-            t = _rescaled_entry(
-                row, reals, wholes, k, base, shared, first, i, inside,
-                KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
-            )  # fmt: skip
-            ballot = stages.cast_ballot(t, tl.load(reals + k * REALS + WEIGHT), BALLOT)
-            votes = stages.vote(votes, ballot, VOTE)
+        if WEIGHTING == WEIGHTING_NEARNESS:
+            shares = stages.nearness(held[0], held[1], tl.load(reals + REALS + WEIGHT), floor)
+        elif WEIGHTING == WEIGHTING_ALONE:
+            for k in tl.static_range(K):
+                shares += stages.one_if_present(held[k])
+        if VOTE != VOTE_NONE:
+            for k in tl.static_range(K):
+                weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                votes = stages.vote(votes, stages.cast_ballot(held[k], weight, BALLOT), VOTE)
+    else:
+        tl.static_assert(WEIGHTING != WEIGHTING_NEARNESS)  # which is of two models
+        if WEIGHTING == WEIGHTING_ALONE:
+            for k in range(n_models):
+                t = _rescaled_entry(
+                    row, reals, wholes, k, base, shared, first, i, inside,
+                    KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
+                )  # fmt: skip
+                shares += stages.one_if_present(t)
+        if VOTE != VOTE_NONE:
+            for k in range(n_models):
+                t = _rescaled_entry(
+                    row, reals, wholes, k, base, shared, first, i, inside,
+                    KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
+                )  # fmt: skip
+                weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                votes = stages.vote(votes, stages.cast_ballot(t, weight, BALLOT), VOTE)
     sign = stages.elected(votes, tl.load(tensor + MAJORITY), ZERO_SIGN)
     if REDUCE == REDUCE_MAX_ABS:
         reduced = tl.zeros([BLOCK], tl.float32)
@@ -98,7 +122,7 @@ def _combine_block(
     divisor = tl.zeros([BLOCK], tl.float32)
     if K > 0:
         for k in tl.static_range(K):
-            weight = tl.load(reals + k * REALS + WEIGHT)
+            weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
             reduced, divisor = _join(
                 reduced, divisor, held[k], sign, weight, VOTE, BALLOT, MEMBERS, REDUCE, DIVISOR
             )
@@ -108,11 +132,10 @@ def _combine_block(
                 row, reals, wholes, k, base, shared, first, i, inside,
                 KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
             )  # fmt: skip
-            weight = tl.load(reals + k * REALS + WEIGHT)
+            weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
             reduced, divisor = _join(
                 reduced, divisor, t, sign, weight, VOTE, BALLOT, MEMBERS, REDUCE, DIVISOR
             )
-    floor, fill = tl.load(tensor + FLOOR), tl.load(tensor + FILL)
     quotient = stages.divide(reduced, divisor, floor, fill, DIVISOR)
     added = addend_of(row, base, i, inside, DTYPE, HAS_BASE, ADDS_BASE, ALIGNED, MASKED)
     result = stages.apply(added, quotient, tl.load(tensor + SCALE), ADDS_BASE)
@@ -135,6 +158,7 @@ def combine_kernel(
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
     GAIN: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     VOTE: tl.constexpr,
     BALLOT: tl.constexpr,
     ZERO_SIGN: tl.constexpr,
@@ -160,11 +184,11 @@ def combine_kernel(
     whole = begin + (end - begin) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
         _combine_block(
-            row, tensor, reals, wholes, start, n_models, K, KEEP, TIE, GAIN, VOTE, BALLOT, ZERO_SIGN,
-            MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, False, BLOCK,
+            row, tensor, reals, wholes, start, n_models, K, KEEP, TIE, GAIN, WEIGHTING, VOTE, BALLOT,
+            ZERO_SIGN, MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, False, BLOCK,
         )  # fmt: skip
     if whole < end:
         _combine_block(
-            row, tensor, reals, wholes, whole, n_models, K, KEEP, TIE, GAIN, VOTE, BALLOT, ZERO_SIGN,
-            MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, True, BLOCK,
+            row, tensor, reals, wholes, whole, n_models, K, KEEP, TIE, GAIN, WEIGHTING, VOTE, BALLOT,
+            ZERO_SIGN, MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, True, BLOCK,
         )  # fmt: skip

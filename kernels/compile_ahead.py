@@ -44,6 +44,7 @@ from tvfast.program import (
     Reduce,
     Tie,
     Vote,
+    Weighting,
     ZeroSign,
 )
 
@@ -53,6 +54,7 @@ _FIELDS = {
     "keep": Keep,
     "tie": Tie,
     "gain": Gain,
+    "weighting": (Weighting.MODEL, Weighting.ALONE),
     "vote": Vote,
     "ballot": Ballot,
     "zero_sign": ZeroSign,
@@ -131,10 +133,12 @@ def specialisations() -> Iterator[Specialisation]:
     yield _combine("ties, unaligned", _TIES, Kind(int(DType.BF16), int(DType.BF16), True, False), 3)
     yield _combine("ties, mixed", _TIES, Kind(-1, int(DType.F32), True, True), 3)
     yield _combine("linear, no base", Program(), Kind(int(DType.BF16), int(DType.BF16), False, True), 3)
+    yield _combine("nearness", Program(weighting=Weighting.NEARNESS), _USUAL, 2)
+    yield _combine("alone, 9 models", Program(weighting=Weighting.ALONE), _USUAL, 9)
     given = replace(_USUAL, task_vectors=True)
     yield _combine("task vectors, summed", Program(), given, 8)
     yield _combine("task vectors, ties", _TIES, given, 3)
-    everything = 2 * measure.DOTS.value - 1
+    everything = 2 * measure.ALONE.value - 1
     for keep in Keep:
         program = Program(keep=keep, tie=Tie.HASH, vote=Vote.MASS)
         constants = launch.measure_constants(program, _USUAL, 3, everything)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import triton
 from tvfast.kernels.combine import combine_kernel
-from tvfast.kernels.measure import DOTS, VOTES, measure_kernel, planes_kernel
+from tvfast.kernels.measure import ALONE, DOTS, VOTES, measure_kernel, planes_kernel
 from tvfast.kernels.sums import LIMBS, WINDOWS
 from tvfast.kernels.table import Kind, Launch, device_scalars
 from tvfast.kernels.totals import total
 
-from tvfast.program import Keep, Program, TensorScalars, Tie, Vote
+from tvfast.program import Ballot, Keep, Program, TensorScalars, Tie, Vote
 
 MOST_HELD = 8
 """Models whose entries stay in registers; with more, kernels read them again where they need them twice."""
@@ -59,6 +59,7 @@ def combine_constants(program: Program, kind: Kind, n_models: int) -> dict[str, 
         "ADDS_BASE": kind.has_base,
         "K": held_of(n_models),
         "GAIN": int(program.gain),
+        "WEIGHTING": int(program.weighting),
         "VOTE": int(program.vote),
         "BALLOT": int(program.ballot) if votes else 0,
         "ZERO_SIGN": int(program.zero_sign) if votes else 0,
@@ -119,20 +120,24 @@ class Measured:
     """Statistics of a launch's entries, in its order, on the host."""
 
     sums: list[list[float]]  # [n_entries][S]: L1 before [K], L1 [K], Gram [K, K] with j <= k filled, dots [K]
-    counts: list[list[int]]  # [n_entries][C]: kept, non-zero, non-finite [K] each; base, elected, conflict
+    # [n_entries][C]: kept, non-zero, non-finite [K] each; base, elected, conflict; alone [K]
+    counts: list[list[int]]
 
 
 def measure_constants(program: Program, kind: Kind, n_models: int, wants: int) -> dict[str, Any]:
     """Compile-time arguments of `measure_kernel`."""
     votes = bool(wants & VOTES.value) and program.vote is not Vote.NONE
+    weighted = votes and program.ballot is Ballot.WEIGHTED
     n_dots = n_models if wants & DOTS.value else 0
+    n_alone = n_models if wants & ALONE.value else 0
     return {
         **keep_constants(program, kind),
         "ADDS_BASE": kind.has_base,
         "WANTS": wants,
         "S": triton.next_power_of_2(2 * n_models + n_models * n_models + n_dots),
-        "C": triton.next_power_of_2(3 * n_models + 3),
+        "C": triton.next_power_of_2(3 * n_models + 3 + n_alone),
         "GAIN": int(program.gain) if votes else 0,
+        "WEIGHTING": int(program.weighting) if weighted else 0,
         "VOTE": int(program.vote) if votes else 0,
         "BALLOT": int(program.ballot) if votes else 0,
         "BLOCK": block_of(n_models),
@@ -153,6 +158,7 @@ def measure(launch: Launch, program: Program, scalars: Sequence[TensorScalars], 
         launch.stride,
         launch.first_tiles,
         n_entries,
+        own.tensors,
         own.reals,
         own.wholes,
         launch.n_models,

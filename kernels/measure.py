@@ -19,14 +19,16 @@ from tvfast.kernels.keeping import (
     score_of,
     shared_of,
 )
-from tvfast.kernels.stages import VOTE_NONE
+from tvfast.kernels.stages import VOTE_NONE, WEIGHTING_ALONE, WEIGHTING_NEARNESS
 from tvfast.kernels.sums import NO_WINDOW, add_sums, take
 from tvfast.kernels.table import (
+    FLOOR,
     HEADER,
     MASK,
     MODEL_FIELDS,
     OFFSET,
     REALS,
+    TENSOR_REALS,
     TILE,
     WEIGHT,
     WHOLES,
@@ -42,6 +44,7 @@ COUNTS = tl.constexpr(8)
 VOTES = tl.constexpr(16)
 SQUARES = tl.constexpr(32)
 DOTS = tl.constexpr(64)
+ALONE = tl.constexpr(128)
 
 
 @triton.jit
@@ -66,11 +69,54 @@ def _tau_and_kept(
 
 
 @triton.jit
+def _number_present(
+    row, reals, wholes, n_models, base, shared, first, i, inside,
+    KEEP: tl.constexpr, TIE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many models have an entry that is kept and not zero; float32 [n]."""
+    found = tl.zeros([BLOCK], tl.float32)
+    for k in range(n_models):
+        _, tau, kept = _tau_and_kept(
+            row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
+        )
+        found += stages.one_if_present(tl.where(kept, tau, 0.0))
+    return found
+
+
+@triton.jit
+def _shares(
+    row, tensor, reals, wholes, n_models, base, shared, first, i, inside,
+    KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, WEIGHTING: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What `stages.weight_of` asks of all models' t_k; float32 [n]."""
+    shares = tl.zeros([BLOCK], tl.float32)
+    if WEIGHTING == WEIGHTING_NEARNESS:
+        held = ()
+        for k in tl.static_range(2):
+            _, tau, kept = _tau_and_kept(
+                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
+            )
+            rank = rank_of(row, k, i, inside, KEEP)
+            held = held + (rescaled(reals, k, tl.where(kept, tau, 0.0), rank, GAIN),)  # noqa: RUF005
+        shares = stages.nearness(held[0], held[1], tl.load(reals + REALS + WEIGHT), tl.load(tensor + FLOOR))
+    elif WEIGHTING == WEIGHTING_ALONE:
+        for k in range(n_models):
+            _, tau, kept = _tau_and_kept(
+                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
+            )
+            rank = rank_of(row, k, i, inside, KEEP)
+            shares += stages.one_if_present(rescaled(reals, k, tl.where(kept, tau, 0.0), rank, GAIN))
+    return shares
+
+
+@triton.jit
 def measure_kernel(
     fields,  # [n_entries, stride] int64
     stride,
     first_tiles,  # [n_entries + 1] int64
     n_entries,
+    tensors,  # [n_entries, TENSOR_REALS] float32
     all_reals,  # [n_entries, n_models, REALS] float32
     all_wholes,  # [n_entries, n_models, WHOLES] int64
     n_models,
@@ -79,10 +125,11 @@ def measure_kernel(
     all_counts,  # [n_entries, C] int64, zero
     WANTS: tl.constexpr,
     S: tl.constexpr,  # sums: L1 before [K], L1 [K], Gram [K, K], dots [K] if wanted; padded to a power of two
-    C: tl.constexpr,  # kept, non-zero, non-finite [K] each; base non-finite, elected, conflict; padded
+    C: tl.constexpr,  # kept, non-zero, non-finite [K] each; base, elected, conflict; alone [K]; padded
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
     GAIN: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     VOTE: tl.constexpr,
     BALLOT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -113,6 +160,14 @@ def measure_kernel(
         first += start
         base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, True)
         shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, True)
+        shares = _shares(
+            row, tensors + entry * TENSOR_REALS, reals, wholes, n_models, base, shared, first, i, inside,
+            KEEP, TIE, GAIN, WEIGHTING, DTYPE, ALIGNED, BLOCK,
+        )  # fmt: skip
+        if ALONE & WANTS:
+            n_present = _number_present(
+                row, reals, wholes, n_models, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
+            )
         votes = tl.zeros([BLOCK], tl.float32)
         positive = i < 0
         negative = i < 0
@@ -156,13 +211,15 @@ def measure_kernel(
                 counts = _count(counts, n_models + k, value != 0, C)
                 unlike = (tl.abs(model) < float("inf")) == 0
                 counts = _count(counts, 2 * n_models + k, unlike & inside, C)
+            if ALONE & WANTS:
+                counts = _count(counts, 3 * n_models + 3 + k, (value != 0) & (n_present == 1), C)
             if VOTES & WANTS:
                 positive = positive | (value > 0)
                 negative = negative | (value < 0)
                 if VOTE != VOTE_NONE:
                     t = rescaled(reals, k, value, rank_of(row, k, i, inside, KEEP), GAIN)
-                    ballot = stages.cast_ballot(t, tl.load(reals + k * REALS + WEIGHT), BALLOT)
-                    votes = stages.vote(votes, ballot, VOTE)
+                    weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                    votes = stages.vote(votes, stages.cast_ballot(t, weight, BALLOT), VOTE)
         if COUNTS & WANTS:
             base = addend_of(row, base, i, inside, DTYPE, HAS_BASE, ADDS_BASE, ALIGNED, True)
             counts = _count(counts, 3 * n_models, ((tl.abs(base) < float("inf")) == 0) & inside, C)
@@ -173,7 +230,7 @@ def measure_kernel(
             counts = _count(counts, 3 * n_models + 2, positive & negative, C)
     if (L1_BEFORE | L1 | GRAM | SQUARES | DOTS) & WANTS:
         add_sums(limbs, nonfinite_sums, entry, windows, highs, lows, nonfinites, S)
-    if (COUNTS | VOTES) & WANTS:
+    if (COUNTS | VOTES | ALONE) & WANTS:
         tl.atomic_add(all_counts + entry * C + tl.arange(0, C), counts, mask=counts != 0)
 
 

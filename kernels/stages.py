@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from tvfast.kernels.lanes import fused_add
 
-from tvfast.program import Ballot, Divisor, Gain, Keep, Members, Reduce, Tie, Vote, ZeroSign
+from tvfast.program import Ballot, Divisor, Gain, Keep, Members, Reduce, Tie, Vote, Weighting, ZeroSign
 
 KEEP_ALL = tl.constexpr(int(Keep.ALL))
 KEEP_BAND = tl.constexpr(int(Keep.BAND))
@@ -22,6 +22,8 @@ KEEP_BAND_BY_RANK = tl.constexpr(int(Keep.BAND_BY_RANK))
 KEEP_MASK = tl.constexpr(int(Keep.MASK))
 TIE_GE = tl.constexpr(int(Tie.GE))
 TIE_INDEX = tl.constexpr(int(Tie.INDEX))
+WEIGHTING_NEARNESS = tl.constexpr(int(Weighting.NEARNESS))
+WEIGHTING_ALONE = tl.constexpr(int(Weighting.ALONE))
 GAIN_MODEL = tl.constexpr(int(Gain.MODEL))
 VOTE_NONE = tl.constexpr(int(Vote.NONE))
 VOTE_COUNT = tl.constexpr(int(Vote.COUNT))
@@ -107,6 +109,35 @@ def rescale(entry, gain, prob, prob_step, rank, GAIN: tl.constexpr):
     else:
         t = tl.div_rn(entry, prob + rank.to(tl.float32) * prob_step)
     return t
+
+
+# weights
+
+
+@triton.jit
+def nearness(x, y, limit, floor):
+    """How much of y replaces x: all of it where they are no farther apart than `limit`."""
+    apart = tl.abs(x - y)
+    one = tl.full(apart.shape, 1.0, tl.float32)
+    share = tl.div_rn(one, tl.where(apart < floor, floor, apart)) * limit
+    least = tl.where(share < 0, 0.0, share)
+    return tl.where(least > 1, 1.0, least)
+
+
+@triton.jit
+def one_if_present(t):
+    """1 where a model has an entry, otherwise 0; float32 [n]."""
+    return tl.where(t != 0, 1.0, 0.0)
+
+
+@triton.jit
+def weight_of(share, k, weight, WEIGHTING: tl.constexpr):
+    """w_k: the model's; of NEARNESS `share` or what is left of it, of ALONE by the number of entries."""
+    if WEIGHTING == WEIGHTING_NEARNESS:
+        weight = tl.where(k == 0, 1.0 - share, share)
+    elif WEIGHTING == WEIGHTING_ALONE:
+        weight = tl.where(share == 1, weight, 1.0)
+    return weight
 
 
 # vote

@@ -265,7 +265,7 @@ def work_tables(
         for batch in _batches(method, entries):
             share_groups(method, batch)
             table = WorkTable(batch, len(batch[0].models))
-            yield table, float64_backend() if float64 else backend_for(table, method.program().weighting)
+            yield table, float64_backend() if float64 else backend_for(table)
 
 
 def _check_devices(method: ProgramMethod, rows: Mapping[tuple[torch.device, bool], list[Entry]]) -> None:

@@ -184,18 +184,32 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
           t[k][e] = keep_from_end(program.tie, merge.scalars.ends[k], mixed, t[k][e]) *
                     merge.scalars.models[k].gain;
     }
+    F share = 0.0f;
+    if constexpr (kModels > 1) {
+      if (program.weighting == Weighting::NEARNESS)
+        share = nearness(t[0][e], t[1][e], merge.scalars.models[1].weight,
+                         merge.scalars.tensor.divisor_floor);
+    }
+    if (program.weighting == Weighting::ALONE) {
+#pragma unroll
+      for (int k = 0; k < kModels; ++k)
+        if (k < n_models) share += masked(not_zero(t[k][e]), 1.0f);
+    }
+    const auto weight = [&](int k) {
+      return weight_of(program, share, k, merge.scalars.models[k].weight);
+    };
     F sign = zero;
     if (program.vote != Vote::NONE) {
       F votes = 0.0f;
 #pragma unroll
       for (int k = 0; k < kModels; ++k)
-        if (k < n_models) votes = add_vote(program, votes, t[k][e], merge.scalars.models[k].weight);
+        if (k < n_models) votes = add_vote(program, votes, t[k][e], weight(k));
       sign = elected(votes, zero);
     }
     Reduced reduced = nothing(program);
 #pragma unroll
     for (int k = 0; k < kModels; ++k)
-      if (k < n_models) join(program, reduced, t[k][e], merge.scalars.models[k].weight, sign);
+      if (k < n_models) join(program, reduced, t[k][e], weight(k), sign);
     result[e] = finish(program, merge.scalars.tensor, reduced, has_base, base[e]);
   }
 }
@@ -222,14 +236,18 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
     load_tau(k, t);
     keep_and_rescale(program, merge.all_scalars[k], merge.models[k], quad, by, t);
   };
-  F sign[kQuad] = {zero, zero, zero, zero}, t[kQuad];
+  F sign[kQuad] = {zero, zero, zero, zero}, t[kQuad], shares[kQuad];
+  shares_quad(program, merge.n_models, merge.all_scalars[1].weight,
+              merge.scalars.tensor.divisor_floor, load_kept, shares);
+  const auto weight = [&](int k, int e) {
+    return weight_of(program, shares[e], k, merge.all_scalars[k].weight);
+  };
   if (program.vote != Vote::NONE) {
     F votes[kQuad] = {};
     for (int k = 0; k < merge.n_models; ++k) {
       load_kept(k, t);
 #pragma unroll
-      for (int e = 0; e < kQuad; ++e)
-        votes[e] = add_vote(program, votes[e], t[e], merge.all_scalars[k].weight);
+      for (int e = 0; e < kQuad; ++e) votes[e] = add_vote(program, votes[e], t[e], weight(k, e));
     }
 #pragma unroll
     for (int e = 0; e < kQuad; ++e) sign[e] = elected(votes[e], zero);
@@ -240,8 +258,7 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
   for (int k = 0; k < merge.n_models; ++k) {
     load_kept(k, t);
 #pragma unroll
-    for (int e = 0; e < kQuad; ++e)
-      join(program, reduced[e], t[e], merge.all_scalars[k].weight, sign[e]);
+    for (int e = 0; e < kQuad; ++e) join(program, reduced[e], t[e], weight(k, e), sign[e]);
   }
 #pragma unroll
   for (int e = 0; e < kQuad; ++e)

@@ -32,16 +32,17 @@ struct SumNumbers {
   __host__ __device__ int size() const { return (3 + n_models) * n_models; }
 };
 
-// Counts of an entry: kept, non-zero and non-finite [K] each, then three of the entry.
+// Counts of an entry: kept, non-zero, non-finite and alone [K] each, then three of the entry.
 struct CountNumbers {
   int n_models;
   __host__ __device__ int kept(int k) const { return k; }
   __host__ __device__ int nonzero(int k) const { return n_models + k; }
   __host__ __device__ int nonfinite(int k) const { return 2 * n_models + k; }
-  __host__ __device__ int base_nonfinite() const { return 3 * n_models; }
-  __host__ __device__ int elected() const { return 3 * n_models + 1; }
-  __host__ __device__ int conflicts() const { return 3 * n_models + 2; }
-  __host__ __device__ int size() const { return 3 * n_models + 3; }
+  __host__ __device__ int alone(int k) const { return 3 * n_models + k; }
+  __host__ __device__ int base_nonfinite() const { return 4 * n_models; }
+  __host__ __device__ int elected() const { return 4 * n_models + 1; }
+  __host__ __device__ int conflicts() const { return 4 * n_models + 2; }
+  __host__ __device__ int size() const { return 4 * n_models + 3; }
 };
 
 // Where the statistics of all entries are gathered; zero before the launch.
@@ -59,6 +60,7 @@ struct Measured {
   const DeviceModel* models;
   const ModelScalars* scalars;
   int n_models;
+  F divisor_floor;
 };
 
 struct TauQuad {
@@ -249,6 +251,28 @@ TVFAST_STAGE void measure_dot(const Measured& m, const TileSpan& span, std::int6
   put(all, number, sum);
 }
 
+// Entries of model k over a span that no other model has beside it.
+TVFAST_STAGE void measure_alone(const Measured& m, const TileSpan& span, std::int64_t from, int k,
+                                unsigned long long* counts) {
+  int n_alone = 0;
+  for_each(m.entry, span, from, [&](const Quad& quad) {
+    int n_present[kQuad] = {};
+    M own[kQuad] = {};
+    for (int other = 0; other < m.n_models; ++other) {
+      TauQuad t;
+      load_kept(m, other, quad, t);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) {
+        n_present[e] += not_zero(t.kept[e]);
+        own[e] = own[e] || (other == k && not_zero(t.kept[e]));
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) n_alone += own[e] && n_present[e] == 1;
+  });
+  put_count(counts, CountNumbers{m.n_models}.alone(k), n_alone);
+}
+
 // Conflicts, elected signs and non-finite entries of the base over a span.
 TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::int64_t from,
                                 unsigned wants, unsigned long long* counts) {
@@ -266,7 +290,18 @@ TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::in
   if ((wants & VOTES) == 0) return;
   int n_conflicts = 0, n_elected = 0;
   for_each(m.entry, span, from, [&](const Quad& quad) {
-    F votes[kQuad] = {};
+    F votes[kQuad] = {}, shares[kQuad] = {};
+    if (m.program.vote != Vote::NONE && m.program.ballot == Ballot::WEIGHTED)
+      shares_quad(
+          m.program, m.n_models, m.n_models > 1 ? m.scalars[1].weight : 0.0f, m.divisor_floor,
+          [&](int k, F* t) {
+            TauQuad own;
+            load_kept(m, k, quad, own);
+#pragma unroll
+            for (int e = 0; e < kQuad; ++e)
+              t[e] = rescale(m.program, m.scalars[k], own.ranks[e], own.kept[e]);
+          },
+          shares);
     M positive[kQuad] = {}, negative[kQuad] = {};
     for (int k = 0; k < m.n_models; ++k) {
       TauQuad t;
@@ -278,7 +313,7 @@ TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::in
         if (m.program.vote != Vote::NONE)
           votes[e] =
               add_vote(m.program, votes[e], rescale(m.program, m.scalars[k], t.ranks[e], t.kept[e]),
-                       m.scalars[k].weight);
+                       weight_of(m.program, shares[e], k, m.scalars[k].weight));
       }
     }
 #pragma unroll
@@ -317,7 +352,7 @@ TVFAST_STAGE void flush(BlockSums& all, const Gathered& gathered, std::int64_t f
 }
 
 // What one launch gathers: a kernel with all of it would need more registers than there are.
-enum class Part { MODELS, PRODUCTS, DOTS, ENTRY };
+enum class Part { MODELS, PRODUCTS, DOTS, ALONE, ENTRY };
 
 // Sums [first_sum, first_sum + n_sums) of every entry; counts with the first of them.
 template <Part part>
@@ -340,8 +375,12 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocksPerMultiprocessor)
       open = span.entry;
     }
     const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
-    const Measured m{program, table.entries[span.entry], table.models + first_model,
-                     scalars.models + first_model, table.n_models};
+    const Measured m{program,
+                     table.entries[span.entry],
+                     table.models + first_model,
+                     scalars.models + first_model,
+                     table.n_models,
+                     scalars.tensors[span.entry].divisor_floor};
     unsigned long long* counts = gathered.counts + std::int64_t{span.entry} * places.size();
     std::int64_t from = span.body;
     do {
@@ -358,6 +397,9 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocksPerMultiprocessor)
         for (int k = 0; k < table.n_models; ++k)
           measure_dot(m, span, from, k, first_sum, n_sums, all);
       }
+      if constexpr (part == Part::ALONE) {
+        for (int k = 0; k < table.n_models; ++k) measure_alone(m, span, from, k, counts);
+      }
       if constexpr (part == Part::ENTRY) measure_entry(m, span, from, wants, counts);
       from += kMeasureSpan;
     } while (from < span.body_end);
@@ -373,8 +415,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor / 2)
     const TileSpan span = whole_words_of(table, tile);
     const DeviceEntry& entry = table.entries[span.entry];
     const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
-    const Measured m{program, entry, table.models + first_model, scalars.models + first_model,
-                     table.n_models};
+    const Measured m{
+        program,        entry, table.models + first_model, scalars.models + first_model,
+        table.n_models, 0.0f};
     const std::int64_t n_words = (span.end - span.begin + 63) / 64;
     const int group = static_cast<int>(threadIdx.x) / 16,
               n_groups = static_cast<int>(blockDim.x) / 16;
@@ -454,6 +497,7 @@ void measure(const DeviceTable& table, const Program& program, const DeviceScala
     if ((wants & DOTS) != 0 && first + n > SumNumbers{table.n_models}.dot(0))
       run(measure_kernel<Part::DOTS>, first, n);
   }
+  if ((wants & ALONE) != 0) run(measure_kernel<Part::ALONE>, 0, 0);
   if ((wants & (COUNTS | VOTES)) != 0) run(measure_kernel<Part::ENTRY>, 0, 0);
 }
 
@@ -490,6 +534,7 @@ std::vector<Moments> moments(const std::vector<unsigned char>& workspace, std::i
       m.n_kept.push_back(count(places.kept(k)));
       m.n_nonzero.push_back(count(places.nonzero(k)));
       m.n_nonfinite.push_back(count(places.nonfinite(k)));
+      m.n_alone.push_back(count(places.alone(k)));
     }
     for (int j = 0; j < n_models; ++j)
       for (int k = 0; k < n_models; ++k)

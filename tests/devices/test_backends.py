@@ -25,6 +25,7 @@ from tests.strategies import (
     cases,
     combined,
     grid_values,
+    near_programs,
     table_of,
 )
 from tvfast import merge, methods
@@ -47,12 +48,12 @@ from tvfast.program import (
     ZeroSign,
 )
 
-MEASURED = EVERYTHING & ~Wants.ALONE  # which goes to backends with that weighting
 _SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _STAGES = {
     "keep": Keep,
     "tie": Tie,
     "gain": Gain,
+    "weighting": (Weighting.MODEL, Weighting.ALONE),  # of NEARNESS are only two models
     "vote": Vote,
     "ballot": Ballot,
     "zero_sign": ZeroSign,
@@ -118,6 +119,16 @@ def test_random_tables(gpu: Backend, case: Case) -> None:
     assert_same_bits(combined(gpu, case), combined(REFERENCE, case), case.program)
 
 
+@settings(max_examples=20, suppress_health_check=_SHARED)
+@given(case=cases(choose=near_programs, counts=st.just(2), most_parts=2, widest=130))
+def test_weights_by_nearness(gpu: Backend, case: Case) -> None:
+    assert_same_bits(combined(gpu, case), combined(REFERENCE, case), case.program)
+    found, expected = (
+        one.measure(case.table(), case.program, case.scalars, Wants.VOTES) for one in (gpu, REFERENCE)
+    )
+    assert [one.elected for one in found] == [one.elected for one in expected]
+
+
 @pytest.mark.parametrize("n_models", [8, 9, 17])
 def test_many_models(gpu: Backend, n_models: int) -> None:
     rng = np.random.default_rng(n_models)
@@ -125,7 +136,15 @@ def test_many_models(gpu: Backend, n_models: int) -> None:
     own = [ModelScalars(weight=0.1 * k - 0.3, gain=1.5, lo=0.05, key=k) for k in range(n_models)]
     scalars = [TensorScalars(models=own, scale=0.7)]
     for vote, reduce in itertools.product(Vote, Reduce):
-        program = Program(keep=Keep.BAND, vote=vote, reduce=reduce, members=Members.STRICT)
+        weighting = Weighting.ALONE if vote is Vote.MASS else Weighting.MODEL
+        program = Program(
+            keep=Keep.BAND,
+            weighting=weighting,
+            vote=vote,
+            ballot=Ballot.WEIGHTED,
+            reduce=reduce,
+            members=Members.STRICT,
+        )
         case = Case(program, [Part(models, grid_values(rng, 70, torch.bfloat16))], scalars)
         assert_same_bits(combined(gpu, case), combined(REFERENCE, case), program)
 
@@ -199,10 +218,12 @@ def test_measures_and_planes_of_every_keep_stage(gpu: Backend, keep: Keep) -> No
     case = few_rows_case()
     for number, tie in enumerate(Tie if keep in (Keep.BAND, Keep.SCORE, Keep.VARIANCE) else [Tie.HASH]):
         vote, gain = list(Vote)[(number + keep) % 3], list(Gain)[number % 2]
-        program = Program(keep=keep, tie=tie, vote=vote, gain=gain, ballot=list(Ballot)[number % 2])
-        found = gpu.measure(case.table(), program, case.scalars, MEASURED)
-        expected = REFERENCE.measure(case.table(), program, case.scalars, MEASURED)
-        assert [asked(one, MEASURED) for one in found] == [asked(one, MEASURED) for one in expected]
+        weighting = (Weighting.MODEL, Weighting.ALONE)[number % 2]
+        ballot = list(Ballot)[number % 2]
+        program = Program(keep=keep, tie=tie, vote=vote, gain=gain, ballot=ballot, weighting=weighting)
+        found = gpu.measure(case.table(), program, case.scalars, EVERYTHING)
+        expected = REFERENCE.measure(case.table(), program, case.scalars, EVERYTHING)
+        assert [asked(one, EVERYTHING) for one in found] == [asked(one, EVERYTHING) for one in expected]
         if keep is not Keep.MASK:
             planes = []
             for backend in (gpu, REFERENCE):
@@ -302,20 +323,7 @@ def test_the_checks_of_every_backend(gpu: Backend) -> None:
     test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(gpu)
 
 
-def weighting_of(name: str) -> Weighting:
-    method = methods.make_method(name)
-    assert isinstance(method, methods.ProgramMethod)
-    return method.program().weighting
-
-
-@pytest.mark.parametrize("name", [n for n in methods.STAGED if weighting_of(n) > Weighting.SCORE])
-def test_weights_by_other_entries_go_to_a_backend_that_has_them(gpu: Backend, name: str) -> None:
-    base = torch.zeros(5)
-    with pytest.raises(BackendError, match="no kernel for Weighting"):
-        merge(base, [base + 1], name)
-
-
-@pytest.mark.parametrize("name", [n for n in methods.STAGED if weighting_of(n) is Weighting.MODEL])
+@pytest.mark.parametrize("name", [n for n in methods.STAGED if not methods.METHODS[n].needs_scores])
 def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(17, 15, generator=generator).bfloat16()
@@ -336,5 +344,5 @@ def test_scores_go_to_a_backend_that_reads_them(gpu: Backend) -> None:
 def test_wants_have_the_bits_of_the_kernels(gpu: Backend) -> None:
     from tvfast.kernels import measure
 
-    for want in MEASURED:
+    for want in Wants:
         assert getattr(measure, str(want.name)).value == want.value

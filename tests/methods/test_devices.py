@@ -15,7 +15,7 @@ from tvfast._leaves import Leaf
 from tvfast._scores import LeafScores
 from tvfast.errors import BackendError, DeviceError, LayoutError
 from tvfast.methods import make_method
-from tvfast.program import DType, View, Weighting, WorkTable
+from tvfast.program import DType, View, WorkTable
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_one_table_per_device_however_many_tensors(
 ) -> None:
     devices = ("cuda:0", "cuda:1", "cpu")
     leaves = [leaf(fakes, f"{i}", devices[i % 3], 64 * i) for i in range(900)]
-    monkeypatch.setattr(merging, "backend_for", lambda table, weighting: AnyBackend())
+    monkeypatch.setattr(merging, "backend_for", lambda table: AnyBackend())
     method = make_method("task_arithmetic")
     tables = [
         table
@@ -126,7 +126,7 @@ def test_no_backend_for_a_device_is_found_before_another_is_written(
     )
     elsewhere = leaf(fakes, "b", "cuda:0", 64)
 
-    def choose(table: WorkTable, weighting: Weighting) -> Any:
+    def choose(table: WorkTable) -> Any:
         if table.entries[0].name == "b":
             raise BackendError("no backend can run: cpp: tensor 'b' is on cuda:0.")
         return AnyBackend()

@@ -30,7 +30,7 @@ from tvfast.errors import MergeError
 from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.host import crc32c, first_nonfinite
-from tvfast.ops.raw import Backend, backend_for, has_weighting, host_backend
+from tvfast.ops.raw import Backend, backend_for, host_backend
 from tvfast.program import DType, View, WorkTable
 
 
@@ -202,24 +202,15 @@ class Run:
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
         n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
-        offload = self._offload_of(unit)
-        if offload is None or not unit.ring_bytes:
+        if self._offload is None or not unit.ring_bytes:
             self._check_finite(loaded)
             if unit.parts[0].task.tensor is not None:
                 block.drop(loaded.arrangement.n_bytes)
             self._merge(loaded, n_threads)
         else:
-            self._merge_on_device(offload, unit, loaded, n_threads)
+            self._merge_on_device(self._offload, unit, loaded, n_threads)
         self._go_on()
         self._write(loaded)
-
-    def _offload_of(self, unit: Unit) -> Offload | None:
-        """The device, if it has kernels for every method of the unit."""
-        offload = self._offload
-        methods = {part.task.method for part in unit.parts if part.task.method is not None}
-        if offload is None or not all(has_weighting(offload.backend, m.program().weighting) for m in methods):
-            return None
-        return offload
 
     def _merge_on_device(self, offload: Offload, unit: Unit, loaded: Loaded, n_threads: int) -> None:
         """Parts in memory, as `_merge`, through the ring of a device."""
@@ -251,7 +242,7 @@ class Run:
             entries = [entry_of(loaded.parts[index], loaded, index) for index in indices]
             share_groups(method, entries)
             table = WorkTable(entries, len(entries[0].models))
-            backend = self._backend(table, method)
+            backend = self._backend(table)
             self._go_on()
             program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
             self._go_on()
@@ -268,7 +259,7 @@ class Run:
 
     def _process_in_chunks(self, unit: Unit, slots: Slots) -> None:
         """Parts that are not in host memory at once."""
-        offload = self._offload_of(unit)
+        offload = self._offload
         if offload is None:
             with self._streaming:  # kernels use every core, and a selection much memory
                 self._stream(unit, slots, self._finish_later)
@@ -307,7 +298,7 @@ class Run:
         """Tensors that are never in memory at once: the method's questions become passes over the files."""
         table, method = self._logical(unit)
         source = self._source(unit, table, slots, finish)
-        measured = inner or self._backend(table, method)
+        measured = inner or self._backend(table)
         backend = StreamedBackend(measured, source, foresee=method.program(), combine=combine)
         threads = self._plan.n_threads
         program, scalars = method.resolve(TableStatistics(backend, table, None, threads))
@@ -327,8 +318,8 @@ class Run:
         layout, inputs = self._plan.layout, self._inputs
         return StreamSource(unit, table, layout, inputs, slots, finish, self._check_finite)
 
-    def _backend(self, table: WorkTable, method: ProgramMethod) -> Backend:
-        return backend_for(table, method.program().weighting)
+    def _backend(self, table: WorkTable) -> Backend:
+        return backend_for(table)
 
     # -- results ------------------------------------------------------------------------------------
 

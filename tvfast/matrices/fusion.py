@@ -20,8 +20,8 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
     """b + scale · d where the importance |d| · KL reaches median + 1.5 (q75 - q25), d = m - b; otherwise b.
 
     Quantiles are exact: the values of rank floor(q (n - 1)) of all n. `exact`: divergences are summed in
-    float64; otherwise in the type of the result, with torch's own sums, and where those are below 0 by rounding
-    so is the importance.
+    float64; otherwise in the type of the result, with torch's own sums, and where those are below 0 by
+    rounding so is the importance.
 
     Returns:
         A tensor of the shape of `base`, float32, or float64 where an input is.
@@ -39,8 +39,8 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
 def divergence(base: Tensor, model: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ p log(p / q) of every row, p and q its softmax in model and base, plus `FLOOR`; [..., 1] of `dtype`.
 
-    Of rows that hardly differ float32 keeps less than one digit: for fine-tunes that change weights of 0.02 by
-    5e-4 the divergence is 1.2e-7, and its rounding error in float32 is 4e-8 and more.
+    Of rows that hardly differ float32 keeps less than one digit: for fine-tunes that change weights of 0.02
+    by 5e-4 the divergence is 1.2e-7, and its rounding error in float32 is 4e-8 and more.
     """
     length = base.shape[-1] if base.dim() else 1
     x, y = model.reshape(-1, length), base.reshape(-1, length)

@@ -19,7 +19,6 @@ from tvfast.program import (
     RankQuery,
     TensorScalars,
     Threshold,
-    Weighting,
     WorkTable,
 )
 
@@ -46,7 +45,6 @@ class CppBackend(CppProducts):
 
     name = "cpp"
     maps_scores = True
-    weightings = frozenset(Weighting)
 
     def __init__(self, isa: str = "", tile: int = 0) -> None:
         super().__init__(isa)

@@ -322,7 +322,7 @@ def combine(
     entry.out = view(result, name, "out")
     if entry.n_elements > 0:
         table = WorkTable([entry], n_models=len(entry.models))
-        backend_for(table, program.weighting).combine(table, program, [numbers], n_threads)
+        backend_for(table).combine(table, program, [numbers], n_threads)
     if not result.is_inference():
         # backends write through the address, which autograd does not see
         torch.autograd.graph.increment_version(result)
@@ -384,7 +384,7 @@ def measure(
         )
     numbers = check.scalars_of(scalars, len(entry.models))
     table = WorkTable([entry], n_models=len(entry.models))
-    moments = backend_for(table, program.weighting).measure(table, program, [numbers], wants, n_threads)[0]
+    moments = backend_for(table).measure(table, program, [numbers], wants, n_threads)[0]
     if out is None:
         return moments
     for one in fields(Moments):

@@ -18,7 +18,6 @@ from tvfast.program import (
     RankQuery,
     TensorScalars,
     Threshold,
-    Weighting,
     WorkTable,
 )
 
@@ -40,8 +39,7 @@ class Backend(Protocol):
     """What every backend implements; `docs/architecture.md` gives the contract.
 
     One whose attribute `maps_scores` is true reads `Entry.score_maps`, and with them `Cross` and
-    `Weighting.SCORE`; others never see a table that has maps, or summaries to make them of. Its attribute
-    `weightings` holds those beyond `SCORE` that it has; with `ALONE` it also answers `Wants.ALONE`.
+    `Weighting.SCORE`; others never see a table that has maps, or summaries to make them of.
     """
 
     name: str
@@ -204,11 +202,8 @@ def _load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(_MODULES[name]).backend())
 
 
-def backend_for(table: WorkTable, weighting: Weighting = Weighting.MODEL) -> Backend:
+def backend_for(table: WorkTable) -> Backend:
     """The first backend that can process the table; `TVFAST_BACKEND` forces one.
-
-    Args:
-        weighting: of the programs that will run.
 
     Raises:
         ArgumentError: `TVFAST_BACKEND` names no backend.
@@ -219,16 +214,9 @@ def backend_for(table: WorkTable, weighting: Weighting = Weighting.MODEL) -> Bac
     def why_not(backend: Backend) -> str | None:
         if scored and not getattr(backend, "maps_scores", False):
             return "it has no kernel for mapped scores, crossed scores or weights by score"
-        if not has_weighting(backend, weighting):
-            return f"it has no kernel for Weighting.{weighting.name}"
         return backend.why_not(table)
 
     return _first(why_not)
-
-
-def has_weighting(backend: object, weighting: Weighting) -> bool:
-    """Whether a backend has kernels for programs that weigh so; scores are another matter."""
-    return weighting <= Weighting.SCORE or weighting in getattr(backend, "weightings", ())
 
 
 def product_backend_for(work: WorkTable | Sequence[Operand]) -> ProductBackend:

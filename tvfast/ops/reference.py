@@ -27,7 +27,6 @@ from tvfast.program import (
     Threshold,
     View,
     Vote,
-    Weighting,
     WorkTable,
 )
 
@@ -92,7 +91,6 @@ class Reference(ReferenceProducts):
 
     name = "reference"
     maps_scores = True
-    weightings = frozenset(Weighting)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

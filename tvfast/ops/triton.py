@@ -112,15 +112,15 @@ class TritonBackend(TritonProducts):
     ) -> list[Moments]:
         """One `Moments` per entry; fields that are not asked for are zero."""
         n = table.n_models
-        blank = kernels.Measured([[0.0] * (3 * n + n * n)], [[0] * (3 * n + 3)])
-        found = [_moments(blank, 0, n, True) for _ in table.entries]
+        blank = kernels.Measured([[0.0] * (3 * n + n * n)], [[0] * (4 * n + 3)])
+        found = [_moments(blank, 0, n, wants) for _ in table.entries]
         for launch in _ready(table, program):
             # products with scores that are not there are zero
             own = wants if launch.kind.scored else wants & ~Wants.DOTS
             with kernels.on_device(launch.fields.device):
                 measured = kernels.measure(launch, program, scalars, int(own))
             for place, number in enumerate(launch.numbers):
-                found[number] = _moments(measured, place, n, bool(own & Wants.DOTS))
+                found[number] = _moments(measured, place, n, own)
         return found
 
     def score(self, table: WorkTable, scalars: Sequence[TensorScalars], n_threads: int = 0) -> None:
@@ -190,7 +190,7 @@ def _key(value: float) -> int:
     return int(torch.tensor(abs(value), dtype=torch.float32).view(torch.int32))
 
 
-def _moments(measured: kernels.Measured, place: int, n: int, dotted: bool) -> Moments:
+def _moments(measured: kernels.Measured, place: int, n: int, wants: Wants) -> Moments:
     sums, counts = measured.sums[place], measured.counts[place]
     gram = [[sums[2 * n + min(j, k) * n + max(j, k)] for k in range(n)] for j in range(n)]
     return Moments(
@@ -203,7 +203,8 @@ def _moments(measured: kernels.Measured, place: int, n: int, dotted: bool) -> Mo
         n_base_nonfinite=counts[3 * n],
         elected=counts[3 * n + 1],
         n_conflict=counts[3 * n + 2],
-        dots=sums[2 * n + n * n : 3 * n + n * n] if dotted else [0.0] * n,
+        n_alone=counts[3 * n + 3 : 4 * n + 3] if wants & Wants.ALONE else [0] * n,
+        dots=sums[2 * n + n * n : 3 * n + n * n] if wants & Wants.DOTS else [0.0] * n,
     )
 
 
