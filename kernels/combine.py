@@ -11,8 +11,7 @@ from tvfast.kernels.stages import (
     DIVISOR_NONE,
     REDUCE_MAX_ABS,
     VOTE_NONE,
-    WEIGHTING_ALONE,
-    WEIGHTING_NEARNESS,
+    WEIGHTING_MODEL,
 )
 from tvfast.kernels.table import (
     FILL,
@@ -78,7 +77,7 @@ def _combine_block(
     base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, MASKED)
     shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, MASKED)
     floor, fill = tl.load(tensor + FLOOR), tl.load(tensor + FILL)
-    shares = tl.zeros([BLOCK], tl.float32)
+    relations = tl.zeros([BLOCK], tl.float32)
     votes = tl.zeros([BLOCK], tl.float32)
     held = ()
     if K > 0:
@@ -88,31 +87,30 @@ def _combine_block(
                 KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
             )  # fmt: skip
             held = held + (t,)  # noqa: RUF005  (the compiler knows no unpacking)
-        if WEIGHTING == WEIGHTING_NEARNESS:
-            shares = stages.nearness(held[0], held[1], tl.load(reals + REALS + WEIGHT), floor)
-        elif WEIGHTING == WEIGHTING_ALONE:
+        if WEIGHTING != WEIGHTING_MODEL:
             for k in tl.static_range(K):
-                shares += stages.one_if_present(held[k])
+                weight = tl.load(reals + k * REALS + WEIGHT)
+                relations = stages.add_relation(relations, k, held[k], weight, floor, WEIGHTING)
         if VOTE != VOTE_NONE:
             for k in tl.static_range(K):
-                weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
                 votes = stages.vote(votes, stages.cast_ballot(held[k], weight, BALLOT), VOTE)
     else:
-        tl.static_assert(WEIGHTING != WEIGHTING_NEARNESS)  # which is of two models
-        if WEIGHTING == WEIGHTING_ALONE:
+        if WEIGHTING != WEIGHTING_MODEL:
             for k in range(n_models):
                 t = _rescaled_entry(
                     row, reals, wholes, k, base, shared, first, i, inside,
                     KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
                 )  # fmt: skip
-                shares += stages.one_if_present(t)
+                weight = tl.load(reals + k * REALS + WEIGHT)
+                relations = stages.add_relation(relations, k, t, weight, floor, WEIGHTING)
         if VOTE != VOTE_NONE:
             for k in range(n_models):
                 t = _rescaled_entry(
                     row, reals, wholes, k, base, shared, first, i, inside,
                     KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
                 )  # fmt: skip
-                weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
                 votes = stages.vote(votes, stages.cast_ballot(t, weight, BALLOT), VOTE)
     sign = stages.elected(votes, tl.load(tensor + MAJORITY), ZERO_SIGN)
     if REDUCE == REDUCE_MAX_ABS:
@@ -122,7 +120,7 @@ def _combine_block(
     divisor = tl.zeros([BLOCK], tl.float32)
     if K > 0:
         for k in tl.static_range(K):
-            weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+            weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
             reduced, divisor = _join(
                 reduced, divisor, held[k], sign, weight, VOTE, BALLOT, MEMBERS, REDUCE, DIVISOR
             )
@@ -132,7 +130,7 @@ def _combine_block(
                 row, reals, wholes, k, base, shared, first, i, inside,
                 KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
             )  # fmt: skip
-            weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+            weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
             reduced, divisor = _join(
                 reduced, divisor, t, sign, weight, VOTE, BALLOT, MEMBERS, REDUCE, DIVISOR
             )

@@ -19,7 +19,7 @@ from tvfast.kernels.keeping import (
     score_of,
     shared_of,
 )
-from tvfast.kernels.stages import VOTE_NONE, WEIGHTING_ALONE, WEIGHTING_NEARNESS
+from tvfast.kernels.stages import VOTE_NONE, WEIGHTING_MODEL
 from tvfast.kernels.sums import NO_WINDOW, add_sums, take
 from tvfast.kernels.table import (
     FLOOR,
@@ -84,30 +84,24 @@ def _number_present(
 
 
 @triton.jit
-def _shares(
+def _relations(
     row, tensor, reals, wholes, n_models, base, shared, first, i, inside,
     KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, WEIGHTING: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `stages.weight_of` asks of all models' t_k; float32 [n]."""
-    shares = tl.zeros([BLOCK], tl.float32)
-    if WEIGHTING == WEIGHTING_NEARNESS:
-        held = ()
-        for k in tl.static_range(2):
-            _, tau, kept = _tau_and_kept(
-                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
-            )
-            rank = rank_of(row, k, i, inside, KEEP)
-            held = held + (rescaled(reals, k, tl.where(kept, tau, 0.0), rank, GAIN),)  # noqa: RUF005
-        shares = stages.nearness(held[0], held[1], tl.load(reals + REALS + WEIGHT), tl.load(tensor + FLOOR))
-    elif WEIGHTING == WEIGHTING_ALONE:
+    relations = tl.zeros([BLOCK], tl.float32)
+    if WEIGHTING != WEIGHTING_MODEL:
+        floor = tl.load(tensor + FLOOR)
         for k in range(n_models):
             _, tau, kept = _tau_and_kept(
                 row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
             )
             rank = rank_of(row, k, i, inside, KEEP)
-            shares += stages.one_if_present(rescaled(reals, k, tl.where(kept, tau, 0.0), rank, GAIN))
-    return shares
+            t = rescaled(reals, k, tl.where(kept, tau, 0.0), rank, GAIN)
+            weight = tl.load(reals + k * REALS + WEIGHT)
+            relations = stages.add_relation(relations, k, t, weight, floor, WEIGHTING)
+    return relations
 
 
 @triton.jit
@@ -160,7 +154,7 @@ def measure_kernel(
         first += start
         base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, True)
         shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, True)
-        shares = _shares(
+        relations = _relations(
             row, tensors + entry * TENSOR_REALS, reals, wholes, n_models, base, shared, first, i, inside,
             KEEP, TIE, GAIN, WEIGHTING, DTYPE, ALIGNED, BLOCK,
         )  # fmt: skip
@@ -218,7 +212,7 @@ def measure_kernel(
                 negative = negative | (value < 0)
                 if VOTE != VOTE_NONE:
                     t = rescaled(reals, k, value, rank_of(row, k, i, inside, KEEP), GAIN)
-                    weight = stages.weight_of(shares, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                    weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
                     votes = stages.vote(votes, stages.cast_ballot(t, weight, BALLOT), VOTE)
         if COUNTS & WANTS:
             base = addend_of(row, base, i, inside, DTYPE, HAS_BASE, ADDS_BASE, ALIGNED, True)

@@ -22,6 +22,7 @@ KEEP_BAND_BY_RANK = tl.constexpr(int(Keep.BAND_BY_RANK))
 KEEP_MASK = tl.constexpr(int(Keep.MASK))
 TIE_GE = tl.constexpr(int(Tie.GE))
 TIE_INDEX = tl.constexpr(int(Tie.INDEX))
+WEIGHTING_MODEL = tl.constexpr(int(Weighting.MODEL))
 WEIGHTING_NEARNESS = tl.constexpr(int(Weighting.NEARNESS))
 WEIGHTING_ALONE = tl.constexpr(int(Weighting.ALONE))
 GAIN_MODEL = tl.constexpr(int(Gain.MODEL))
@@ -131,12 +132,23 @@ def one_if_present(t):
 
 
 @triton.jit
-def weight_of(share, k, weight, WEIGHTING: tl.constexpr):
-    """w_k: the model's; of NEARNESS `share` or what is left of it, of ALONE by the number of entries."""
+def add_relation(relation, k, t, weight, floor, WEIGHTING: tl.constexpr):
+    """What `weight_of` asks of all models, once t_k has joined t_1 ... t_(k-1); float32 [n]."""
     if WEIGHTING == WEIGHTING_NEARNESS:
-        weight = tl.where(k == 0, 1.0 - share, share)
+        relation = tl.where(k == 0, t, nearness(relation, t, weight, floor))
+    else:
+        tl.static_assert(WEIGHTING == WEIGHTING_ALONE)
+        relation = relation + one_if_present(t)
+    return relation
+
+
+@triton.jit
+def weight_of(relation, k, weight, WEIGHTING: tl.constexpr):
+    """w_k: the model's; of NEARNESS `relation` or what is left of it, of ALONE by the number of entries."""
+    if WEIGHTING == WEIGHTING_NEARNESS:
+        weight = tl.where(k == 0, 1.0 - relation, relation)
     elif WEIGHTING == WEIGHTING_ALONE:
-        weight = tl.where(share == 1, weight, 1.0)
+        weight = tl.where(relation == 1, weight, 1.0)
     return weight
 
 

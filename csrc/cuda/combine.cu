@@ -184,19 +184,16 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
           t[k][e] = keep_from_end(program.tie, merge.scalars.ends[k], mixed, t[k][e]) *
                     merge.scalars.models[k].gain;
     }
-    F share = 0.0f;
-    if constexpr (kModels > 1) {
-      if (program.weighting == Weighting::NEARNESS)
-        share = nearness(t[0][e], t[1][e], merge.scalars.models[1].weight,
-                         merge.scalars.tensor.divisor_floor);
-    }
-    if (program.weighting == Weighting::ALONE) {
+    F relation = 0.0f;
+    if (uses_relation(program.weighting)) {
 #pragma unroll
       for (int k = 0; k < kModels; ++k)
-        if (k < n_models) share += masked(not_zero(t[k][e]), 1.0f);
+        if (k < n_models)
+          relation = add_relation(program, relation, k, t[k][e], merge.scalars.models[k].weight,
+                                  merge.scalars.tensor.divisor_floor);
     }
     const auto weight = [&](int k) {
-      return weight_of(program, share, k, merge.scalars.models[k].weight);
+      return weight_of(program, relation, k, merge.scalars.models[k].weight);
     };
     F sign = zero;
     if (program.vote != Vote::NONE) {
@@ -236,11 +233,18 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
     load_tau(k, t);
     keep_and_rescale(program, merge.all_scalars[k], merge.models[k], quad, by, t);
   };
-  F sign[kQuad] = {zero, zero, zero, zero}, t[kQuad], shares[kQuad];
-  shares_quad(program, merge.n_models, merge.all_scalars[1].weight,
-              merge.scalars.tensor.divisor_floor, load_kept, shares);
+  F sign[kQuad] = {zero, zero, zero, zero}, t[kQuad], relations[kQuad] = {};
+  if (uses_relation(program.weighting)) {
+    for (int k = 0; k < merge.n_models; ++k) {
+      load_kept(k, t);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        relations[e] = add_relation(program, relations[e], k, t[e], merge.all_scalars[k].weight,
+                                    merge.scalars.tensor.divisor_floor);
+    }
+  }
   const auto weight = [&](int k, int e) {
-    return weight_of(program, shares[e], k, merge.all_scalars[k].weight);
+    return weight_of(program, relations[e], k, merge.all_scalars[k].weight);
   };
   if (program.vote != Vote::NONE) {
     F votes[kQuad] = {};

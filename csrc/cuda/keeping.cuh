@@ -156,37 +156,30 @@ TVFAST_STAGE F rescale(const Program& program, const ModelScalars& s, U rank, F 
   return kept / (s.prob + static_cast<F>(rank) * s.prob_step);
 }
 
-// What the weights of an element's entries depend on besides their model: how much of the second
-// model replaces the first, or how many models have an entry. load(k, t) gives t_k of a quad.
-template <class Load>
-TVFAST_STAGE void shares_quad(const Program& program, int n_models, F limit, F floor, Load&& load,
-                              F* shares) {
-  F t[kQuad];
-#pragma unroll
-  for (int e = 0; e < kQuad; ++e) shares[e] = 0.0f;
-  if (program.weighting == Weighting::NEARNESS) {
-    F first[kQuad];
-    load(0, first);
-    load(1, t);
-#pragma unroll
-    for (int e = 0; e < kQuad; ++e) shares[e] = nearness(first[e], t[e], limit, floor);
+// What the weights of an element's entries depend on besides their model, once t_k has joined
+// t_1 ... t_(k-1): how many models have an entry, or how much of the second replaces the first.
+TVFAST_STAGE F add_relation(const Program& program, F relation, int k, F t, F weight, F floor) {
+  switch (program.weighting) {
+    case Weighting::MODEL:
+    case Weighting::SCORE: return relation;
+    case Weighting::NEARNESS: return k == 0 ? t : nearness(relation, t, weight, floor);
+    case Weighting::ALONE: return relation + masked(not_zero(t), 1.0f);
   }
-  if (program.weighting == Weighting::ALONE) {
-    for (int k = 0; k < n_models; ++k) {
-      load(k, t);
-#pragma unroll
-      for (int e = 0; e < kQuad; ++e) shares[e] += masked(not_zero(t[e]), 1.0f);
-    }
-  }
+  return relation;
+}
+
+// Whether weights depend on the entries of all models.
+TVFAST_STAGE constexpr bool uses_relation(Weighting weighting) {
+  return weighting == Weighting::NEARNESS || weighting == Weighting::ALONE;
 }
 
 // w_k of an element. Scores do not get here.
-TVFAST_STAGE F weight_of(const Program& program, F share, int k, F weight) {
+TVFAST_STAGE F weight_of(const Program& program, F relation, int k, F weight) {
   switch (program.weighting) {
     case Weighting::MODEL:
     case Weighting::SCORE: return weight;
-    case Weighting::NEARNESS: return k == 0 ? 1.0f - share : share;
-    case Weighting::ALONE: return weight_alone(share, weight);
+    case Weighting::NEARNESS: return k == 0 ? 1.0f - relation : relation;
+    case Weighting::ALONE: return weight_alone(relation, weight);
   }
   return weight;
 }

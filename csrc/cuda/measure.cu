@@ -290,30 +290,30 @@ TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::in
   if ((wants & VOTES) == 0) return;
   int n_conflicts = 0, n_elected = 0;
   for_each(m.entry, span, from, [&](const Quad& quad) {
-    F votes[kQuad] = {}, shares[kQuad] = {};
-    if (m.program.vote != Vote::NONE && m.program.ballot == Ballot::WEIGHTED)
-      shares_quad(
-          m.program, m.n_models, m.n_models > 1 ? m.scalars[1].weight : 0.0f, m.divisor_floor,
-          [&](int k, F* t) {
-            TauQuad own;
-            load_kept(m, k, quad, own);
-#pragma unroll
-            for (int e = 0; e < kQuad; ++e)
-              t[e] = rescale(m.program, m.scalars[k], own.ranks[e], own.kept[e]);
-          },
-          shares);
+    F votes[kQuad] = {}, relations[kQuad] = {};
     M positive[kQuad] = {}, negative[kQuad] = {};
-    for (int k = 0; k < m.n_models; ++k) {
-      TauQuad t;
-      load_kept(m, k, quad, t);
+    const bool voted = m.program.vote != Vote::NONE;
+    // One keep stage in the code for both passes; the first is for weights that depend on all.
+#pragma unroll 1
+    for (int pass = voted && uses_relation(m.program.weighting) ? 0 : 1; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int k = 0; k < m.n_models; ++k) {
+        TauQuad t;
+        load_kept(m, k, quad, t);
+        const ModelScalars& s = m.scalars[k];
 #pragma unroll
-      for (int e = 0; e < kQuad; ++e) {
-        positive[e] = positive[e] || t.kept[e] > 0.0f;
-        negative[e] = negative[e] || t.kept[e] < 0.0f;
-        if (m.program.vote != Vote::NONE)
-          votes[e] =
-              add_vote(m.program, votes[e], rescale(m.program, m.scalars[k], t.ranks[e], t.kept[e]),
-                       weight_of(m.program, shares[e], k, m.scalars[k].weight));
+        for (int e = 0; e < kQuad; ++e) {
+          positive[e] = positive[e] || t.kept[e] > 0.0f;
+          negative[e] = negative[e] || t.kept[e] < 0.0f;
+          if (!voted) continue;
+          const F own = rescale(m.program, s, t.ranks[e], t.kept[e]);
+          if (pass == 0) {
+            relations[e] = add_relation(m.program, relations[e], k, own, s.weight, m.divisor_floor);
+          } else {
+            votes[e] =
+                add_vote(m.program, votes[e], own, weight_of(m.program, relations[e], k, s.weight));
+          }
+        }
       }
     }
 #pragma unroll

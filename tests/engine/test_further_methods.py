@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,71 @@ def test_karcher_counts_a_named_base_as_one_more_model(family: Path, tmp_path: P
     tensors = members()
     wanted = tvfast.merge(tensors["ft1"], [tensors[m] for m in ("ft1", "ft2", "base")], "karcher")
     check(tmp_path / "out", wanted)
+
+
+# Of an architecture that nobody has named: a vision tower, norms of heads, experts, a scalar, a tied head.
+UNKNOWN = {
+    "tower.patches.proj.weight": (8, 3, 4, 4),
+    "tower.patches.proj.bias": (8,),
+    "tower.blocks.0.attn.q_norm.weight": (16,),
+    "tower.logit_scale": (),
+    "text.embed.weight": (21, 40),
+    "text.layers.0.linear_attn.A_log": (4,),
+    "text.layers.0.experts.gate_up": (2, 12, 40),
+    "text.layers.0.mixer.weight": (40, 24),
+    "text.norm.weight": (40,),
+}
+
+
+def unknown_member(seed: int) -> dict[str, Tensor]:
+    drawn = torch.Generator().manual_seed(0)
+    found = {name: torch.randn(shape, generator=drawn) * 0.02 for name, shape in UNKNOWN.items()}
+    drawn = torch.Generator().manual_seed(seed)
+    for tensor in found.values():
+        tensor += torch.randn(tensor.shape, generator=drawn) * 1e-3 * bool(seed)
+    return {name: tensor.bfloat16() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "n"),
+    [
+        ("nuslerp", {"weight": 0.5}, 2),
+        ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
+        ("multislerp", {"weight": 0.5}, 3),
+        ("karcher", {}, 3),
+        ("model_stock", {}, 3),
+        ("model_stock", {"filter_wise": True}, 3),
+        ("nearswap", {"t": 5e-4}, 1),
+        ("ram", {"epsilon": 5e-4}, 3),
+        ("ramplus_tl", {"epsilon": 5e-4}, 3),
+        ("arcee_fusion", {}, 1),
+        ("geometric_median", {}, 3),
+        ("consensus", {}, 3),
+        ("pcb", {}, 3),
+        ("magmax", {}, 3),
+        ("tsv_m", {}, 3),
+        ("iso_cts", {}, 3),
+        ("knots", {}, 3),
+        ("wudi", {}, 3),
+    ],
+)
+def test_every_tensor_of_an_unknown_architecture_reaches_the_output(
+    tmp_path: Path, method: str, parameters: dict[str, Any], n: int
+) -> None:
+    torch.set_num_threads(1)
+    tensors = {member: unknown_member(k) for k, member in enumerate(MEMBERS)}
+    config = {"architectures": ["NewForAnything"], "model_type": "new", "tie_word_embeddings": True}
+    buffers = {"text.layers.0.positions": torch.arange(9), "text.mask": torch.ones(3, dtype=torch.bool)}
+    for member, found in tensors.items():
+        (tmp_path / member).mkdir()
+        save_file(found | buffers, tmp_path / member / "model.safetensors", {"format": "pt"})
+        (tmp_path / member / "config.json").write_text(json.dumps(config))
+    base = method != "karcher"
+    tvfast.merge_checkpoints(recipe(tmp_path, method, parameters, n, base), tmp_path / "out")
+    own = {("weights" if key == "weight" else key): value for key, value in parameters.items()}
+    wanted = tvfast.merge(tensors["base"], [tensors[m] for m in MEMBERS[1 : n + 1]], method, **own)
+    check(tmp_path / "out", wanted | buffers)
+    changed = load_file(tmp_path / "out" / "model.safetensors")
+    for name in UNKNOWN:
+        if tensors["base"][name].numel() > 20:
+            assert not torch.equal(changed[name], tensors["base"][name]), name

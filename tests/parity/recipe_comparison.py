@@ -54,15 +54,17 @@ class Comparison:
         return asdict(self)
 
 
-def peer_recipe(recipe: Mapping[str, Any], family: Path, stored: str) -> dict[str, Any]:
-    """The recipe that makes mergekit compute in float32 and round once, to the type that ours has.
+def peer_recipe(
+    recipe: Mapping[str, Any], family: Path, stored: str, computed: str = "float32"
+) -> dict[str, Any]:
+    """The recipe that makes mergekit compute in one type and round once, to the type that ours has.
 
     Members become absolute paths: a bare name it would look up on the model hub for its model card.
     """
     out_dtype = recipe.get("out_dtype") or recipe.get("dtype") or stored
     located: dict[str, Any] = _located(recipe, family)
     located.pop("tvfast", None)
-    return {**located, "dtype": "float32", "out_dtype": out_dtype}
+    return {**located, "dtype": computed, "out_dtype": out_dtype}
 
 
 def _located(part: Any, family: Path) -> Any:

@@ -87,7 +87,9 @@ def run_mergekit(python: str, runs: Sequence[Run], work: Path) -> dict[str, Any]
         recipe = yaml.safe_load(run.source.file.read_text())
         path = run.theirs.with_suffix(".yml")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(peer_recipe(recipe, run.family, run.stored), sort_keys=False))
+        path.write_text(
+            yaml.safe_dump(peer_recipe(recipe, run.family, run.stored, run.source.computed), sort_keys=False)
+        )
         jobs.append({"recipe": str(path), "out": str(run.theirs), "cwd": str(run.family)})
     listed = work / "jobs.json"
     listed.write_text(json.dumps(jobs))

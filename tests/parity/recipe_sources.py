@@ -27,6 +27,7 @@ class Source:
     """One recipe: its file here, the file it follows, and what was mapped.
 
     `preset` names a family of bench/checkpoints/family.py: its depth fits the recipe's layer ranges.
+    `computed`: the type that mergekit computes in. `portable`: its output is the same on every processor.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Source:
     commit: str
     mapped: str
     preset: str = "8-layers"
+    computed: str = "float32"
+    portable: bool = True
 
     @property
     def file(self) -> Path:
@@ -114,8 +117,17 @@ SOURCES = (
         "arcee-fusion",
         "examples/arcee_fusion.yml",
         "86c30b6f2c67270ec97f514740d8ff214d2a46c6",
+        "on ft1, 32 layers of width 64; mergekit with `dtype: float64`",
+        "32-layers",
+        computed="float64",
+    ),
+    Source(  # a choice by the roundings of float32 sums
+        "arcee-fusion-float32",
+        "examples/arcee_fusion.yml",
+        "86c30b6f2c67270ec97f514740d8ff214d2a46c6",
         "on ft1, 32 layers of width 64; ours with `tvfast: {dialect: mergekit_float32}`",
         "32-layers",
+        portable=False,
     ),
     Source("ram", *_RAM, "no page has a recipe: its parameters on ft1, ft2, ft3"),
     Source("ramplus-tl", *_RAM, "no page has a recipe: its parameters on ft1, ft2"),

@@ -309,6 +309,8 @@ def _only_on_the_cpu(tasks: Iterable[Task]) -> str:
         if task.tensor is not None or (task.method is not None and task.method.info.needs_scores):
             method = _method(task)
             assert method is not None
+            if task.tensor is not None and not task.tensor.statistics:
+                return f"method {method.info.name!r} merges whole tensors, which only the CPU does here"
             return f"method {method.info.name!r} reads statistics, which only the CPU does"
     return ""
 

@@ -305,7 +305,7 @@ def _measure(
     gram = [number for line in moments.gram for number in line]
     sums = [*moments.l1_before, *moments.l1, *gram, *(moments.dots or [0.0] * n)]
     counts = [*moments.n_kept, *moments.n_nonzero, *moments.n_nonfinite]
-    counts += [moments.n_base_nonfinite, moments.elected, moments.n_conflict]
+    counts += [moments.n_base_nonfinite, moments.elected, moments.n_conflict, *moments.n_alone]
     device = models[0].device
     return (
         torch.tensor(sums, dtype=torch.float64, device=device),
@@ -317,7 +317,7 @@ def _measure(
 def _(base: Tensor | None, models: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     n = len(models)
     sums = models[0].new_empty([3 * n + n * n], dtype=torch.float64)
-    return sums, models[0].new_empty([3 * n + 3], dtype=torch.int64)
+    return sums, models[0].new_empty([4 * n + 3], dtype=torch.int64)
 
 
 def measure(
@@ -377,4 +377,5 @@ def _traced_moments(sums: list[Any], counts: list[Any], n: int) -> Moments:
         elected=counts[3 * n + 1],
         n_conflict=counts[3 * n + 2],
         dots=sums[2 * n + n * n :],
+        n_alone=counts[3 * n + 3 :],
     )

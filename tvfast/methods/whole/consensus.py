@@ -46,10 +46,6 @@ class Consensus(WholeMethod):
             results.append(TensorResult(consensus(job.base, job.models, thresholds, self.agree, self.scale)))
         return results
 
-    def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
-        """Task vectors and their sum, base and result in float32."""
-        return (4 * n_models + 20) * math.prod(shape) + 64 * 2**20
-
 
 @register_method("pcb", source="Du et al. 2024, arXiv:2410.02396", dialects=("paper",))
 @dataclass(frozen=True, kw_only=True)
@@ -81,5 +77,5 @@ class Pcb(WholeMethod):
         return results
 
     def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
-        """Clamped task vectors, sums and a sort in float32."""
+        """Clamped task vectors, sums, scores and a selection in float32."""
         return (4 * n_models + 60) * math.prod(shape) + 64 * 2**20

@@ -37,5 +37,5 @@ class ArceeFusion(WholeMethod):
         return results
 
     def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
-        """Task vector, importance, base and result in float32, and blocks in float64."""
-        return 17 * math.prod(shape) + 64 * 2**20
+        """Importances, which become the result, and the mark of those that are ranked; blocks in float64."""
+        return 8 * math.prod(shape) + 64 * 2**20
