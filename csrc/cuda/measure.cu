@@ -1,9 +1,9 @@
 // measure and row_masks: sums, counts, votes and bit planes of every entry of a table.
 #include <algorithm>
-#include <cstring>
 
 #include "api.hpp"
 #include "keeping.cuh"
+#include "measure_plan.hpp"
 #include "sums.cuh"
 #include "tiles.cuh"
 
@@ -20,30 +20,6 @@ constexpr std::int64_t kMeasureSpan = kTile / 2;
 
 // Sums that one launch keeps in shared memory, for each warp.
 constexpr int kSumsOfLaunch = 64;
-
-// Sums of an entry: L1 before [K], L1 [K], products [K][K] of which j <= k are filled, products
-// with scores [K].
-struct SumNumbers {
-  int n_models;
-  __host__ __device__ int l1_before(int k) const { return k; }
-  __host__ __device__ int l1(int k) const { return n_models + k; }
-  __host__ __device__ int product(int j, int k) const { return (2 + j) * n_models + k; }
-  __host__ __device__ int dot(int k) const { return (2 + n_models) * n_models + k; }
-  __host__ __device__ int size() const { return (3 + n_models) * n_models; }
-};
-
-// Counts of an entry: kept, non-zero, non-finite and alone [K] each, then three of the entry.
-struct CountNumbers {
-  int n_models;
-  __host__ __device__ int kept(int k) const { return k; }
-  __host__ __device__ int nonzero(int k) const { return n_models + k; }
-  __host__ __device__ int nonfinite(int k) const { return 2 * n_models + k; }
-  __host__ __device__ int alone(int k) const { return 3 * n_models + k; }
-  __host__ __device__ int base_nonfinite() const { return 4 * n_models; }
-  __host__ __device__ int elected() const { return 4 * n_models + 1; }
-  __host__ __device__ int conflicts() const { return 4 * n_models + 2; }
-  __host__ __device__ int size() const { return 4 * n_models + 3; }
-};
 
 // Where the statistics of all entries are gathered; zero before the launch.
 struct Gathered {
@@ -446,39 +422,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor / 2)
   }
 }
 
-std::size_t aligned(std::size_t n_bytes) { return (n_bytes + 15) / 16 * 16; }
-
-// The parts of the workspace that Gathered points to.
-struct Parts {
-  std::size_t limbs, nonfinite, used, counts;
-  Parts(std::int64_t n_entries, int n_models) {
-    const auto n_sums = static_cast<std::size_t>(n_entries) * SumNumbers{n_models}.size();
-    limbs = aligned(n_sums * kWindows * kLimbs * sizeof(unsigned long long));
-    nonfinite = aligned(n_sums * sizeof(double));
-    used = aligned(n_sums * sizeof(unsigned));
-    counts = aligned(static_cast<std::size_t>(n_entries) * CountNumbers{n_models}.size() *
-                     sizeof(unsigned long long));
-  }
-  std::size_t size() const { return limbs + nonfinite + used + counts; }
-  template <class Byte>
-  auto at(Byte* start) const {
-    struct {
-      Byte *limbs, *nonfinite, *used, *counts;
-    } found{start, start + limbs, start + limbs + nonfinite, start + limbs + nonfinite + used};
-    return found;
-  }
-};
-
 }  // namespace
-
-std::size_t measure_workspace(std::int64_t n_entries, int n_models) {
-  return Parts(n_entries, n_models).size();
-}
 
 void measure(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
              unsigned wants, void* workspace, Place place) {
   const OnDevice current(place.device);
-  const Parts parts(table.n_entries, table.n_models);
+  const GatheredLayout parts(table.n_entries, table.n_models);
   const auto at = parts.at(static_cast<unsigned char*>(workspace));
   const Gathered gathered{
       reinterpret_cast<unsigned long long*>(at.limbs), reinterpret_cast<double*>(at.nonfinite),
@@ -499,51 +448,6 @@ void measure(const DeviceTable& table, const Program& program, const DeviceScala
   }
   if ((wants & ALONE) != 0) run(measure_kernel<Part::ALONE>, 0, 0);
   if ((wants & (COUNTS | VOTES)) != 0) run(measure_kernel<Part::ENTRY>, 0, 0);
-}
-
-std::vector<Moments> moments(const std::vector<unsigned char>& workspace, std::int64_t n_entries,
-                             int n_models) {
-  const Parts parts(n_entries, n_models);
-  const auto at = parts.at(workspace.data());
-  const auto n_sums = static_cast<std::size_t>(SumNumbers{n_models}.size());
-  const auto n_counts = static_cast<std::size_t>(CountNumbers{n_models}.size());
-  const SumNumbers numbers{n_models};
-  const CountNumbers places{n_models};
-  std::vector<Moments> result(static_cast<std::size_t>(n_entries));
-  std::vector<unsigned long long> limbs(kWindows * kLimbs);
-  std::vector<std::int64_t> counts(n_counts);
-  for (std::size_t entry = 0; entry < result.size(); ++entry) {
-    const auto sum = [&](int number) {
-      const std::size_t slot = entry * n_sums + static_cast<std::size_t>(number);
-      unsigned used;
-      double nonfinite;
-      std::memcpy(&used, at.used + slot * sizeof used, sizeof used);
-      std::memcpy(&nonfinite, at.nonfinite + slot * sizeof nonfinite, sizeof nonfinite);
-      const std::size_t n_bytes = limbs.size() * sizeof(unsigned long long);
-      std::memcpy(limbs.data(), at.limbs + slot * n_bytes, n_bytes);
-      return total(limbs.data(), used, nonfinite);
-    };
-    std::memcpy(counts.data(), at.counts + entry * n_counts * sizeof(std::int64_t),
-                n_counts * sizeof(std::int64_t));
-    const auto count = [&](int number) { return counts[static_cast<std::size_t>(number)]; };
-    Moments& m = result[entry];
-    for (int k = 0; k < n_models; ++k) {
-      m.l1_before.push_back(sum(numbers.l1_before(k)));
-      m.l1.push_back(sum(numbers.l1(k)));
-      m.dots.push_back(sum(numbers.dot(k)));
-      m.n_kept.push_back(count(places.kept(k)));
-      m.n_nonzero.push_back(count(places.nonzero(k)));
-      m.n_nonfinite.push_back(count(places.nonfinite(k)));
-      m.n_alone.push_back(count(places.alone(k)));
-    }
-    for (int j = 0; j < n_models; ++j)
-      for (int k = 0; k < n_models; ++k)
-        m.gram.push_back(j <= k ? sum(numbers.product(j, k)) : BinnedSum{});
-    m.n_base_nonfinite = count(places.base_nonfinite());
-    m.elected = count(places.elected());
-    m.n_conflict = count(places.conflicts());
-  }
-  return result;
 }
 
 void row_masks(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,

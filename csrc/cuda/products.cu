@@ -5,6 +5,7 @@
 
 #include "api.hpp"
 #include "multiply.cuh"
+#include "packing.hpp"
 #include "sums.cuh"
 #include "tiles.cuh"
 
@@ -293,8 +294,6 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(ProductPanel panel, Do
   }
   add_to_dot(dot, sum);
 }
-
-std::size_t aligned(std::size_t n_bytes) { return (n_bytes + 15) / 16 * 16; }
 
 DotSlots slots_at(void* at) {
   auto* const bytes = static_cast<unsigned char*>(at);

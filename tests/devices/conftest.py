@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from tests.conftest import load, missing
 from tests.devices.moving import Moved
-from tvfast.ops import cuda
+from tests.devices.standins import cuda_backend
 
 # Triton reads the variable when it is imported; commands that other tests start must not inherit it.
 _ASKED_FOR = os.environ.get("TRITON_INTERPRET")
@@ -34,39 +35,27 @@ if _ASKED_FOR is None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
-    if not torch.cuda.is_available():
-        try:
-            import tvfast._C_simt  # noqa: F401
-        except ImportError as error:
-            missing("cuda", f"no GPU, and no host build of the kernels: {error}; build with TVFAST_SIMT=ON")
-        monkeypatch.setenv("TVFAST_SIMT", "1")
-    cuda.backend.cache_clear()
-    return load("cuda")
-
-
-def _triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+@contextmanager
+def _triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("TVFAST_BACKEND", "triton")
     if _NO_TRITON:
         missing("triton", _NO_TRITON)
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # triton imports more of itself at the first launch
-    return load("triton")
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A backend for GPUs, which `TVFAST_BACKEND` also forces on public functions."""
-    monkeypatch.setenv("TVFAST_BACKEND", request.param)
-    backend = (_cuda if request.param == "cuda" else _triton)(monkeypatch)
     # numpy, which Triton's interpreter computes with, warns of what the kernels do on purpose.
     with np.errstate(all="ignore"):
+        yield load("triton")
+
+
+@pytest.fixture(params=[cuda_backend, _triton_backend], ids=["cuda", "triton"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A backend for GPUs, which `TVFAST_BACKEND` also forces on public functions."""
+    with request.param(monkeypatch) as backend:
         yield Moved(backend, torch.device("cuda")) if torch.cuda.is_available() else backend
-    cuda.backend.cache_clear()
 
 
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The Triton backend alone."""
-    monkeypatch.setenv("TVFAST_BACKEND", "triton")
-    with np.errstate(all="ignore"):
-        yield _triton(monkeypatch)
+    with _triton_backend(monkeypatch) as backend:
+        yield backend
