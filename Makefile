@@ -59,12 +59,16 @@ cpp-test:
 	cmake --build $(BUILD) -j $(JOBS)
 	ctest --test-dir $(BUILD) --no-tests=error --output-on-failure -j $(JOBS)
 
-# CUDA and Triton kernels must compile for sm_80 and sm_90 on machines without a GPU too.
+# CUDA and Triton kernels must compile for sm_80 and sm_90 on machines without a GPU too; of the CUDA module one small
+# file must for every architecture of releases.
 gpu-compile: develop
 	cmake --preset cuda -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build --preset cuda -j $(JOBS)
 	$(BIN)/python -m tests.cuda.gates build/cuda/_C_cuda*.so
+	cmake --preset cuda-release -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build build/cuda-release --target CMakeFiles/_C_cuda.dir/csrc/cuda/runtime.cu.o
 	$(BIN)/python -m tvfast.kernels.compile_ahead
 
 # BENCH="--op combine --threads 1" chooses; TVFAST_MERGEKIT_PYTHON adds the rows of mergekit.

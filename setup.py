@@ -44,6 +44,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTVFAST_CUDA={os.environ.get('TVFAST_CUDA', 'AUTO')}",
+            f"-DTVFAST_CUDA_ARCHITECTURES={os.environ.get('TVFAST_CUDA_ARCHITECTURES', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         install = [cmake, "--install", str(build), "--component", "python", "--prefix", str(destination)]

@@ -38,6 +38,7 @@ struct ResidentScalars : Resident<PackedScalars> {
   Ends ends;
 };
 
+using ResidentRanks = Resident<RankPlan>;
 using ResidentQueries = Resident<PackedQueries>;
 using ResidentEquals = Resident<PackedEquals>;
 
@@ -165,15 +166,19 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
     const py::gil_scoped_release unlocked;
     row_masks(table.at(), to_program(program), scalars.at(), to_place(device, stream));
   });
-  py::class_<RankPlan>(m, "RankPlan", py::module_local())
+  py::class_<ResidentRanks> ranks_type(m, "ResidentRanks", py::module_local());
+  ranks_type
       .def(py::init([](const Table& table, int device, Address stream) {
-        return rank_plan(table, to_place(device, stream));
+        return ResidentRanks{rank_plan(table, to_place(device, stream)), nullptr};
       }))
-      .def_readonly("n_bytes", &RankPlan::n_bytes);
-  m.def("rank_rows", [](const ResidentTable& table, const RankPlan& plan, Address workspace,
+      .def_property_readonly("n_workspace",
+                             [](const ResidentRanks& plan) { return plan.packed.n_workspace; });
+  define_resident(ranks_type);
+  m.def("rank_rows", [](const ResidentTable& table, const ResidentRanks& plan, Address workspace,
                         int device, Address stream) {
     const py::gil_scoped_release unlocked;
-    rank_rows(table.at(), plan, reinterpret_cast<void*>(workspace), to_place(device, stream));
+    rank_rows(table.at(), plan.packed, plan.address, reinterpret_cast<void*>(workspace),
+              to_place(device, stream));
   });
 
   const SelectionLimits usual;
@@ -208,11 +213,13 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
   py::class_<ResidentEquals> equals_type(m, "ResidentEquals", py::module_local());
   equals_type
       .def(py::init([](const Table& table, int keep,
-                       const std::vector<std::tuple<int, int, float, std::int64_t>>& asked) {
+                       const std::vector<std::tuple<int, int, float, std::int64_t>>& asked,
+                       bool by_entry) {
         std::vector<EqualQuery> queries;
         for (const auto& [group, model, value, r] : asked)
           queries.push_back({group, model, key_of(value), r});
-        return ResidentEquals{PackedEquals(table, static_cast<Keep>(keep), queries), nullptr};
+        return ResidentEquals{PackedEquals(table, static_cast<Keep>(keep), queries, by_entry),
+                              nullptr};
       }))
       .def_property_readonly("n_workspace",
                              [](const ResidentEquals& q) { return q.packed.layout().total; });
@@ -231,29 +238,41 @@ PYBIND11_MODULE(TVFAST_MODULE, m) {
   m.def("equals_of", [](const Table& table, const ResidentQueries& queries) {
     return ResidentEquals{equals_of(table, queries.packed), nullptr};
   });
-  // Bands of the queries' answers, and the merge with them; nothing waits for the device.
+  m.def("can_guess",
+        [](const Table& table, const ProgramChoices& program, const ResidentScalars& scalars) {
+          return can_guess(to_program(program), scalars.ends, table.n_models) &&
+                 !overwrites_inputs(table);
+        });
   m.def(
       "combine_trimmed",
       [](const ResidentTable& table, const ProgramChoices& program, const ResidentScalars& scalars,
          const ResidentQueries& queries, Address workspace, const ResidentEquals* equals,
-         Address equals_workspace, int device, Address stream) {
+         Address equals_workspace, bool guesses, int device, Address stream) {
         const py::gil_scoped_release unlocked;
-        const Place place = to_place(device, stream);
-        void* at = reinterpret_cast<void*>(workspace);
         EqualPlaces places;
         if (equals != nullptr)
           places = {&equals->packed, const_cast<void*>(equals->address),
                     reinterpret_cast<void*>(equals_workspace)};
-        const Program choices = to_program(program);
-        thresholds(table.at(), queries.packed, queries.address, at, place);
-        place_thresholds(table.at(), queries.packed, queries.address, at, places, choices.tie,
-                         scalars.at(), place);
-        combine_placed(table.at(), choices, scalars.at(), scalars.ends,
-                       empty_bands(queries.packed, at), place);
+        combine_trimmed(table.at(), to_program(program), scalars.at(), scalars.ends, queries.packed,
+                        queries.address, reinterpret_cast<void*>(workspace), places, guesses,
+                        to_place(device, stream));
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg().none(true), py::arg(),
-      py::arg(), py::arg());
+      py::arg(), py::arg(), py::arg());
 
+  m.def("read_outcomes",
+        [](const ResidentQueries& q, Address workspace, int device, Address stream) {
+          std::vector<int> found;
+          for (const Outcome outcome : answers<&read_outcomes>(q, workspace, device, stream))
+            found.push_back(static_cast<int>(outcome));
+          return found;
+        });
+
+  // Copies to the device, copies from it and waits for it, since the module was loaded.
+  m.def("runtime_calls", [] {
+    const RuntimeCalls calls = runtime_calls();
+    return py::make_tuple(calls.to_device, calls.to_host, calls.waits);
+  });
   m.def("architectures", &architectures);
   m.def("require", &require);
   m.def("device_name", [](int device) { return facts(device).name; });

@@ -1,10 +1,10 @@
 // combine: every tensor of a table in one launch, one pass from storage to storage.
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 
 #include "api.hpp"
-#include "keeping.cuh"
+#include "reducing.cuh"
+#include "tally.cuh"
 #include "tiles.cuh"
 
 namespace tvfast::gpu {
@@ -16,11 +16,19 @@ namespace {
 template <Program fixed, Ends tested>
 struct Fixed {
   static constexpr Ends kEnds = tested;
+  static constexpr bool kAtRunTime = false, kCounts = false;
   static __device__ constexpr Program get(const Program&) { return fixed; }
 };
 struct AtRunTime {
   static constexpr Ends kEnds = Ends::BOTH;
+  static constexpr bool kAtRunTime = true, kCounts = false;
   static __device__ const Program& get(const Program& program) { return program; }
+};
+
+// A fixed program that also counts what its lower ends cut: they are guesses.
+template <Program fixed>
+struct Guessed : Fixed<fixed, Ends::LOWER> {
+  static constexpr bool kCounts = true;
 };
 
 // The lower end of a model's band with its ties resolved for hashed indices: an entry equal to `lo`
@@ -54,51 +62,6 @@ struct TileScalars<0> {
   TensorScalars tensor;
 };
 
-TVFAST_STAGE F zero_sign(const Program& program, const TensorScalars& tensor) {
-  switch (program.zero_sign) {
-    case ZeroSign::PLUS: return 1.0f;
-    case ZeroSign::MINUS: return -1.0f;
-    case ZeroSign::NONE: return 0.0f;
-    case ZeroSign::MAJORITY: return tensor.majority;
-  }
-  return 0.0f;
-}
-
-struct Reduced {
-  F value, divisor;
-};
-
-TVFAST_STAGE void join(const Program& program, Reduced& reduced, F t, F weight, F sign) {
-  const F v = t * weight;
-  M member = true;
-  if (program.vote == Vote::NONE) {
-    if (program.members == Members::STRICT) member = not_zero(v);
-  } else {
-    const F ballot = program.ballot == Ballot::WEIGHTED ? v : t;
-    member = program.members == Members::STRICT ? agrees(ballot, sign, false)
-                                                : agrees_or_zero(ballot, sign);
-  }
-  if (program.reduce == Reduce::SUM) reduced.value += masked(member, v);
-  if (program.reduce == Reduce::FUSED_SUM)
-    reduced.value = __fmaf_rn(masked(member, t), weight, reduced.value);
-  if (program.reduce == Reduce::MAX_ABS) reduced.value = larger(reduced.value, v, member);
-  if (program.divisor == Divisor::COUNT) reduced.divisor += masked(member, 1.0f);
-  if (program.divisor == Divisor::WEIGHT) reduced.divisor += masked(member, weight);
-}
-
-TVFAST_STAGE F finish(const Program& program, const TensorScalars& tensor, Reduced reduced,
-                      bool has_base, F base) {
-  if (program.divisor != Divisor::NONE)
-    reduced.value =
-        reduced.value / safe_divisor(reduced.divisor, tensor.divisor_floor, tensor.divisor_fill);
-  const F result = reduced.value * tensor.scale;
-  return has_base ? base + result : result;
-}
-
-TVFAST_STAGE Reduced nothing(const Program& program) {
-  return {program.reduce == Reduce::MAX_ABS ? 0.0f : -0.0f, 0.0f};
-}
-
 // What a kernel knows of the entry that it merges.
 template <int kModels>
 struct Merge {
@@ -108,6 +71,7 @@ struct Merge {
   const DeviceEntry& entry;
   const DeviceModel* models;
   int n_models;
+  Tally& tally;
 };
 
 // t_k of a quad from d_k.
@@ -180,9 +144,12 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
       const U mixed = program.tie == Tie::HASH ? mixed_index(scaled_index(quad.index + e)) : 0u;
 #pragma unroll
       for (int k = 0; k < kModels; ++k)
-        if (k < n_models)
+        if (k < n_models) {
+          if (Choice::kCounts && e < quad.n)
+            merge.tally.count(k, t[k][e], merge.scalars.ends[k].lo);
           t[k][e] = keep_from_end(program.tie, merge.scalars.ends[k], mixed, t[k][e]) *
                     merge.scalars.models[k].gain;
+        }
     }
     F relation = 0.0f;
     if (uses_relation(program.weighting)) {
@@ -334,9 +301,11 @@ TVFAST_STAGE void merge_packets(const Merge<kModels>& merge, const TileSpan& spa
 // quads of any types, and so do more models, whose packets would leave too few registers: as many
 // bytes are on their way with twice the threads.
 template <class Choice, int kModels>
-inline constexpr bool kPackets = kModels >= 1 && kModels <= 4;
-template <int kModels>
-inline constexpr bool kPackets<AtRunTime, kModels> = false;
+inline constexpr bool kPackets = !Choice::kAtRunTime && kModels >= 1 && kModels <= 4;
+
+// Kernels that may be asked to merge some entries of a table alone: those of merges with guesses.
+template <class Choice, bool exact>
+inline constexpr bool kMergesSome = exact || Choice::kAtRunTime;
 
 // As many blocks as leave the registers that a kernel needs: fewer for more models and for a
 // program that is read at run time. ptxas needs a few registers more for sm_80.
@@ -347,7 +316,7 @@ constexpr int blocks_per_multiprocessor() {
 #else
   constexpr int kFewer = 0;
 #endif
-  if (std::is_same_v<Choice, AtRunTime>) return kModels == 8 ? 1 : kBlocksPerMultiprocessor / 2;
+  if (Choice::kAtRunTime) return kModels == 8 ? 1 : kBlocksPerMultiprocessor / 2;
   if (!exact) return kBlocksPerMultiprocessor - 1 - kFewer;
   if (kModels == 4) return kBlocksPerMultiprocessor - 1;
   return kModels == 3 && Choice::kEnds == Ends::LOWER ? kBlocksPerMultiprocessor - kFewer
@@ -356,13 +325,19 @@ constexpr int blocks_per_multiprocessor() {
 
 template <class Choice, int kModels, bool exact>
 __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, kModels, exact>()))
-    combine_kernel(DeviceTable table, DeviceScalars scalars, Program program, Gate gate) {
+    combine_kernel(DeviceTable table, DeviceScalars scalars, Program program, Gate gate,
+                   Trial trial) {
   if (gate.flag != nullptr && (*gate.flag != 0) != gate.set) return;
+  if (gate.any != nullptr && *gate.any == 0) return;
   // As bytes: shared memory is not initialised, and the scalars' defaults would be.
   alignas(16) __shared__ unsigned char storage[sizeof(TileScalars<kModels>)];
   auto& tile_scalars = *reinterpret_cast<TileScalars<kModels>*>(storage);
+  __shared__ TileCounts counts;
   for (std::int64_t tile = blockIdx.x; tile < table.n_tiles; tile += gridDim.x) {
     const TileSpan span = span_of(table, tile);
+    if constexpr (kMergesSome<Choice, exact>) {
+      if (gate.left != nullptr && (gate.left[span.entry] != 0) != gate.merges_left) continue;
+    }
     const std::int64_t first_model = std::int64_t{span.entry} * table.n_models;
     const ModelScalars* all_scalars = scalars.models + first_model;
     const DeviceModel* models = table.models + first_model;
@@ -371,6 +346,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, k
       tile_scalars.entry = table.entries[span.entry];
       tile_scalars.tensor = scalars.tensors[span.entry];
     }
+    if constexpr (Choice::kCounts) clear(counts);
     if constexpr (kModels > 0) {
       const int k = static_cast<int>(threadIdx.x);
       if (k < table.n_models) {
@@ -382,7 +358,9 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, k
     __syncthreads();
     if constexpr (kModels > 0) models = tile_scalars.views;
     const DeviceEntry& entry = tile_scalars.entry;
-    const Merge<kModels> merge{program, tile_scalars, all_scalars, entry, models, table.n_models};
+    Tally tally;
+    const Merge<kModels> merge{program, tile_scalars,   all_scalars, entry,
+                               models,  table.n_models, tally};
     const auto one_quad = [&](std::int64_t i, int n, bool whole) {
       merge_loaded<Choice, kModels, exact>(merge, i, n, whole);
     };
@@ -398,10 +376,11 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, k
       for_each_quad(entry, span, one_quad);
     }
     for_each_edge(span, one_quad);
+    if constexpr (Choice::kCounts) add_tally(trial, first_model, table.n_models, tally, counts);
   }
 }
 
-using CombineKernel = void (*)(DeviceTable, DeviceScalars, Program, Gate);
+using CombineKernel = void (*)(DeviceTable, DeviceScalars, Program, Gate, Trial);
 
 template <class Choice>
 CombineKernel for_model_count(int n_models) {
@@ -450,6 +429,26 @@ CombineKernel if_fixed(const Program& asked, Ends tested, int n_models) {
   return for_model_count<Fixed<program, ends>>(n_models);
 }
 
+template <Divisor divisor>
+CombineKernel if_guessed(const Program& asked, int n_models) {
+  constexpr Program program = ties(Tie::GE, divisor);
+  if (!(asked == program)) return nullptr;
+  switch (n_models) {
+    case 2: return combine_kernel<Guessed<program>, 2, true>;
+    case 3: return combine_kernel<Guessed<program>, 3, true>;
+    case 4: return combine_kernel<Guessed<program>, 4, true>;
+    default: return nullptr;
+  }
+}
+
+// The kernel that merges with guesses and counts what proves them; none for most programs.
+CombineKernel choose_guessed(const Program& program, Ends ends, int n_models) {
+  if (ends != Ends::LOWER) return nullptr;
+  const Program p = canonical(program);
+  const CombineKernel found = if_guessed<Divisor::WEIGHT>(p, n_models);
+  return found != nullptr ? found : if_guessed<Divisor::COUNT>(p, n_models);
+}
+
 CombineKernel choose(const Program& program, Ends ends, int n_models) {
   const Program p = canonical(program);
   CombineKernel found = nullptr;
@@ -484,15 +483,32 @@ Ends ends_of(const Scalars& scalars) {
 void combine(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
              Ends ends, Place place, Gate gate) {
   const OnDevice current(place.device);
-  launch_tiles(choose(program, ends, table.n_models), table, place, scalars, program, gate);
+  launch_tiles(choose(program, ends, table.n_models), table, place, scalars, program, gate,
+               Trial{});
 }
 
 void combine_placed(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
-                    Ends ends, const std::uint32_t* empty_bands, Place place) {
+                    Ends ends, const Verdicts& found, const std::uint32_t* left, Place place) {
   const bool tested =
       choose(program, ends, table.n_models) == choose(program, Ends::BOTH, table.n_models);
-  combine(table, program, scalars, ends, place, tested ? Gate{} : Gate{empty_bands, false});
-  if (!tested) combine(table, program, scalars, Ends::BOTH, place, {empty_bands, true});
+  Gate gate;
+  if (left != nullptr) gate = {.any = &found.left, .left = left};
+  if (!tested) gate.flag = &found.empty_bands, gate.set = false;
+  combine(table, program, scalars, ends, place, gate);
+  gate.set = true;
+  if (!tested) combine(table, program, scalars, Ends::BOTH, place, gate);
+}
+
+bool can_guess(const Program& program, Ends ends, int n_models) {
+  return choose_guessed(program, ends, n_models) != nullptr;
+}
+
+void combine_guessed(const DeviceTable& table, const Program& program, const DeviceScalars& scalars,
+                     const Verdicts& found, const std::uint32_t* left, Trial trial, Place place) {
+  const OnDevice current(place.device);
+  const Gate gate{.any = &found.tried, .left = left, .merges_left = false};
+  launch_tiles(choose_guessed(program, Ends::LOWER, table.n_models), table, place, scalars, program,
+               gate, trial);
 }
 
 }  // namespace tvfast::gpu

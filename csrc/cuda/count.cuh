@@ -60,9 +60,9 @@ TVFAST_STAGE void count_quad(Chunk& chunk, int c, const F* x, int n, U& counts) 
   }
 }
 
-// Up to kChunk queries from `first` on.
+// Up to kChunk queries from `first` on; whether one of them is open.
 template <Keep keep>
-TVFAST_STAGE void open_chunk(const DeviceSelection& s, QueryRange range, const DeviceModel* models,
+TVFAST_STAGE bool open_chunk(const DeviceSelection& s, QueryRange range, const DeviceModel* models,
                              Chunk& chunk) {
   __syncthreads();
   const int c = static_cast<int>(threadIdx.x);
@@ -83,6 +83,10 @@ TVFAST_STAGE void open_chunk(const DeviceSelection& s, QueryRange range, const D
     }
   }
   __syncthreads();
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) any = any || chunk.model[i] >= 0;
+  return any;
 }
 
 // Collects a tile's keys inside a bracket by looking at them again: a block cannot hold so many.
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, ranking_blocks(keep))
     const DeviceModel* models = table.models + std::int64_t{span.entry} * table.n_models;
     for (QueryRange range = queries_of(s, entry.group); range.first < range.last;
          range.first += kChunk) {
-      open_chunk<keep>(s, range, models, chunk);
+      if (!open_chunk<keep>(s, range, models, chunk)) continue;
       U counts[kChunk] = {};
       const auto one_quad = [&](std::int64_t i, int n, bool whole) {
         count_loaded<keep>(entry, models, table.n_models, i, n, whole, chunk, counts);

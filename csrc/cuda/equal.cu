@@ -17,7 +17,7 @@ struct DeviceEquals {
   const std::int32_t *first_queries, *first_members;  // of each group
   EqualAnswer* answers;
   std::uint32_t* tiles;  // equal keys of every tile of every query's group
-  Count* entries;        // equal keys of every entry, for every query
+  Count* entries;        // equal keys of every entry, for every query, or not asked for
   std::int32_t n_queries;
   Keep keep;
 };
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, ranking_blocks(keep))
       const std::uint32_t n = block_sum(n_own);
       if (threadIdx.x != 0) continue;
       s.tiles[query.tiles_at + place] = n;
-      if (n != 0)
+      if (n != 0 && s.entries != nullptr)
         atomicAdd(&s.entries[std::int64_t{span.entry} * s.n_queries + query.place], Count{n});
     }
   }
@@ -116,7 +116,7 @@ DeviceEquals equals_of(const PackedEquals& queries, const void* at, void* worksp
           at_bytes<std::int32_t>(at, queries.first_members_at()),
           at_bytes<EqualAnswer>(workspace, layout.answers),
           at_bytes<std::uint32_t>(workspace, layout.tiles),
-          at_bytes<Count>(workspace, layout.entries),
+          queries.by_entry() ? at_bytes<Count>(workspace, layout.entries) : nullptr,
           queries.n_queries(),
           queries.keep()};
 }
@@ -127,7 +127,8 @@ void count_equal(const DeviceTable& table, const PackedEquals& queries, const vo
                  void* workspace, Place place) {
   const OnDevice current(place.device);
   const EqualLayout& layout = queries.layout();
-  fill_zero(at_bytes<std::byte>(workspace, layout.entries), layout.total - layout.entries, place);
+  if (queries.by_entry())
+    fill_zero(at_bytes<std::byte>(workspace, layout.entries), layout.total - layout.entries, place);
   const auto kernel = queries.keep() == Keep::BAND    ? count_equal_kernel<Keep::BAND>
                       : queries.keep() == Keep::SCORE ? count_equal_kernel<Keep::SCORE>
                                                       : count_equal_kernel<Keep::VARIANCE>;

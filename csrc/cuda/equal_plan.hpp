@@ -31,12 +31,16 @@ struct EqualLayout {
 
 class PackedEquals {
  public:
-  PackedEquals(const Table& table, Keep keep, const std::vector<EqualQuery>& queries);
+  // `by_entry`: whether equal keys of every entry are asked for; they take 8 bytes for each entry
+  // and query.
+  PackedEquals(const Table& table, Keep keep, const std::vector<EqualQuery>& queries,
+               bool by_entry);
 
   const std::vector<std::byte>& bytes() const { return bytes_; }
   Keep keep() const { return keep_; }
   std::int32_t n_queries() const { return n_queries_; }
   std::int32_t n_entries() const { return n_entries_; }
+  bool by_entry() const { return by_entry_; }
   const EqualLayout& layout() const { return layout_; }
   std::size_t members_at() const { return members_at_; }
   std::size_t places_at() const { return places_at_; }
@@ -46,6 +50,7 @@ class PackedEquals {
  private:
   Keep keep_;
   std::int32_t n_queries_, n_entries_;
+  bool by_entry_;
   EqualLayout layout_;
   std::vector<std::byte> bytes_;
   std::size_t members_at_ = 0, places_at_ = 0, first_queries_at_ = 0, first_members_at_ = 0;

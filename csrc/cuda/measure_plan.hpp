@@ -27,6 +27,7 @@ struct CountNumbers {
   constexpr int kept(int k) const { return k; }
   constexpr int nonzero(int k) const { return n_models + k; }
   constexpr int nonfinite(int k) const { return 2 * n_models + k; }
+  constexpr int alone(int k) const { return 3 * n_models + k; }
   constexpr int base_nonfinite() const { return 4 * n_models; }
   constexpr int elected() const { return 4 * n_models + 1; }
   constexpr int conflicts() const { return 4 * n_models + 2; }

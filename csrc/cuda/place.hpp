@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -31,6 +32,12 @@ void copy_to_device(void* to, const void* from, std::size_t n_bytes, Place place
 void copy_to_host(void* to, const void* from, std::size_t n_bytes, Place place);
 void fill_zero(void* at, std::size_t n_bytes, Place place);
 void synchronize(Place place);
+
+// How often a module has asked its runtime for what a captured graph cannot hold.
+struct RuntimeCalls {
+  std::int64_t to_device, to_host, waits;
+};
+RuntimeCalls runtime_calls();
 
 // Makes a device the current one for as long as it lives.
 class OnDevice {

@@ -352,6 +352,7 @@ void score_factored(const FactoredScore& score, void* workspace, Place place) {
 }
 
 std::size_t kron_workspace(const KroneckerProduct& product, Place place) {
+  const OnDevice current(place.device);
   return aligned(product.a.blocks.size() * sizeof(DeviceView)) +
          aligned(product.b.blocks.size() * sizeof(DeviceView)) +
          static_cast<std::size_t>(kron_grid(product, place)) * kLargestBlock * kLargestBlock *

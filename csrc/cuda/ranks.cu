@@ -5,6 +5,7 @@
 
 #include "api.hpp"
 #include "keeping.cuh"
+#include "packing.hpp"
 #include "tiles.cuh"
 
 namespace tvfast::gpu {
@@ -154,32 +155,27 @@ std::int64_t rank_blocks(std::int64_t n_rows, int n_models, std::int64_t longest
 }  // namespace
 
 RankPlan rank_plan(const Table& table, Place place) {
+  const OnDevice current(place.device);
   RankPlan plan;
-  plan.first_rows.push_back(0);
+  std::vector<std::int64_t> first_rows{0};
   for (const Entry& entry : table.entries) {
     const std::int64_t row = entry.n > 0 ? std::min(entry.row_length(), entry.n) : 0;
     plan.longest = std::max(plan.longest, row);
-    plan.first_rows.push_back(plan.first_rows.back() + (row > 0 ? (entry.n + row - 1) / row : 0));
+    first_rows.push_back(first_rows.back() + (row > 0 ? (entry.n + row - 1) / row : 0));
   }
+  append(plan.first_rows, first_rows);
   if (plan.longest == 0) return plan;
-  plan.n_blocks = rank_blocks(plan.first_rows.back(), table.n_models, plan.longest, place);
-  const auto rows_bytes = plan.first_rows.size() * sizeof(std::int64_t);
-  plan.n_bytes = (rows_bytes + 15) / 16 * 16 + static_cast<std::size_t>(plan.n_blocks) * 2 *
-                                                   static_cast<std::size_t>(plan.longest) *
-                                                   sizeof(unsigned long long);
+  plan.n_blocks = rank_blocks(first_rows.back(), table.n_models, plan.longest, place);
+  plan.n_workspace = static_cast<std::size_t>(plan.n_blocks) * 2 *
+                     static_cast<std::size_t>(plan.longest) * sizeof(unsigned long long);
   return plan;
 }
 
-void rank_rows(const DeviceTable& table, const RankPlan& plan, void* workspace, Place place) {
-  if (plan.n_blocks == 0) return;
+void rank_rows(const DeviceTable& table, const RankPlan& plan, const void* at, void* workspace,
+               Place place) {
   const OnDevice current(place.device);
-  const auto rows_bytes = plan.first_rows.size() * sizeof(std::int64_t);
-  copy_to_device(workspace, plan.first_rows.data(), rows_bytes, place);
-  launch(ranks_kernel, plan.n_blocks, kThreads, place, table,
-         static_cast<const std::int64_t*>(workspace),
-         reinterpret_cast<unsigned long long*>(static_cast<unsigned char*>(workspace) +
-                                               (rows_bytes + 15) / 16 * 16),
-         plan.longest);
+  launch(ranks_kernel, plan.n_blocks, kThreads, place, table, at_bytes<std::int64_t>(at, 0),
+         at_bytes<unsigned long long>(workspace, 0), plan.longest);
 }
 
 }  // namespace tvfast::gpu

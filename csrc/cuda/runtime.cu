@@ -1,5 +1,6 @@
 // The runtime's services on a CUDA device.
 #include <array>
+#include <atomic>
 #include <mutex>
 
 #include "check.hpp"
@@ -15,6 +16,8 @@ namespace {
 __global__ void probe_kernel() {}
 
 constexpr int kMostDevices = 64;
+
+std::atomic<std::int64_t> n_to_device, n_to_host, n_waits;
 
 }  // namespace
 
@@ -35,12 +38,14 @@ DeviceFacts facts(int device) {
 }
 
 void copy_to_device(void* to, const void* from, std::size_t n_bytes, Place place) {
+  ++n_to_device;
   check(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyHostToDevice,
                         static_cast<cudaStream_t>(place.stream)),
         "copying to the device");
 }
 
 void copy_to_host(void* to, const void* from, std::size_t n_bytes, Place place) {
+  ++n_to_host;
   check(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyDeviceToHost,
                         static_cast<cudaStream_t>(place.stream)),
         "copying from the device");
@@ -52,8 +57,11 @@ void fill_zero(void* at, std::size_t n_bytes, Place place) {
 }
 
 void synchronize(Place place) {
+  ++n_waits;
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(place.stream)), "waiting for the device");
 }
+
+RuntimeCalls runtime_calls() { return {n_to_device, n_to_host, n_waits}; }
 
 OnDevice::OnDevice(int device) {
   check(cudaGetDevice(&before_), "asking for the current device");

@@ -91,9 +91,11 @@ __global__ void __launch_bounds__(kSelectThreads) bracket_kernel(DeviceSelection
   };
   const auto finite = [](std::uint32_t key) { return key < kInfinityKey ? key : kInfinityKey; };
   QueryState state;
+  Guess guess{};
   if (query.n_lines == 0) {
     const Selected found = select(query.k);
     state = answered(found.key, found.n_greater, found.n_equal);
+    guess = {found.key, found.key < kInfinityKey, found.n_greater, found.n_greater + found.n_equal};
   } else {
     const double share = static_cast<double>(query.k) / static_cast<double>(query.n);
     const double size = query.n_sample;
@@ -103,10 +105,44 @@ __global__ void __launch_bounds__(kSelectThreads) bracket_kernel(DeviceSelection
     // The ends compare as floats, so they are no NaN.
     state = bracketed(last < query.n_sample ? finite(select(last + 1).key) : 0u,
                       first >= 0 ? finite(select(first + 1).key) : kInfinityKey);
+    if (s.guesses != nullptr) {
+      const double rank = share * size;
+      const std::int64_t nearest = static_cast<std::int64_t>(ceil(rank));
+      const Selected found = select(nearest < 1 ? 1 : nearest);
+      const double distance = kGuessWidth * (sqrt(share * (1.0 - share) * size) + 1.0);
+      const double n_from = static_cast<double>(found.n_greater + found.n_equal);
+      // No key is below zero.
+      const bool inside = rank - static_cast<double>(found.n_greater) >= distance &&
+                          (found.key == 0 || n_from - rank >= distance);
+      guess = {found.key, inside && found.key < kInfinityKey, 0, 0};
+    }
   }
   if (threadIdx.x != 0) return;
   s.states[query.place] = state;
+  if (s.guesses != nullptr) s.guesses[query.place] = guess;
   if (state.open != 0) atomicAdd(s.flags, 1u);
+}
+
+// Answers a query whose guess was right, by what the merge with it counted; where it was wrong the
+// bracket ends beside it.
+__global__ void __launch_bounds__(kThreads) settle_kernel(DeviceSelection s) {
+  const std::int64_t q = s.batch.first + std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (q >= s.batch.last) return;
+  const DeviceQuery& query = s.queries[q];
+  QueryState& state = s.states[query.place];
+  if (state.open == 0 || !all_likely(s.first_queries, s.queries, s.guesses, query.group)) return;
+  const Guess guess = s.guesses[query.place];
+  const Count k = static_cast<Count>(query.k);
+  if (k <= guess.n_greater) {
+    if (state.lo <= guess.key) state.lo = guess.key + 1;
+    if (state.hi < state.lo) state.hi = state.lo;
+  } else if (k > guess.n_from) {
+    if (state.hi >= guess.key) state.hi = guess.key - 1;
+    if (state.lo > state.hi) state.lo = state.hi;
+  } else {
+    state = answered(guess.key, guess.n_greater, guess.n_from - guess.n_greater);
+    atomicAdd(s.flags, ~0u);
+  }
 }
 
 // Brackets of one key each, for counting alone.
@@ -214,7 +250,7 @@ __global__ void __launch_bounds__(kSelectThreads) choose_kernel(DeviceSelection 
 }
 
 DeviceSelection selection_of(const PackedQueries& queries, std::size_t batch, const void* at,
-                             void* workspace) {
+                             void* workspace, bool guesses = false) {
   const SelectionLayout& layout = queries.layout();
   DeviceSelection s;
   s.queries = at_bytes<DeviceQuery>(at, 0);
@@ -222,6 +258,7 @@ DeviceSelection selection_of(const PackedQueries& queries, std::size_t batch, co
   s.first_queries = at_bytes<std::int32_t>(at, queries.first_queries_at());
   s.first_members = at_bytes<std::int32_t>(at, queries.first_members_at());
   s.states = at_bytes<QueryState>(workspace, layout.states);
+  s.guesses = guesses ? at_bytes<Guess>(workspace, layout.guesses) : nullptr;
   s.flags = at_bytes<std::uint32_t>(workspace, layout.flags) + batch * (kRadixPasses + 1);
   s.bins = at_bytes<Count>(workspace, layout.bins);
   s.samples = at_bytes<std::uint32_t>(workspace, layout.samples);
@@ -255,15 +292,32 @@ void clear_flags(const PackedQueries& queries, void* workspace, Place place) {
 
 }  // namespace
 
-void thresholds(const DeviceTable& table, const PackedQueries& queries, const void* at,
-                void* workspace, Place place) {
+void bracket(const DeviceTable& table, const PackedQueries& queries, const void* at,
+             void* workspace, bool guesses, Place place) {
   const OnDevice current(place.device);
   clear_flags(queries, workspace, place);
   for (std::size_t batch = 0; batch < queries.batches().size(); ++batch) {
+    const DeviceSelection s = selection_of(queries, batch, at, workspace, guesses);
+    launch_over((s.batch.n_sample + kThreads - 1) / kThreads, sample_kernel, place, table, s);
+    launch(bracket_kernel, s.batch.last - s.batch.first, kSelectThreads, place, s);
+  }
+}
+
+void settle(const PackedQueries& queries, const void* at, void* workspace, Place place) {
+  const OnDevice current(place.device);
+  for (std::size_t batch = 0; batch < queries.batches().size(); ++batch) {
+    const DeviceSelection s = selection_of(queries, batch, at, workspace, true);
+    launch(settle_kernel, (s.batch.last - s.batch.first + kThreads - 1) / kThreads, kThreads, place,
+           s);
+  }
+}
+
+void search(const DeviceTable& table, const PackedQueries& queries, const void* at, void* workspace,
+            Place place) {
+  const OnDevice current(place.device);
+  for (std::size_t batch = 0; batch < queries.batches().size(); ++batch) {
     const DeviceSelection s = selection_of(queries, batch, at, workspace);
     const std::int64_t n_queries = s.batch.last - s.batch.first;
-    launch_over((s.batch.n_sample + kThreads - 1) / kThreads, sample_kernel, place, table, s);
-    launch(bracket_kernel, n_queries, kSelectThreads, place, s);
     count_tiles(table, s, place);
     launch(finish_kernel, n_queries, kSelectThreads, place, s);
     for (int pass = 0; pass < kRadixPasses; ++pass) {
@@ -271,6 +325,12 @@ void thresholds(const DeviceTable& table, const PackedQueries& queries, const vo
       launch(choose_kernel, n_queries, kSelectThreads, place, s, pass);
     }
   }
+}
+
+void thresholds(const DeviceTable& table, const PackedQueries& queries, const void* at,
+                void* workspace, Place place) {
+  bracket(table, queries, at, workspace, false, place);
+  search(table, queries, at, workspace, place);
 }
 
 void verify(const DeviceTable& table, const PackedQueries& queries, const void* at, void* workspace,

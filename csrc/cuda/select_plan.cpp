@@ -106,6 +106,7 @@ void PackedQueries::pack(const Table& table, const SelectionLimits& limits) {
                    });
   const GroupMembers groups = members_of(table, n_groups_of(table, queries_));
   const std::vector<std::int64_t> first_tiles = first_tiles_of(table);
+  n_entries_ = static_cast<std::int64_t>(table.entries.size());
 
   std::int64_t most_sampled = 0, most_keys = 0;
   std::int32_t most_queries = 0;
@@ -149,7 +150,10 @@ void PackedQueries::pack(const Table& table, const SelectionLimits& limits) {
   };
   layout_.states = take(queries_.size() * sizeof(QueryState));
   layout_.flags = take(batches_.size() * (kRadixPasses + 1) * sizeof(std::uint32_t));
-  layout_.empty_bands = take(sizeof(std::uint32_t));
+  layout_.verdicts = take(sizeof(Verdicts));
+  layout_.guesses = take(queries_.size() * sizeof(Guess));
+  layout_.left = take(table.entries.size() * sizeof(std::uint32_t));
+  layout_.row_queries = take(table.entries.size() * table.n_models * sizeof(std::int32_t));
   layout_.bins = take(std::size_t(most_queries) * kDigits * sizeof(Count));
   layout_.samples = take(std::size_t(most_sampled) * sizeof(std::uint32_t));
   layout_.keys = take(std::size_t(most_keys) * sizeof(std::uint32_t));
@@ -160,13 +164,15 @@ PackedEquals equals_of(const Table& table, const PackedQueries& queries) {
   std::vector<EqualQuery> equals;
   for (const DeviceQuery& query : queries.queries())
     equals.push_back({query.group, query.model, 0, 0});
-  return {table, queries.keep(), equals};
+  return {table, queries.keep(), equals, false};
 }
 
-PackedEquals::PackedEquals(const Table& table, Keep keep, const std::vector<EqualQuery>& queries)
+PackedEquals::PackedEquals(const Table& table, Keep keep, const std::vector<EqualQuery>& queries,
+                           bool by_entry)
     : keep_(keep),
       n_queries_(static_cast<std::int32_t>(queries.size())),
-      n_entries_(static_cast<std::int32_t>(table.entries.size())) {
+      n_entries_(static_cast<std::int32_t>(table.entries.size())),
+      by_entry_(by_entry) {
   const GroupMembers groups = members_of(table, n_groups_of(table, queries));
   std::vector<std::int32_t> first_queries(groups.first.size(), 0);
   std::vector<DeviceEqual> packed;
@@ -192,7 +198,8 @@ PackedEquals::PackedEquals(const Table& table, Keep keep, const std::vector<Equa
   first_members_at_ = append(bytes_, groups.first);
   layout_.tiles = aligned(packed.size() * sizeof(EqualAnswer));
   layout_.entries = layout_.tiles + aligned(std::size_t(n_tiles) * sizeof(std::uint32_t));
-  layout_.total = layout_.entries + aligned(table.entries.size() * packed.size() * sizeof(Count));
+  layout_.total = layout_.entries;
+  if (by_entry) layout_.total += aligned(table.entries.size() * packed.size() * sizeof(Count));
 }
 
 }  // namespace tvfast::gpu

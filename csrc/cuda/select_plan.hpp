@@ -22,6 +22,11 @@ inline constexpr int kSampleLine = 16;  // consecutive elements of one sample
 // correlated.
 inline constexpr double kSampleWidth = 3.0;
 
+// How far a rank of the sample must lie inside a run of equal keys for them to be a guess. A wrong
+// one costs a merge: with three models at this distance, correlated lines included, about two of
+// three merges are right, and most ranks lie further inside (docs/adr/0013).
+inline constexpr double kGuessWidth = 1.5;
+
 // What a selection may take. Results do not depend on it.
 struct SelectionLimits {
   std::int64_t small_group = 16384;  // groups up to this size are selected from all their keys
@@ -50,6 +55,24 @@ struct QueryState {
   Count n_greater, n_equal;  // of the key lo == hi, when closed
 };
 
+// What a sample says of a query before anything is counted, and what a merge with it counted.
+struct Guess {
+  std::uint32_t key;
+  std::uint32_t likely;     // enough for a merge to be tried with it
+  Count n_greater, n_from;  // keys above it, and from it on
+};
+
+// How an entry of a trimmed merge was merged: with guesses that were right; with answers, for want
+// of guesses; or with both, because a guess was wrong.
+enum class Outcome : std::uint32_t { PROVED = 0, UNGUESSED = 1, WRONG = 2 };
+
+// What a trimmed merge found out on its way.
+struct Verdicts {
+  std::uint32_t empty_bands;  // whether a band holds NaN only
+  std::uint32_t tried, left;  // whether entries are merged with guesses, and with answers
+  std::uint32_t unused;
+};
+
 // An entry of a group, by position; how many keys and tiles of the group come before it.
 struct GroupMember {
   std::int64_t start, first_tile;
@@ -64,7 +87,11 @@ struct SelectionBatch {
 
 // Places in the workspace, in bytes.
 struct SelectionLayout {
-  std::size_t states = 0, flags = 0, empty_bands = 0, bins = 0, samples = 0, keys = 0, total = 0;
+  std::size_t states = 0, flags = 0, verdicts = 0, guesses = 0;
+  std::size_t left = 0;  // [n_entries] Outcome: but for the first, still to be merged
+  // [n_entries][n_models] place of the query that a guess answers, or -1
+  std::size_t row_queries = 0;
+  std::size_t bins = 0, samples = 0, keys = 0, total = 0;
 };
 
 // Queries of a call by group, packed into one piece of memory that is copied to the device.
@@ -78,6 +105,7 @@ class PackedQueries {
   const std::vector<std::byte>& bytes() const { return bytes_; }
   Keep keep() const { return keep_; }
   const std::vector<DeviceQuery>& queries() const { return queries_; }  // by group and model
+  std::int64_t n_entries() const { return n_entries_; }
   std::int32_t n_queries() const { return static_cast<std::int32_t>(queries_.size()); }
   const std::vector<SelectionBatch>& batches() const { return batches_; }
   const SelectionLayout& layout() const { return layout_; }
@@ -89,6 +117,7 @@ class PackedQueries {
   void pack(const Table& table, const SelectionLimits& limits);
 
   Keep keep_;
+  std::int64_t n_entries_ = 0;
   std::vector<DeviceQuery> queries_;
   std::vector<SelectionBatch> batches_;
   SelectionLayout layout_;

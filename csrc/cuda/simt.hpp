@@ -29,6 +29,9 @@ std::int64_t blocks_at_once(void (*kernel)(Parameters...), int n_threads, Place 
   int of_multiprocessor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, n_threads, 0),
         "asking for a kernel's occupancy");
+  if (of_multiprocessor == 0)
+    throw DeviceError(
+        "a kernel needs more registers or shared memory than this GPU has for a block");
   return std::int64_t{of_multiprocessor} * facts(place.device).n_multiprocessors;
 }
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 MOST_KERNELS = 200
 REGISTERS_OF_MULTIPROCESSOR = 65536
-THREADS_OF_MULTIPROCESSOR = 2048
+THREADS_OF_MULTIPROCESSOR = {"sm_86": 1536, "sm_89": 1536}  # 2048 of others
 
-_FIXED = r"combine_kernel<tvfast::gpu::\(anonymous namespace\)::Fixed<.*>, (?:\(int\))?{}, "
+_FIXED = r"combine_kernel<tvfast::gpu::\(anonymous namespace\)::(?:Fixed|Guessed)<.*>, (?:\(int\))?{}, "
 OCCUPANCIES = (
     (re.compile(_FIXED.format("[12]")), 0.5, 0.5),
     (re.compile(_FIXED.format("3")), 0.375, 0.5),
@@ -30,8 +30,8 @@ OCCUPANCIES = (
     (re.compile(r"\bscore_kernel|count_\w*kernel<\(tvfast::Keep\)[12]>|ranks_kernel"), 0.5, 0.5),
     (re.compile(r"count_\w*kernel<\(tvfast::Keep\)3>"), 0.25, 0.25),  # variances: sums of doubles
 )
-"""Kernels whose time is that of memory, and the share of a multiprocessor's threads that must fit on sm_80
-and from sm_90 on. A thread of a merge of K models has 16 (K + 1) bytes on their way: of 4 models, three
+"""Kernels whose time is that of memory, and the share of a multiprocessor's threads that must fit below sm_90
+and from it on. A thread of a merge of K models has 16 (K + 1) bytes on their way: of 4 models, three
 eighths of the threads have 60 KiB, more than latency times bandwidth asks for on an H200."""
 
 FUSING = re.compile(r"\(tvfast::Reduce\)2|AtRunTime|kron|factored")
@@ -52,14 +52,15 @@ class Usage:
     def occupancy(self) -> float:
         """Share of a multiprocessor's threads that the registers allow, in blocks of 256."""
         allocated = -(-self.registers // 8) * 8
-        blocks = min(REGISTERS_OF_MULTIPROCESSOR // (allocated * 256), THREADS_OF_MULTIPROCESSOR // 256)
-        return 256 * blocks / THREADS_OF_MULTIPROCESSOR
+        threads = THREADS_OF_MULTIPROCESSOR.get(self.architecture, 2048)
+        blocks = min(REGISTERS_OF_MULTIPROCESSOR // (allocated * 256), threads // 256)
+        return 256 * blocks / threads
 
     def faults(self) -> Iterator[str]:
         if self.stack_bytes:
             yield f"{self.stack_bytes} bytes of stack"
-        for kind, on_80, later in OCCUPANCIES:
-            least = on_80 if self.architecture == "sm_80" else later
+        for kind, before, later in OCCUPANCIES:
+            least = before if int(self.architecture.removeprefix("sm_")) < 90 else later
             if kind.search(self.name) and self.occupancy < least:
                 yield f"occupancy {self.occupancy:.1%}, expected at least {least:.1%}"
 

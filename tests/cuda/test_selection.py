@@ -15,21 +15,12 @@ from hypothesis import strategies as st
 
 from tests.ops import test_thresholds
 from tests.ops.test_thresholds import assert_exact, grouped
-from tests.strategies import DTYPES, Case, Part, assert_same_bits, bit_values, combined, placed, table_of
+from tests.strategies import DTYPES, Part, bit_values, placed, table_of
 from tvfast.errors import ArgumentError
-from tvfast.methods.statistics import TableStatistics
 from tvfast.ops import cpp
 from tvfast.program import (
-    Ballot,
-    Divisor,
     Keep,
-    Members,
-    ModelScalars,
-    Program,
     RankQuery,
-    TensorScalars,
-    Tie,
-    Vote,
     WorkTable,
 )
 
@@ -215,63 +206,13 @@ def test_workspace_is_bounded(emulated: Any) -> None:
     assert module.ResidentQueries(small, 1, [(0, 0, 1)], module.LIMITS).n_workspace < 32 << 10
 
 
-def banded(case: Case, queries: Sequence[RankQuery]) -> list[torch.Tensor]:
-    """`combine` with the bands that the host makes of the C++ backend's thresholds."""
-    table = table_of(case.parts)
-    program = case.program
-    ks = {(query.group, query.model): query.k for query in queries}
-    bands = TableStatistics(cpp.backend(), table, None).bands(
-        lambda group, model, n: (0, ks.get((group, model), n)), program.tie, program.keep
-    )
-    scalars = []
-    for one, of_entry in zip(case.scalars, bands, strict=True):
-        models = [replace(model) for model in one.models]
-        for model, band in zip(models, of_entry, strict=True):
-            band.write_to(model)
-        scalars.append(replace(one, models=models))
-    return combined(cpp.backend(), replace(case, scalars=scalars))
-
-
-@pytest.mark.parametrize("tie", Tie)
-@pytest.mark.parametrize("keep", RANKED)
-def test_trimming_without_the_host(emulated: Any, keep: Keep, tie: Tie) -> None:
-    rng = np.random.default_rng(int(tie))
-    dtype = DTYPES[int(keep) % 3]
-    parts = grouped(rng, 3, [90, 300, 500, 70], dtype, mapped=False)
-    parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
-    parts[1].models[2][:7] = math.nan
-    parts[1].models[2][7:9] = math.inf
-    program = Program(
-        keep=keep, tie=tie, vote=Vote.MASS, ballot=Ballot.WEIGHTED, members=Members.STRICT,
-        divisor=Divisor.WEIGHT,
-    )  # fmt: skip
-    own = [ModelScalars(weight=0.5 + k, key=3 + k) for k in range(3)]
-    case = Case(program, parts, [TensorScalars(models=own, scale=0.7)] * len(parts))
-    emulated.limits = (0, 1 << 20, 100)
-    for ks in ((40, 200, 1), (500, 3, 6)):  # fewer than there are NaN, too
-        models = [0] if keep is Keep.VARIANCE else [0, 1, 2]
-        sizes = {g: sum(part.n for part in parts if part.group == g) for g in (0, 1)}
-        queries = [RankQuery(g, m, min(ks[m], sizes[g] - 1)) for g in (1, 0) for m in models]
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-        outs = [torch.empty(part.n, dtype=part.out_dtype, device=where) for part in parts]
-        table = on_device(parts, outs)
-        merge = emulated.trimmed(table, program, case.scalars, queries)
-        expected = banded(case, queries)
-        for _ in range(2):
-            for out in outs:
-                out.fill_(-7.0)
-            merge.run()
-            assert_same_bits([out.cpu() for out in outs], expected, (keep, tie))
-
-
-def test_trimming_asks_once_for_each_model(emulated: Any) -> None:
-    part = Part([torch.ones(3)])
-    table = on_device([part], [torch.empty(3)])
-    scalars = [TensorScalars(models=[ModelScalars()])]
-    twice = [RankQuery(0, 0, 1), RankQuery(0, 0, 2)]
-    with pytest.raises(ArgumentError, match="two queries are for one group and model"):
-        emulated.combine_trimmed(table, Program(keep=Keep.BAND), scalars, twice)
-    with pytest.raises(ArgumentError, match="BAND, SCORE or VARIANCE"):
-        emulated.combine_trimmed(table, Program(), scalars, twice[:1])
-    with pytest.raises(ArgumentError, match="needs an output"):
-        emulated.combine_trimmed(on_device([part]), Program(keep=Keep.BAND), scalars, twice[:1])
+def test_workspace_of_places_grows_with_the_entries(emulated: Any) -> None:
+    """Not with their square, for thousands of small tensors of which each has its own queries."""
+    module = emulated._module
+    native = module.Table(1)
+    n = 2000
+    for group in range(n):
+        native.add((0, 0), [(0, 1)], (0, 0), [], [], [], 1000, 0, 0, group, 0, False)
+    asked = module.ResidentQueries(native, 1, [(group, 0, 1) for group in range(n)], module.LIMITS)
+    assert module.equals_of(native, asked).n_workspace < 64 * n
+    assert module.ResidentEquals(native, 1, [(0, 0, 1.0, 0)] * n, True).n_workspace > 8 * n * n

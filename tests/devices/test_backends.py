@@ -26,6 +26,7 @@ from tests.strategies import (
     combined,
     grid_values,
     near_programs,
+    placed,
     table_of,
 )
 from tvfast import merge, methods
@@ -185,6 +186,20 @@ def test_rows_too_long_for_the_kernel(gpu: Backend, row: int) -> None:
     own = TensorScalars(models=[ModelScalars(rank_lo=100, rank_hi=1900)])
     case = Case(Program(keep=Keep.BAND_BY_RANK), [part], [own])
     assert_same_bits(combined(gpu, case), combined(REFERENCE, case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_of_one_model_is_a_cast(gpu: Backend, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(9)
+    parts = [
+        Part([placed(bit_values(rng, 1000, dtype), lead)], out_dtype=out_dtype, out_lead=out_lead)
+        for out_dtype, lead, out_lead in itertools.product(DTYPES, (0, 3), (0, 1))
+    ]
+    case = Case(Program(), parts, [TensorScalars(models=[ModelScalars()])] * len(parts))
+    expected = [part.models[0].to(part.out_dtype) for part in parts]
+    for one in expected:
+        one[one.isnan()] = float("nan")
+    assert_same_bits(combined(gpu, case), expected)
 
 
 def test_shards_and_places(gpu: Backend) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tvfast.errors import ArgumentError
 from tvfast.ops._native import check_outputs, moments_of, native_table, program_tuple, scalar_tuples
+from tvfast.ops.cuda_memory import Home, Resident, device_of, native_of
 from tvfast.ops.cuda_products import CudaProducts
-from tvfast.ops.cuda_selection import CudaSelection, Resident, device_of, native_of
+from tvfast.ops.cuda_selection import CudaSelection
 from tvfast.ops.raw import Wants
 from tvfast.program import Entry, Moments, Program, TensorScalars, WorkTable
 
 MOST_RANKS = 1 << 26
 """Ranks in device memory at a time, 256 MiB, or those of one tensor if that has more."""
+
+LONGEST_ROW = 2**31 - 1
+"""Entries of a row that are ranked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Some entries of a table on their device, with memory for the ranks of their rows if they have any."""
+
+    part: WorkTable
+    table: Resident
+    ranks: Resident | None = None
+    workspace: Tensor | None = None
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        return (*self.table.alive, *(self.ranks.alive if self.ranks else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge with all of its numbers, ready to run as often as the data change."""
+
+    backend: CudaBackend
+    program: tuple[int, ...]
+    parts: list[tuple[Ready, Resident]]
+    home: Home
+
+    def run(self) -> None:
+        """Ranks, if the keep stage reads them, and the merge: a fixed number of launches.
+
+        Nothing is allocated and nothing waits for the device, so a CUDA graph can capture it.
+        """
+        for ready, scalars in self.parts:
+            self.home.share((*ready.memory, *scalars.alive))
+            self.backend.rank(ready)
+            self.backend.merge(ready, self.program, scalars)
 
 
 class CudaBackend(CudaProducts, CudaSelection):
@@ -78,13 +118,15 @@ class CudaBackend(CudaProducts, CudaSelection):
     ) -> list[Moments]:
         """One `Moments` per entry; fields that are not asked for are zero. Waits for the device."""
         found: list[Moments] = []
-        for part, resident in self._ready(table, program):
+        for ready in self._ready(table, program):
+            part = ready.part
             own = self._scalars(scalars[len(found) : len(found) + len(part.entries)], part)
             n_entries, device = len(part.entries), device_of(part)
+            self.rank(ready)
             n_bytes = self._module.measure_workspace(n_entries, table.n_models)
             workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
             self._module.measure(
-                resident.native,
+                ready.table.native,
                 program_tuple(program),
                 own.native,
                 int(wants),
@@ -123,19 +165,50 @@ class CudaBackend(CudaProducts, CudaSelection):
         check_outputs(table)
         self._run(self._module.combine, table, program, scalars)
 
+    def prepared(self, table: WorkTable, program: Program, scalars: Sequence[TensorScalars]) -> Prepared:
+        """`combine` of a table with entries, to be run later and again.
+
+        Ranks of rows, where the keep stage reads them, are of the data at each run, and take 4 bytes for each
+        entry and model.
+
+        Raises:
+            ArgumentError: an entry has no output, or a row is too long to be ranked.
+        """
+        check_outputs(table)
+        parts: list[tuple[Ready, Resident]] = []
+        done = 0
+        for ready in self._ready(table, program):
+            n = len(ready.part.entries)
+            parts.append((ready, self._scalars(scalars[done : done + n], ready.part)))
+            done += n
+        return Prepared(self, program_tuple(program), parts, Home(device_of(table)))
+
+    def rank(self, ready: Ready) -> None:
+        """Ranks the rows of the entries, if they are to be ranked."""
+        if ready.ranks is None or ready.workspace is None:
+            return
+        place = self._place(device_of(ready.part))
+        self._module.rank_rows(ready.table.native, ready.ranks.native, ready.workspace.data_ptr(), *place)
+
+    def merge(self, ready: Ready, program: tuple[int, ...], scalars: Resident) -> None:
+        """`combine` of the entries."""
+        self._module.combine(ready.table.native, program, scalars.native, *self._place(device_of(ready.part)))
+
     def _run(self, verb: Any, table: WorkTable, program: Program, scalars: Sequence[TensorScalars]) -> None:
         done = 0
-        for part, resident in self._ready(table, program):
-            own = self._scalars(scalars[done : done + len(part.entries)], part)
-            verb(resident.native, program_tuple(program), own.native, *self._place(device_of(part)))
-            done += len(part.entries)
+        for ready in self._ready(table, program):
+            n = len(ready.part.entries)
+            own = self._scalars(scalars[done : done + n], ready.part)
+            self.rank(ready)
+            verb(ready.table.native, program_tuple(program), own.native, *self._place(device_of(ready.part)))
+            done += n
 
-    def _ready(self, table: WorkTable, program: Program) -> Iterator[tuple[WorkTable, Resident]]:
-        """The table on its device; in parts with the ranks of their rows if the keep stage reads ranks."""
+    def _ready(self, table: WorkTable, program: Program) -> Iterator[Ready]:
+        """The table on its device; in parts with memory for ranks if the keep stage reads ranks."""
         if not table.entries:
             return
         if not program.ranks_rows:
-            yield table, self._table(table)
+            yield Ready(table, self._table(table))
             return
         batch: list[Entry] = []
         n_ranks = 0
@@ -147,7 +220,14 @@ class CudaBackend(CudaProducts, CudaSelection):
             n_ranks += table.n_models * entry.n_elements
         yield self._ranked(WorkTable(batch, table.n_models))
 
-    def _ranked(self, part: WorkTable) -> tuple[WorkTable, Resident]:
+    def _ranked(self, part: WorkTable) -> Ready:
+        for entry in part.entries:
+            row = min(entry.row or entry.n_elements, entry.n_elements)
+            if row > LONGEST_ROW:
+                raise ArgumentError(
+                    f"tensor {entry.name!r} has rows of {row} elements; expected at most {LONGEST_ROW} where "
+                    "ranks within rows are asked for."
+                )
         device = device_of(part)
         ranks = [
             torch.empty(entry.n_elements, dtype=torch.int32, device=device)
@@ -156,19 +236,25 @@ class CudaBackend(CudaProducts, CudaSelection):
         ]
         native = native_table(self._module, part)
         packed = self._module.ResidentTable(native, [one.data_ptr() for one in ranks])
-        resident = self._resident(packed, device, ranks)
-        plan = self._module.RankPlan(native, *self._place(device))
-        workspace = torch.empty(plan.n_bytes, dtype=torch.uint8, device=device)
-        self._module.rank_rows(resident.native, plan, workspace.data_ptr(), *self._place(device))
-        return part, resident
+        plan = self._module.ResidentRanks(native, *self._place(device))
+        workspace = torch.empty(plan.n_workspace, dtype=torch.uint8, device=device)
+        return Ready(
+            part,
+            self._resident(packed, device, ranks),
+            self._resident(plan, device, [workspace]),
+            workspace,
+        )
 
     def _table(self, table: WorkTable) -> Resident:
-        found: Resident | None = table.cache.get("cuda")
+        found: tuple[Resident, Home] | None = table.cache.get("cuda")
         if found is None:
+            device = device_of(table)
             packed = self._module.ResidentTable(native_of(self._module, table), [])
-            found = self._resident(packed, device_of(table))
+            found = self._resident(packed, device), Home(device)
             table.cache["cuda"] = found
-        return found
+        resident, home = found
+        home.share(resident.alive)
+        return resident
 
     def _scalars(self, scalars: Sequence[TensorScalars], part: WorkTable) -> Resident:
         return self._resident(self._module.ResidentScalars(*scalar_tuples(scalars)), device_of(part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from types import ModuleType
 from typing import Any
 
@@ -11,21 +12,26 @@ import torch
 from torch import Tensor
 
 from tvfast.errors import ArgumentError
-from tvfast.ops._native import check_outputs, check_ranked, check_ranks, native_table, program_tuple
+from tvfast.ops._native import check_outputs, check_ranked, check_ranks, program_tuple
+from tvfast.ops.cuda_memory import Home, Resident, device_of, native_of
 from tvfast.program import Keep, Program, RankQuery, TensorScalars, Threshold, Tie, WorkTable
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """What was packed on the host, and the device memory that it names."""
+class Outcome(IntEnum):
+    """How a tensor of a trimmed merge was merged; twin of `csrc/cuda/select_plan.hpp`."""
 
-    native: Any
-    alive: tuple[Tensor, ...]
+    PROVED = 0  # with guesses, which the same pass proved right: its inputs were read once
+    UNGUESSED = 1  # with thresholds that a pass before found: no guess was likely enough
+    WRONG = 2  # with both, because a guess was wrong
 
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
-    """A merge whose bands are thresholds of its own table, ready to run as often as the data change."""
+    """A merge whose bands are thresholds of its own table, ready to run as often as the data change.
+
+    `guesses`: tensors whose thresholds a sample can guess are merged while the guesses are checked, and
+    again where one was wrong. The result has the same bits.
+    """
 
     module: ModuleType
     program: tuple[int, ...]
@@ -34,6 +40,9 @@ class Trimmed:
     queries: Resident
     equals: Resident | None
     workspaces: tuple[Tensor, Tensor]
+    guesses: bool
+    n_entries: int
+    home: Home
     place: Callable[[], tuple[int, int]]
 
     def run(self) -> None:
@@ -41,6 +50,9 @@ class Trimmed:
 
         Nothing is allocated and nothing waits for the device, so a CUDA graph can capture it.
         """
+        of_ties = () if self.equals is None else self.equals.alive
+        made = (*self.table.alive, *self.scalars.alive, *self.queries.alive, *of_ties)
+        self.home.share((*made, *self.workspaces))
         self.module.combine_trimmed(
             self.table.native,
             self.program,
@@ -49,8 +61,16 @@ class Trimmed:
             self.workspaces[0].data_ptr(),
             None if self.equals is None else self.equals.native,
             self.workspaces[1].data_ptr(),
+            self.guesses,
             *self.place(),
         )
+
+    def outcomes(self) -> list[Outcome]:
+        """How each tensor was merged in the last run; waits for the device."""
+        if not self.guesses:
+            return [Outcome.UNGUESSED] * self.n_entries
+        found = self.module.read_outcomes(self.queries.native, self.workspaces[0].data_ptr(), *self.place())
+        return list(map(Outcome, found))
 
 
 class CudaSelection:
@@ -101,7 +121,7 @@ class CudaSelection:
         check_ranked(keep)
         if not queries:
             return []
-        asked = self._module.ResidentEquals(native_of(self._module, table), int(keep), list(queries))
+        asked = self._module.ResidentEquals(native_of(self._module, table), int(keep), list(queries), False)
         found = self._answers(table, asked, "nth_equal", "read_positions")
         for (group, model, value, r), (position, number) in zip(queries, found, strict=True):
             if position < 0:
@@ -124,7 +144,7 @@ class CudaSelection:
         if n == 0 or not table.entries:
             return [[0] * n for _ in table.entries]
         asked = [(*query, 0) for query in queries]
-        packed = self._module.ResidentEquals(native_of(self._module, table), int(keep), asked)
+        packed = self._module.ResidentEquals(native_of(self._module, table), int(keep), asked, True)
         counts = self._answers(table, packed, "count_equal", "read_equals")
         return [counts[e * n : (e + 1) * n] for e in range(len(table.entries))]
 
@@ -200,28 +220,20 @@ class CudaSelection:
             )
         sizes = (owned.native.n_workspace, 0 if equals is None else equals.native.n_workspace)
         first, second = (torch.empty(size, dtype=torch.uint8, device=device) for size in sizes)
+        resident = self._scalars(scalars, table)
+        guesses = program.keep is Keep.BAND and self._module.can_guess(
+            native_of(self._module, table), program_tuple(program), resident.native
+        )
         return Trimmed(
             module=self._module,
             program=program_tuple(program),
             table=self._table(table),
-            scalars=self._scalars(scalars, table),
+            scalars=resident,
             queries=owned,
             equals=equals,
             workspaces=(first, second),
+            guesses=guesses,
+            n_entries=len(table.entries),
+            home=Home(device),
             place=lambda: self._place(device),
         )
-
-
-def native_of(module: ModuleType, table: WorkTable) -> Any:
-    """The table as the module reads it."""
-    native = table.cache.get("cuda native")
-    if native is None:
-        native = native_table(module, table)
-        table.cache["cuda native"] = native
-    return native
-
-
-def device_of(table: WorkTable) -> torch.device:
-    """Where a table with entries is."""
-    owner: Tensor = table.entries[0].models[0].owner
-    return owner.device
