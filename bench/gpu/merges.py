@@ -288,6 +288,7 @@ ROWS: tuple[GpuRow, ...] = (
     GpuRow("ties, exact, tie=ge", two_passes("ge"), _EXACT),
     GpuRow("ties, exact, tie=hash", two_passes("hash"), _EXACT),
     GpuRow("ties, exact, without waiting", without_waiting("hash"), _EXACT),
+    GpuRow("ties, exact, guessed, tie=ge", without_waiting("ge"), _EXACT),
     GpuRow("ties, exact, as a CUDA graph", as_a_graph, _EXACT),
     GpuRow("thresholds", thresholds, (against_limit(),)),
     GpuRow("verify", verify, (against_limit(),)),
