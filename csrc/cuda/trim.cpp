@@ -23,15 +23,24 @@ Range range_of(const void* data, DType dtype, std::int64_t n) {
   return {begin, begin + static_cast<std::size_t>(n) * size_of(dtype)};
 }
 
-}  // namespace
-
-bool overwrites_inputs(const Table& table) {
-  std::vector<Range> outputs;
+// Disjoint ascending ranges of what the outputs cover.
+std::vector<Range> written(const Table& table) {
+  std::vector<Range> outputs, covered;
   for (const Entry& entry : table.entries)
     if (entry.n > 0) outputs.push_back(range_of(entry.out, entry.out_dtype, entry.n));
   std::sort(outputs.begin(), outputs.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  // Outputs of a table do not overlap, so their ends ascend too.
+  for (const Range& out : outputs) {
+    if (covered.empty() || covered.back().end < out.begin) covered.push_back(out);
+    covered.back().end = std::max(covered.back().end, out.end);
+  }
+  return covered;
+}
+
+}  // namespace
+
+bool overwrites_inputs(const Table& table) {
+  const std::vector<Range> outputs = written(table);
   const auto is_written = [&](const View& view, std::int64_t n) {
     if (view.data == nullptr || n == 0) return false;
     const Range own = range_of(view.data, view.dtype, n);

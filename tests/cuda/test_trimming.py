@@ -210,6 +210,8 @@ def test_a_group_is_guessed_as_a_whole(emulated: Any) -> None:
 
 def test_what_cannot_be_guessed(emulated: Any) -> None:
     """Other ties, stages or bands, and outputs that the second merge would have to read."""
+    if torch.cuda.is_available():
+        pytest.skip("its tables are of CPU tensors")
     rng = np.random.default_rng(5)
     part = tuned(rng, 300, 3, torch.bfloat16)
     queries = queries_of([part], 0.15)
@@ -234,6 +236,21 @@ def test_what_cannot_be_guessed(emulated: Any) -> None:
     part.models[0] = buffer[: part.n]
     assert guesses(out=buffer[part.n :])
     assert not guesses(out=buffer[part.n - 1 : 2 * part.n - 1])
+
+
+def test_outputs_within_outputs_are_seen(emulated: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("its tables are of CPU tensors")
+    rng = np.random.default_rng(5)
+    large, small = tuned(rng, 900, 2, torch.bfloat16), tuned(rng, 100, 2, torch.bfloat16)
+    small.group = 1
+    buffer = torch.zeros(1000, dtype=torch.bfloat16)
+    queries, outs = queries_of([large, small], 0.15), [buffer[:900], buffer[:100]]
+    for place, guesses in ((500, False), (900, True)):
+        small.models[1] = buffer[place : place + 100]
+        case = case_of([large, small])
+        table = table_of(case.parts, outs)
+        assert emulated.trimmed(table, TIES, case.scalars, queries).guesses is guesses
 
 
 def test_outputs_may_be_inputs_without_guesses(emulated: Any) -> None:
