@@ -46,6 +46,7 @@ LAYERS = {
             "tvfast.live",
             "tvfast.checkpoints",
             "tvfast.curvature",
+            "tvfast.extraction",
         )
     ),
     "tvfast.errors": Layer(),
@@ -71,6 +72,7 @@ LAYERS = {
         outside=("torch",),
     ),
     "tvfast.ops.host": Layer(inside=("tvfast.program", "tvfast._C_cpu")),
+    "tvfast.ops.storage": Layer(inside=("tvfast.program", "tvfast._C_cpu")),
     "tvfast.kernels": Layer(inside=("tvfast.program", "tvfast.factored"), outside=("torch", "triton")),
     "tvfast.ops.triton": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.kernels"),
@@ -192,6 +194,7 @@ LAYERS = {
             "tvfast.methods",
             "tvfast.ops.raw",
             "tvfast.ops.host",
+            "tvfast.ops.storage",
             "tvfast.checkpoint",
             "tvfast.recipe",
             "tvfast.statistics",
@@ -217,6 +220,10 @@ LAYERS = {
             "tvfast.engine",
         ),
         exactly=("tvfast",),
+    ),
+    # Single matrices through torch; files as merges read them.
+    "tvfast.extraction": Layer(
+        inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.engine"), outside=("torch",)
     ),
     "tvfast.__main__": Layer(inside=("tvfast.cli",)),
     # `inspect` shows what is in files, which is what the checkpoint layer's reading module tells.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tvfast.checkpoints import plan as plan
     from tvfast.comparing import Comparison as Comparison
     from tvfast.comparing import compare as compare
+    from tvfast.extraction import Extraction as Extraction
+    from tvfast.extraction import extract_lora as extract_lora
     from tvfast.live import LiveMerge as LiveMerge
     from tvfast.localizing import Localized as Localized
     from tvfast.localizing import localize as localize
@@ -38,6 +40,8 @@ _HOMES = {
     "merge": "tvfast.merging",
     "compare": "tvfast.comparing",
     "Comparison": "tvfast.comparing",
+    "Extraction": "tvfast.extraction",
+    "extract_lora": "tvfast.extraction",
     "LiveMerge": "tvfast.live",
     "Localized": "tvfast.localizing",
     "localize": "tvfast.localizing",
@@ -53,6 +57,7 @@ _MODULES = ("curvature", "errors", "importance", "methods", "ops", "program", "s
 
 __all__ = [
     "Comparison",
+    "Extraction",
     "LiveMerge",
     "Localized",
     "Plan",
@@ -63,6 +68,7 @@ __all__ = [
     "compare",
     "curvature",
     "errors",
+    "extract_lora",
     "importance",
     "load_recipe",
     "localize",

@@ -16,11 +16,12 @@ from typing import Any
 
 import tvfast
 from tvfast.checkpoint.layout import Layout, make_layout
-from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
+from tvfast.checkpoint.reading import Checkpoint
 from tvfast.engine.binding import Binding, bind
 from tvfast.engine.companions import companions
 from tvfast.engine.device import NOMINAL, Choice, Device, Traits, choose
 from tvfast.engine.inputs import FileState
+from tvfast.engine.opening import open_models
 from tvfast.engine.output import check_report_folder
 from tvfast.engine.plan import Plan, make_plan
 from tvfast.engine.run import Progress, Run, Silence
@@ -246,6 +247,7 @@ class _Prepared:
     def inputs(self) -> list[str]:
         """Directories and files that are read and must not be written to."""
         found = [checkpoint.directory or checkpoint.path for checkpoint in self.checkpoints.values()]
+        found += [checkpoint.adapter for checkpoint in self.checkpoints.values() if checkpoint.adapter]
         found += self.binding.statistics
         return found if self.binding.tokenizer is None else [*found, self.binding.tokenizer]
 
@@ -310,10 +312,10 @@ def _prepare(config: Config, to: _Destination, limits: _Limits, seed: int | None
     if seed is not None:
         _check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
     recipe = config if isinstance(config, Recipe) else load_recipe(config)
-    checkpoints = {path: open_checkpoint(path) for path in recipe.model_paths()}
+    checkpoints = open_models(recipe)
     binding = bind(recipe, checkpoints, seed=seed)
     layout: Layout = make_layout(
-        [(task.name, task.dtype, task.shape) for task in binding.tasks], recipe.shard_bytes, {}
+        [tensor for task in binding.tasks for tensor in task.described], recipe.shard_bytes, {}
     )
     planned, device = _planned(binding, layout, to, limits)
     return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed, device)

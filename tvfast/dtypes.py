@@ -31,6 +31,12 @@ ITEM_BITS = {
 MERGEABLE = frozenset({"F32", "BF16", "F16"})
 """Types that the kernels read and write."""
 
+FP8 = ("F8_E4M3", "F8_E5M2")
+"""8-bit codes that are merged as numbers times a factor, in the order of the kernels' enumeration."""
+
+FACTORS = ("F32", "BF16", "F16", "F8_E8M0")
+"""Types of such factors, in the order of the kernels' enumeration."""
+
 EXACT = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 """Integers and booleans: never merged, equal in all models, copied."""
 

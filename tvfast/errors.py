@@ -43,6 +43,10 @@ class CheckpointError(TvfastError, ValueError):
     """A file of a checkpoint is missing, damaged or not what it should be."""
 
 
+class AdapterError(CheckpointError):
+    """An adapter that cannot be applied: of another base, of another kind, or incomplete."""
+
+
 class StatisticsError(CheckpointError):
     """Statistics of a model that are missing, damaged, not finite, or of another model."""
 

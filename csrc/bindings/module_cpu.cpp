@@ -19,6 +19,37 @@ Options to_options(const std::string& isa, int n_threads, std::int64_t tile) {
   return {isa, n_threads, tile};
 }
 
+// A thin factor: address, type, stride along the matrix, stride along the rank.
+using FactorArgument = std::tuple<Address, int, std::int64_t, std::int64_t>;
+
+LowRankSum to_low_rank_sum(const ViewArgument& matrix, const ViewArgument& out, std::int64_t first,
+                           std::int64_t n_columns, std::int64_t rank, float factor,
+                           const FactorArgument& left, std::int64_t left_first,
+                           const FactorArgument& right) {
+  LowRankSum sum;
+  sum.matrix = to_view(matrix);
+  sum.out = reinterpret_cast<void*>(out.first);
+  sum.out_dtype = static_cast<DType>(out.second);
+  sum.first = first;
+  sum.n_columns = n_columns;
+  sum.rank = rank;
+  sum.factor = factor;
+  sum.left = to_view({std::get<0>(left), std::get<1>(left)});
+  sum.left_row = std::get<2>(left);
+  sum.left_step = std::get<3>(left);
+  sum.left_first = left_first;
+  sum.right = to_view({std::get<0>(right), std::get<1>(right)});
+  sum.right_column = std::get<2>(right);
+  sum.right_step = std::get<3>(right);
+  return sum;
+}
+
+ScaledBlocks to_scaled_blocks(int format, std::int64_t n_rows, std::int64_t n_columns,
+                              std::int64_t block_rows, std::int64_t block_columns, int scale_type) {
+  return {static_cast<Fp8>(format),          n_rows, n_columns, block_rows, block_columns,
+          static_cast<ScaleType>(scale_type)};
+}
+
 }  // namespace
 }  // namespace tvfast
 
@@ -180,6 +211,39 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("first_nonfinite", [](Address address, std::int64_t n, int dtype) {
     const py::gil_scoped_release unlocked;
     return first_nonfinite(reinterpret_cast<const void*>(address), n, static_cast<DType>(dtype));
+  });
+  py::class_<LowRankSum>(m, "LowRankSum").def(py::init(&to_low_rank_sum));
+  m.def("add_low_rank",
+        [](const LowRankSum& sum, std::int64_t begin, std::int64_t end, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          add_low_rank(sum, begin, end, to_options("", n_threads, 0));
+        });
+  py::class_<ScaledBlocks>(m, "ScaledBlocks").def(py::init(&to_scaled_blocks));
+  m.def("widen_scaled",
+        [](const ScaledBlocks& blocks, Address codes, Address scales, std::int64_t first_row,
+           std::int64_t begin, std::int64_t end, Address out, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          widen_scaled(blocks, reinterpret_cast<const void*>(codes),
+                       reinterpret_cast<const void*>(scales), first_row, begin, end,
+                       reinterpret_cast<float*>(out), to_options("", n_threads, 0));
+        });
+  m.def("narrow_scaled",
+        [](const ScaledBlocks& blocks, Address values, std::int64_t begin, std::int64_t end,
+           bool power_of_two, Address codes, Address scales, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          narrow_scaled(blocks, reinterpret_cast<const float*>(values), begin, end, power_of_two,
+                        reinterpret_cast<void*>(codes), reinterpret_cast<void*>(scales),
+                        to_options("", n_threads, 0));
+        });
+  m.def("widen_fp8", [](Address codes, std::int64_t n, int format, Address out) {
+    const py::gil_scoped_release unlocked;
+    widen_fp8(reinterpret_cast<const void*>(codes), n, static_cast<Fp8>(format),
+              reinterpret_cast<float*>(out));
+  });
+  m.def("narrow_fp8", [](Address values, std::int64_t n, int format, bool saturate, Address codes) {
+    const py::gil_scoped_release unlocked;
+    narrow_fp8(reinterpret_cast<const float*>(values), n, static_cast<Fp8>(format), saturate,
+               reinterpret_cast<void*>(codes));
   });
   m.def("isas", &isas);
   m.def("default_isa", &default_isa);

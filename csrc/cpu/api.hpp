@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/factored.hpp"
+#include "../core/low_rank.hpp"
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
 #include "kernels.hpp"
@@ -112,6 +113,40 @@ std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>&
 // Position within the group of the r-th entry that equals the key; -1 if there are not so many.
 std::vector<std::int64_t> nth_equal(const Table& table, Keep keep,
                                     const std::vector<EqualQuery>& queries, const Options& options);
+
+// Writes elements [begin, end) of W + factor L R, rounded once.
+void add_low_rank(const LowRankSum& sum, std::int64_t begin, std::int64_t end,
+                  const Options& options);
+
+// Matrices one after the other, row-major, in blocks of rows and columns that each have a factor;
+// blocks at the end of a matrix may be smaller.
+struct ScaledBlocks {
+  Fp8 format = Fp8::E4M3;
+  std::int64_t n_rows = 0, n_columns = 0;          // of a matrix
+  std::int64_t block_rows = 1, block_columns = 1;  // of a block
+  ScaleType scale_type = ScaleType::F32;
+  std::int64_t blocks_down() const { return (n_rows + block_rows - 1) / block_rows; }
+  std::int64_t blocks_across() const { return (n_columns + block_columns - 1) / block_columns; }
+};
+
+// Numbers of the codes of elements [begin, end): code * factor, one rounding. `scales` begins with
+// the factors of block row `first_row`, counted over all matrices.
+void widen_scaled(const ScaledBlocks& blocks, const void* codes, const void* scales,
+                  std::int64_t first_row, std::int64_t begin, std::int64_t end, float* out,
+                  const Options& options);
+
+// Codes and factors of elements [begin, end), whole rows of blocks: a factor is the largest finite
+// magnitude of its block over that of the format, in fp32, rounded to its type, or up to a power of
+// two; a code is nearest to x / factor, ties to even, and no finite number becomes infinity or NaN.
+// A block of zeros has the factor 1.
+void narrow_scaled(const ScaledBlocks& blocks, const float* values, std::int64_t begin,
+                   std::int64_t end, bool power_of_two, void* codes, void* scales,
+                   const Options& options);
+
+// Numbers of codes, and codes of numbers: ties to even; beyond the largest number lie NaN (E4M3) or
+// infinity (E5M2), or, if `saturate`, that number for everything finite.
+void widen_fp8(const void* codes, std::int64_t n, Fp8 format, float* out);
+void narrow_fp8(const float* values, std::int64_t n, Fp8 format, bool saturate, void* codes);
 
 // CRC-32C of `n_bytes`, going on from the checksum of what came before; and that of two pieces end
 // to end from the checksums of both.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/factored.hpp"
+#include "../core/low_rank.hpp"
 #include "../core/moments.hpp"
 #include "../core/queries.hpp"
 #include "../core/table.hpp"
@@ -119,6 +120,20 @@ struct KronTile {
   Scratch& scratch;
 };
 
+// Rows of a low-rank tile: with the packed factors of its columns it fits a second-level cache.
+inline constexpr std::int64_t kLowRankRows = 112;
+
+struct LowRankTile {
+  const LowRankSum& sum;
+  std::int64_t row_begin, row_end, column_begin, column_end;  // at most low_rank_columns(rank)
+  Scratch& scratch;
+};
+
+// Columns of a tile, a multiple of any tile of registers.
+inline std::int64_t low_rank_columns(std::int64_t rank) {
+  return std::clamp<std::int64_t>((1 << 15) / std::max<std::int64_t>(rank, 1) / 64 * 64, 64, 512);
+}
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -149,6 +164,15 @@ struct Kernels {
   void (*kron)(const KronTile& tile, BinnedSum& dot);
   void (*finish_rows)(const ProductPanel& panel, std::int64_t begin, std::int64_t end,
                       Scratch& scratch, BinnedSum& dot);
+  void (*add_low_rank)(const LowRankTile& tile);
+  // Codes times their factor.
+  void (*widen_fp8)(const std::uint8_t* codes, std::int64_t n, Fp8 format, float factor,
+                    float* out);
+  // The largest finite magnitude, +0 of none.
+  float (*largest_finite)(const float* values, std::int64_t n);
+  // Codes of values over their factor.
+  void (*narrow_fp8)(const float* values, std::int64_t n, Fp8 format, float factor, bool saturate,
+                     std::uint8_t* codes);
 };
 
 }  // namespace tvfast

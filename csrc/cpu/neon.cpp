@@ -18,6 +18,8 @@ namespace {
 #include "generic/multiply.inl"
 #include "generic/score.inl"
 #include "generic/kron.inl"
+#include "generic/low_rank.inl"
+#include "generic/fp8.inl"
 #include "generic/table.inl"
 }  // namespace
 

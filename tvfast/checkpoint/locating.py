@@ -70,6 +70,31 @@ def locate(path: str) -> Location:
     return _locate_in(cached)
 
 
+def locate_adapter(path: str) -> str:
+    """The directory of the PEFT adapter at `path`: that very directory, or a hub id in the local cache.
+
+    Raises:
+        CheckpointError: nothing there, or a file.
+    """
+    if not path or "\0" in path:
+        raise CheckpointError(f"{shown(path)} is no path; expected an adapter's directory.")
+    try:
+        if os.path.isdir(path):
+            return path
+        if os.path.lexists(path):
+            raise CheckpointError(
+                f"{path}: is a file; expected an adapter's directory, with adapter_config.json and weights."
+            )
+        local = _written_otherwise(path)
+        if local is None:
+            local = _cached_snapshot(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if local is None:
+        raise _nothing_at(path)
+    return local
+
+
 def _written_otherwise(path: str) -> str | None:
     """What is there for `~/name`, which no shell has expanded, or for `path@revision`, which has none."""
     expanded = os.path.expanduser(path) if path.startswith("~") else path
@@ -103,7 +128,7 @@ def _locate_in(directory: str) -> Location:
     if files == [_ADAPTER] or (not files and "adapter_model.bin" in names):
         raise CheckpointError(
             f"{directory}: holds a PEFT adapter, no whole model; {_EXPECTED}. "
-            "Merge the adapter into its base first (PeftModel.merge_and_unload), or give its file's path."
+            "To apply it, name its base before it: BASE+ADAPTER."
         )
     files = [name for name in files if name != _ADAPTER]
     if not files:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvfast.checkpoint.files import damaged, read_json, shown
@@ -28,6 +28,10 @@ class Checkpoint:
         aliases: name -> first name with the same bytes, dtype and shape; both are in `tensors`.
         config: `config.json`, parsed; None if the directory has none, or for one file.
         headers: what each file declares, in the order of `files`.
+        calibration: factors of activations beside 8-bit weights, by name; they are not among `tensors`.
+        adapter: directory of the adapter that is added; None: there is none.
+        stored_as: types of the model's own tensors where an adapter's, of other types, take their places.
+        notes: what tells of changes beside the headers: (file, what it says that matters).
     """
 
     path: str
@@ -37,21 +41,32 @@ class Checkpoint:
     aliases: dict[str, str]
     config: dict[str, Any] | None
     headers: tuple[Header, ...]
+    calibration: dict[str, Stored] = field(default_factory=dict)
+    adapter: str | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+    stored_as: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> list[dict[str, Any]]:
         """What tells that a file has changed: its name, size, last write and checksum of the header.
 
         As found when the checkpoint was opened. Paths are left out, so a moved checkpoint stays the same.
         """
-        return [
+        found: list[dict[str, Any]] = [
             {
-                "name": os.path.relpath(header.path, self.directory or os.path.dirname(header.path) or "."),
+                "name": self._local_name(header.path),
                 "size": header.n_bytes,
                 "mtime_ns": header.mtime_ns,
                 "crc32": header.crc32,
             }
             for header in self.headers
         ]
+        return [*found, *({"name": name, "settings": said} for name, said in self.notes)]
+
+    def _local_name(self, path: str) -> str:
+        """Of one of the files, without the place of the checkpoint or of its adapter."""
+        if self.adapter is not None and path == self.files[-1]:
+            return os.path.basename(path)
+        return os.path.relpath(path, self.directory or os.path.dirname(path) or ".")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -82,7 +97,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         location.directory,
         tensors,
         tuple(header.path for header in headers),
-        _aliases(tensors),
+        aliases_of(tensors),
         _config(location.directory),
         headers,
     )
@@ -143,12 +158,13 @@ def _some(names: list[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {listed}{more}"
 
 
-def _aliases(tensors: dict[str, Stored]) -> dict[str, str]:
-    first: dict[tuple[str, int, int, str, tuple[int, ...]], str] = {}
+def aliases_of(tensors: dict[str, Stored]) -> dict[str, str]:
+    """Name -> first name of the same numbers in the same bytes."""
+    first: dict[tuple[object, ...], str] = {}
     aliases = {}
     for tensor in tensors.values():
         if tensor.n_bytes:
-            key = (tensor.path, tensor.offset, tensor.n_bytes, tensor.dtype, tensor.shape)
+            key = (tensor.path, tensor.offset, tensor.n_bytes, tensor.dtype, tensor.shape, tensor.update)
             name = first.setdefault(key, tensor.name)
             if name != tensor.name:
                 aliases[tensor.name] = name

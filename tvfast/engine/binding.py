@@ -10,12 +10,13 @@ from typing import Any
 
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
-from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
+from tvfast.dtypes import EXACT, FP8, MERGEABLE, RECIPE_NAMES
+from tvfast.engine.codes import Codes, encoding_of, is_coded
 from tvfast.engine.configuration import donor_of, patched_config, ties_embeddings
 from tvfast.engine.rows import Row, Rows
 from tvfast.engine.scoring import Scoring
 from tvfast.engine.statistics import ModelStatistics
-from tvfast.engine.tasks import Task
+from tvfast.engine.tasks import Encoding, Task
 from tvfast.engine.vocabulary import check_same_vocabulary, vocabulary_file
 from tvfast.errors import DTypeError, RecipeError, ShapeError
 from tvfast.methods import ProgramMethod, TensorMethod
@@ -71,17 +72,23 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     scoring = Scoring(recipe, statistics)
     factors = ModelStatistics(recipe, checkpoints, statistics)
     binder = _Binder(recipe, checkpoints, scoring, factors, recipe.seed if seed is None else seed)
-    tasks, ties = binder.tied([(row, binder.task(row)) for row in rows.all()])
+    tasks, ties = binder.tied([(row, task) for row in rows.all() for task in binder.tasks(row)])
     donor = checkpoints[donor_of(recipe, checkpoints)]
     return Binding(
         tasks=tuple(tasks),
-        config=patched_config(recipe, checkpoints, _most_common_dtype(tasks)),
+        config=patched_config(
+            recipe,
+            checkpoints,
+            _most_common_dtype(tasks),
+            decoded=is_coded(donor) and all(task.dtype not in FP8 for task in tasks),
+        ),
         donor=donor.directory or donor.path,
         tokenizer=_tokenizer(recipe, checkpoints),
         warnings=(
             *recipe.warnings,
             *_doubts(recipe, checkpoints),
             *rows.warnings,
+            *binder.codes.warnings,
             *factors.notes(),
             *(() if factors.is_read else scoring.warnings()),
         ),
@@ -108,6 +115,11 @@ class _Binder:
         self.resolver = Resolver(recipe, seed)
         self.needs_base = recipe.reads_base
         self.copy = Passthrough()
+        self.codes = Codes(checkpoints)
+
+    def tasks(self, row: Row) -> list[Task]:
+        """The task of a row, and copies of what belongs to its codes."""
+        return self.codes.completed(self.task(row), row)
 
     def task(self, row: Row) -> Task:
         """The task of a row, keyed by its own name."""
@@ -115,10 +127,11 @@ class _Binder:
         reference = row.reference
         if any(stored.shape != reference.shape for stored in present):
             raise self._shapes_differ(row)
-        dtype = self.recipe.output_dtype or reference.dtype
+        dtype = self.recipe.output_dtype or self.codes.stored_as(row)
+        encoding = None if self.recipe.output_dtype else encoding_of(row)
         operands = self.resolver.operands(row.part)
         if not operands or len(present) < len(row.inputs):
-            return self._copied(row, reference, dtype, self.copy)
+            return self._copied(row, reference, dtype, self.copy, encoding)
         dtypes = {stored.dtype for stored in present}
         if not EXACT.isdisjoint(dtypes):
             if len(dtypes) > 1:
@@ -130,29 +143,41 @@ class _Binder:
         names = [stored.name for stored in present]
         method = self.resolver.method(row.part, names, row.name, row.t)
         if isinstance(method, Passthrough):
-            return self._copied(row, reference, dtype, method)
+            return self._copied(row, reference, dtype, method, encoding)
         for k, stored in enumerate(present):
-            if stored.dtype not in MERGEABLE:
+            if stored.operand not in MERGEABLE:
                 raise self._not_mergeable(row, k, stored)
-        if dtype not in MERGEABLE:
+        if dtype not in MERGEABLE and encoding is None:
             raise self._not_mergeable(row, row.part.reference, reference)
         base = reference if self.needs_base else None
         models = tuple(present[k] for k in operands)
         if isinstance(method, TensorMethod):
             work, average = self.factors.work(row, operands, method)
-            return Task(row.name, row.name, dtype, reference.shape, average, base, models, tensor=work)
+            return Task(
+                row.name,
+                row.name,
+                dtype,
+                reference.shape,
+                average,
+                base,
+                models,
+                tensor=work,
+                encoding=encoding,
+            )
         assert isinstance(method, ProgramMethod)
-        task = Task(row.name, row.name, dtype, reference.shape, method, base, models)
+        task = Task(row.name, row.name, dtype, reference.shape, method, base, models, encoding=encoding)
         return self.scoring.with_scores(task, [row.part.sources[k] for k in operands])
 
-    def _copied(self, row: Row, stored: Stored, dtype: str, method: ProgramMethod) -> Task:
-        """One tensor as it is: its bytes, unless they have to be multiplied or cast."""
-        unscaled = method.per_model("weights", 1) == (1.0,) and method.scale == 1.0
+    def _copied(
+        self, row: Row, stored: Stored, dtype: str, method: ProgramMethod, encoding: Encoding | None
+    ) -> Task:
+        """One tensor as it is: its bytes, unless they have to be multiplied, cast or added to."""
+        unscaled = method.per_model("weights", 1) == (1.0,) and method.scale == 1.0 and stored.update is None
         if stored.dtype in EXACT or (unscaled and stored.dtype == dtype):
             return Task(row.name, row.name, stored.dtype, stored.shape, None, None, (stored,))
-        if stored.dtype not in MERGEABLE or dtype not in MERGEABLE:
+        if stored.operand not in MERGEABLE or (dtype not in MERGEABLE and encoding is None):
             raise self._not_mergeable(row, row.inputs.index(stored), stored)
-        return Task(row.name, row.name, dtype, stored.shape, method, None, (stored,))
+        return Task(row.name, row.name, dtype, stored.shape, method, None, (stored,), encoding=encoding)
 
     def tied(self, pairs: list[tuple[Row, Task]]) -> tuple[list[Task], dict[str, str]]:
         """Tasks without what is another one under a second name.
@@ -221,9 +246,12 @@ class _Binder:
         )
 
 
-def _places(row: Row) -> list[tuple[str, int, int] | None]:
+def _places(row: Row) -> list[tuple[object, ...] | None]:
     """Where the bytes of a row's inputs are."""
-    return [None if stored is None else (stored.path, stored.offset, stored.n_bytes) for stored in row.inputs]
+    return [
+        None if stored is None else (stored.path, stored.offset, stored.n_bytes, stored.update)
+        for stored in row.inputs
+    ]
 
 
 def _doubts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -236,7 +264,8 @@ def _doubts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[s
     first: dict[tuple[str, ...], str] = {}
     for path, checkpoint in checkpoints.items():
         name, _, revision = path.rpartition("@")
-        if name and os.path.expanduser(name) in (checkpoint.directory, checkpoint.files[0]):
+        is_local = os.path.expanduser(name) in (checkpoint.directory, checkpoint.files[0])
+        if name and is_local and path not in recipe.adapters:
             yield f"{path}: {name} is a local path, which has no revisions; {revision!r} is ignored."
         other = first.setdefault(tuple(map(os.path.realpath, checkpoint.files)), path)
         if other != path:

@@ -79,10 +79,15 @@ def companions(recipe: Recipe, binding: Binding) -> dict[str, bytes]:
         if b'"auto_map"' in files.get("tokenizer_config.json", b""):
             files |= _copied(binding.tokenizer, _named(binding.tokenizer, ".py"))
     if recipe.chat_template is not None:
-        files |= _with_template(files, _template(recipe.chat_template, recipe.model_paths()))
+        files |= _with_template(files, _template(recipe.chat_template, _directories(recipe)))
     files["README.md"] = card(recipe).encode()
     files["mergekit_config.yml"] = recipe.text.encode()
     return files
+
+
+def _directories(recipe: Recipe) -> list[str]:
+    """Where the companion files of each model are: those of its base, if an adapter is added to it."""
+    return list(dict.fromkeys(recipe.parts_of(model)[0] for model in recipe.model_paths()))
 
 
 def card(recipe: Recipe) -> str:

@@ -95,7 +95,7 @@ def needs(parts: Iterable[Part]) -> tuple[int, int]:
         task, k = part.task, len(part.task.models)
         if task.method is None:
             continue
-        ring += part.input_bytes + part.output_bytes + 2 * ALIGNMENT * (len(task.inputs) + 2)
+        ring += part.operand_bytes + part.result_bytes + 2 * ALIGNMENT * (len(task.inputs) + 2)
         if task.method.plane_bytes(part.n, k):
             ring += plane_bytes(part.n, k) + k * ALIGNMENT
         scratch += k * BINS_BYTES + SUM_BYTES * 2 ** math.ceil(math.log2(2 * k + k * k))
@@ -154,5 +154,5 @@ def rank_share(tasks: Iterable[Task]) -> float:
         if row_elements(task) and task.n_elements:
             part = Part(task, 0, task.n_elements)
             ranks = len(task.models) * part.n * RANK_ITEM_BYTES
-            share = max(share, ranks / (part.input_bytes + part.output_bytes))
+            share = max(share, ranks / (part.operand_bytes + part.result_bytes))
     return share

@@ -32,15 +32,15 @@ def logical_table(tasks: Sequence[Task]) -> WorkTable:
     entries = {}
     for task in sorted(tasks, key=lambda t: t.key):
         assert task.method is not None
-        models = tuple(View(0, task.n_elements, DType[stored.dtype]) for stored in task.models)
-        base = View(0, task.n_elements, DType[task.base.dtype]) if task.base else models[0]
+        models = tuple(View(0, task.n_elements, DType[stored.operand]) for stored in task.models)
+        base = View(0, task.n_elements, DType[task.base.operand]) if task.base else models[0]
         operand, operands = task.method.operands(base, models)
         entries[task.name] = Entry(
             name=task.key,
             models=operands,
             base=operand,
             scores=task.method.score_operands(
-                tuple(View(0, task.n_elements, DType[stored.dtype]) for stored in task.scores)
+                tuple(View(0, task.n_elements, DType[stored.operand]) for stored in task.scores)
             ),
             score_summaries=task.method.score_operands(task.summaries),
             row=task.method.row_elements(task.shape),
@@ -65,7 +65,7 @@ def _count(tasks: Sequence[Task]) -> tuple[int, int]:
     first = tasks[0]
     if first.method is None:
         return 1, 0
-    short = all(stored.dtype != "F32" for task in tasks for stored in task.inputs)
+    short = all(stored.operand != "F32" for task in tasks for stored in task.inputs)
     n = sum(task.n_elements for task in tasks)  # ranks of few elements need no pass, those of many do
     return _asked(first.method, len(first.models), n, first.shape, short)
 

@@ -341,7 +341,7 @@ class _Scratch:
                 n_bytes = 20 + 8 * len(task.models)
                 part = Part(task, 0, task.n_elements)
                 most = max(most, n_workers * n_threads * min(row, LONG_ROW) * n_bytes)
-                share = max(share, part.n * n_bytes / (part.input_bytes + part.output_bytes))
+                share = max(share, part.n * n_bytes / (part.operand_bytes + part.result_bytes))
                 if row > LONG_ROW:
                     segments = n_workers * SEGMENT_BYTES
         return _Scratch(n_workers * SCRATCH_BYTES, most, share, segments, n_workers)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tvfast import dtypes
-from tvfast.engine.arrange import Part, Span, arrange
+from tvfast.engine.arrange import Part, Span, arrange, written
 from tvfast.engine.chunked import ChunkCombiner, measurer
+from tvfast.engine.conversions import narrow_results, widen_inputs
 from tvfast.engine.device import Device, OutOfDeviceMemory
 from tvfast.engine.inputs import FileState, Inputs
 from tvfast.engine.memory import Arena, Block, Slots
@@ -202,6 +203,7 @@ class Run:
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
         n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
+        widen_inputs(loaded.parts, loaded.arrangement, block.address, n_threads)
         if self._offload is None or not unit.ring_bytes:
             self._check_finite(loaded)
             if unit.parts[0].task.tensor is not None:
@@ -316,7 +318,9 @@ class Run:
         self, unit: Unit, table: WorkTable, slots: Slots, finish: Callable[[Loaded], Future[None]]
     ) -> StreamSource:
         layout, inputs = self._plan.layout, self._inputs
-        return StreamSource(unit, table, layout, inputs, slots, finish, self._check_finite)
+        return StreamSource(
+            unit, table, layout, inputs, slots, finish, self._check_finite, self._plan.n_threads
+        )
 
     def _backend(self, table: WorkTable) -> Backend:
         return backend_for(table)
@@ -338,6 +342,7 @@ class Run:
 
     def _write(self, loaded: Loaded) -> None:
         self._check_range(loaded)
+        narrow_results(loaded.parts, loaded.arrangement, loaded.block.address)
         for span in loaded.arrangement.spans:
             if self._staging.is_done(span.shard, span.offset, span.n_bytes):
                 self._progress.wrote(span.n_bytes)  # by an earlier run
@@ -357,10 +362,10 @@ class Run:
     def _is_done(self, unit: Unit) -> bool:
         layout = self._plan.layout
         for part in unit.parts:
-            place = layout.places[part.task.name]
-            offset = place.offset + dtypes.n_bytes(part.task.dtype, part.start)
-            if not self._staging.is_done(place.shard, offset, part.output_bytes):
-                return False
+            for name, begin, n_bytes in written(part):
+                place = layout.places[name]
+                if not self._staging.is_done(place.shard, place.offset + begin, n_bytes):
+                    return False
         return True
 
     def _on_read(self, n_bytes: int) -> None:
@@ -380,10 +385,10 @@ class Run:
             return
         for index, part in enumerate(loaded.parts):
             for k, stored in enumerate(part.task.inputs):
-                if stored.dtype not in dtypes.MERGEABLE or part.n == 0:
+                if stored.operand not in dtypes.MERGEABLE or part.n == 0:
                     continue
                 at = loaded.block.address + loaded.arrangement.inputs[index][k]
-                found = first_nonfinite(at, part.n, DType[stored.dtype])
+                found = first_nonfinite(at, part.n, DType[stored.operand])
                 if found >= 0:
                     raise MergeError(
                         f"{stored.path}: tensor {stored.name!r} holds NaN or infinity at element "
@@ -401,14 +406,14 @@ class Run:
             return
         for part, at in zip(loaded.parts, loaded.arrangement.outputs, strict=True):
             task = part.task
-            if not task.is_merged or task.dtype not in dtypes.MERGEABLE or part.n == 0:
+            if not task.is_merged or task.result not in dtypes.MERGEABLE or part.n == 0:
                 continue
-            found = first_nonfinite(loaded.block.address + at, part.n, DType[task.dtype])
+            found = first_nonfinite(loaded.block.address + at, part.n, DType[task.result])
             if found >= 0:
                 raise MergeError(
                     f"tensor {task.name!r}: element {part.start + found} of the result (shape "
-                    f"{list(task.shape)}) is too large for {dtypes.RECIPE_NAMES[task.dtype]}. Choose another "
-                    "out_dtype, or pass --nonfinite propagate to store infinity."
+                    f"{list(task.shape)}) is too large for {dtypes.RECIPE_NAMES[task.result]}. Choose "
+                    "another out_dtype, or pass --nonfinite propagate to store infinity."
                 )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tvfast.checkpoint.layout import Layout
 from tvfast.engine.arrange import Arrangement, Part, arrange, arrange_outputs, block_bytes
+from tvfast.engine.conversions import widen_inputs
 from tvfast.engine.cuts import elements_within
 from tvfast.engine.inputs import Inputs
 from tvfast.engine.memory import Buffer, Slots
@@ -36,6 +37,7 @@ class StreamSource:
         table: their logical entries, in the same order.
         finish: called with every chunk whose results are complete; returns when they are written.
         check: called with every chunk when it is in memory for the first time.
+        n_threads: of what makes numbers of 8-bit codes and adapters; 0: all cores.
 
     Attributes:
         result_dtypes: storage type of each entry's result.
@@ -50,18 +52,20 @@ class StreamSource:
         slots: Slots,
         finish: Callable[[Loaded], Future[None]],
         check: Callable[[Loaded], None],
+        n_threads: int = 0,
     ) -> None:
         self._table = table
         self._layout = layout
         self._inputs = inputs
         self._slots = slots
         self._finish = finish
+        self._n_threads = n_threads
         self._check: Callable[[Loaded], None] | None = check
         self._rows = {part.task.name: row for row, part in enumerate(unit.parts)}
         pieces = [piece for part in unit.parts for piece in _pieces(part.task, unit.chunk_bytes)]
         self._chunks = list(_gathered(pieces, unit.chunk_bytes))
         self._samples = list(_gathered(list(samples(unit.parts)), unit.chunk_bytes))
-        self.result_dtypes = tuple(DType[part.task.dtype] for part in unit.parts)
+        self.result_dtypes = tuple(DType[part.task.result] for part in unit.parts)
 
     def chunks(self, *, write: bool) -> Iterator[Chunk]:
         """Every chunk once, in order; with `write`, results are written when the next is asked for."""
@@ -93,7 +97,7 @@ class StreamSource:
                 (
                     self._rows[part.task.name],
                     part.start,
-                    View(loaded.block.address + at, part.n, DType[part.task.dtype]),
+                    View(loaded.block.address + at, part.n, DType[part.task.result]),
                 )
                 for part, at in places
             ]
@@ -127,6 +131,7 @@ class StreamSource:
             loaded, reads = ahead.popleft()
             for read in reads:
                 read.result()
+            widen_inputs(loaded.parts, loaded.arrangement, loaded.block.address, self._n_threads)
             yield loaded
 
     def _resident(self, loaded: Loaded) -> Chunk:
@@ -143,7 +148,7 @@ def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = Non
     task, at = part.task, loaded.block.address
     assert task.method is not None
     found = [
-        View(at + position, part.n, DType[stored.dtype])
+        View(at + position, part.n, DType[stored.operand])
         for stored, position in zip(task.inputs, loaded.arrangement.inputs[index], strict=True)
     ]
     first = 0 if task.base is None else 1
@@ -155,7 +160,7 @@ def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = Non
         name=task.key,
         models=operands,
         base=operand,
-        out=View(at + outputs[index], part.n, DType[task.dtype]) if outputs else None,
+        out=View(at + outputs[index], part.n, DType[task.result]) if outputs else None,
         scores=task.method.score_operands(scores),
         score_maps=logical.score_maps if logical else (),
         score_summaries=task.method.score_operands(task.summaries),

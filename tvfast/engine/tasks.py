@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tvfast.checkpoint.stored import Stored
+from tvfast.checkpoint.layout import Described
+from tvfast.checkpoint.stored import Stored, matrix_of
 from tvfast.methods.base import ProgramMethod, TensorMethod
 from tvfast.program import ScoreSummary
 from tvfast.statistics import StatisticsFile
@@ -29,6 +30,22 @@ class TensorWork:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a result becomes 8-bit codes.
+
+    Attributes:
+        rows, columns: of a block that shares a factor.
+        factors: the tensor of the output that holds them; None: all are 1.
+        power_of_two: factors are rounded up to powers of two.
+    """
+
+    rows: int
+    columns: int
+    factors: Described | None
+    power_of_two: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One tensor of the output and what it is made of.
 
@@ -45,6 +62,7 @@ class Task:
         summaries: of the scores.
         tensor: what merges the tensor, where that is not a method of the stage algebra; `method` is None
         then.
+        encoding: of a result that is computed as float32 and stored as 8-bit codes.
     """
 
     name: str
@@ -57,6 +75,19 @@ class Task:
     scores: tuple[Stored, ...] = ()
     summaries: tuple[ScoreSummary, ...] = ()
     tensor: TensorWork | None = None
+    encoding: Encoding | None = None
+
+    @property
+    def result(self) -> str:
+        """Storage type of what is computed."""
+        return self.dtype if self.encoding is None else "F32"
+
+    @property
+    def described(self) -> tuple[Described, ...]:
+        """What the output gets: the tensor, and its factors after it."""
+        own = (self.name, self.dtype, self.shape)
+        factors = None if self.encoding is None else self.encoding.factors
+        return (own,) if factors is None else (own, factors)
 
     @property
     def is_merged(self) -> bool:
@@ -79,3 +110,16 @@ def row_elements(task: Task) -> int:
     if task.method is None or not task.method.program().ranks_rows:
         return 0
     return task.method.row_elements(task.shape) or task.n_elements
+
+
+def step_elements(task: Task) -> int:
+    """Elements at whose multiples a tensor may be cut: whole rows, whole blocks of codes; 0: anywhere."""
+    row = row_elements(task)
+    if task.encoding is None or task.encoding.factors is None:
+        return row
+    rows, columns = matrix_of(task.shape)
+    n_matrices = task.n_elements // max(1, rows * columns)
+    block = task.encoding.rows
+    whole = block >= rows or (n_matrices > 1 and rows % block)  # blocks begin anew with each matrix
+    step = (rows if whole else block) * columns
+    return max(1, min(math.lcm(row or 1, step), task.n_elements))

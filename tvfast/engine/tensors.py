@@ -31,7 +31,7 @@ def merge_part(loaded: Loaded, index: int) -> str:
     work = task.tensor
     assert work is not None
     inputs = [
-        _tensor(loaded, position, stored.dtype, task)
+        _tensor(loaded, position, stored.operand, task)
         for stored, position in zip(task.inputs, loaded.arrangement.inputs[index], strict=True)
     ]
     base = inputs[0] if task.base is not None else None
@@ -41,7 +41,7 @@ def merge_part(loaded: Loaded, index: int) -> str:
     ]
     with torch.no_grad():
         result = work.method.merge([TensorJob(task.name, base, models, tuple(curvature))])[0]
-        out = _tensor(loaded, loaded.arrangement.outputs[index], task.dtype, task)
+        out = _tensor(loaded, loaded.arrangement.outputs[index], task.result, task)
         out.copy_(result.tensor)
         if out.untyped_storage().data_ptr() != _address(loaded, loaded.arrangement.outputs[index]):
             _write(loaded, loaded.arrangement.outputs[index], out)

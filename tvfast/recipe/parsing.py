@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from tvfast.dtypes import BY_RECIPE_NAME
 from tvfast.errors import ArgumentError, RecipeError, UnknownNameError
@@ -13,7 +13,7 @@ from tvfast.methods.base import TIES
 from tvfast.recipe.document import Value, nearest, shortened
 from tvfast.recipe.keys import BASE_IS_AN_INPUT, PEER_KEYS, WORDS, Key, method_keys
 from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
-from tvfast.recipe.references import read_reference
+from tvfast.recipe.references import References
 from tvfast.recipe.resolution import Resolver
 from tvfast.recipe.settings import read_setting
 
@@ -43,6 +43,8 @@ _OWN = (
     "on_missing",
     "stats",
     "on_missing_stats",
+    "on_missing_scale",
+    "lora_merge_dtype",
 )
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
@@ -81,6 +83,7 @@ class _Reader:
         if stats is not None and stats.plain is not None:
             self.stats = stats.mapping(what="a mapping from models to statistics files")
         self.warnings: dict[str, str] = {}  # by what they are about
+        self.references = References(self._ignore)
         self.method = self._method()
         self.info: MethodInfo = METHODS[self.method]
         self.dialect = self._dialect()
@@ -120,6 +123,9 @@ class _Reader:
             nonfinite=self._word("nonfinite", _NONFINITE) or "error",
             on_missing=self._word("on_missing", _ON_MISSING) or "error",
             on_missing_stats=self._word("on_missing_stats", _ON_MISSING_STATS) or "error",
+            lora_merge_dtype=self._dtype_of(self.own.get("lora_merge_dtype")),
+            on_missing_scale=self._word("on_missing_scale", _ON_MISSING_SCALE) or "error",
+            adapters=self.references.adapters,
             warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
         )
         self._check(recipe)
@@ -247,7 +253,7 @@ class _Reader:
         if not items:
             raise found["sources"].expected("one source at least")
         if "base_model" in found and found["base_model"].plain is not None:
-            base = read_reference(found["base_model"], self._ignore)
+            base = self.references.read(found["base_model"])
         sources = [self._source(source, base, stacked=True) for source in items]
         lengths = {source.model: source.layers[1] - source.layers[0] for source in sources if source.layers}
         if len(set(lengths.values())) > 1:
@@ -263,7 +269,7 @@ class _Reader:
         for key in known[: 1 + stacked]:
             if key not in found:
                 raise item.error(f"has no {key}; expected {', '.join(known)}.")
-        model = read_reference(found["model"], self._ignore)
+        model = self.references.read(found["model"])
         is_base = self.reads_base and model == base
         parameters = self._settings(found.get("parameters"), level="base" if is_base else "source")
         layers = _layer_range(found["layer_range"]) if stacked else None
@@ -333,7 +339,7 @@ class _Reader:
     # -- the rest ---------------------------------------------------------------------------------------
 
     def _reference(self, key: str) -> str | None:
-        return read_reference(self.entries[key], self._ignore) if key in self.entries else None
+        return self.references.read(self.entries[key]) if key in self.entries else None
 
     def _chat_template(self) -> str | None:
         if "chat_template" not in self.entries:
@@ -345,19 +351,23 @@ class _Reader:
         return template
 
     def _dtype(self, key: str) -> str | None:
-        if key not in self.entries:
+        return self._dtype_of(self.entries.get(key))
+
+    @staticmethod
+    def _dtype_of(value: Value | None) -> str | None:
+        if value is None or value.plain is None:
             return None
         what = f"one of {', '.join(BY_RECIPE_NAME)}"
-        word = self.entries[key].text(what).removeprefix("torch.")
+        word = value.text(what).removeprefix("torch.")
         if word not in BY_RECIPE_NAME:
-            raise self.entries[key].expected(what)
+            raise value.expected(what)
         return BY_RECIPE_NAME[word]
 
     def _tokenizer(self) -> str | None:
         """Whose vocabulary the output takes."""
         if "tokenizer" not in self.entries:
             value = self.entries.get("tokenizer_source")
-            return None if value is None else _tokenizer_source(value, self._ignore)
+            return None if value is None else self._tokenizer_source(value)
         value = self.entries["tokenizer"]
         if "tokenizer_source" in self.entries:
             raise value.error("there is a tokenizer_source too; expected one of them.")
@@ -367,7 +377,10 @@ class _Reader:
                 raise found[key].error("is not supported yet; vocabularies are taken as they are. Remove it.")
         if "source" not in found or found["source"].plain is None:
             return "union"
-        return _tokenizer_source(found["source"], self._ignore)
+        return self._tokenizer_source(found["source"])
+
+    def _tokenizer_source(self, value: Value) -> str:
+        return str(value.plain) if value.plain in ("union", "base") else self.references.read(value)
 
     def _shard_bytes(self) -> int:
         value = self.entries.get("out_shard_size")
@@ -417,11 +430,8 @@ class _Reader:
 
 _NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate")
 _ON_MISSING_STATS: tuple[Literal["error"], Literal["plain"]] = ("error", "plain")
+_ON_MISSING_SCALE: tuple[Literal["error"], Literal["one"]] = ("error", "one")
 _ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
-
-
-def _tokenizer_source(value: Value, ignore: Any) -> str:
-    return str(value.plain) if value.plain in ("union", "base") else read_reference(value, ignore)
 
 
 def _layer_range(value: Value) -> tuple[int, int]:

@@ -87,6 +87,9 @@ class Recipe:
         nonfinite: what a NaN or an infinity in an input means.
         on_missing: what a tensor means that the base has and another model has not.
         warnings: what was ignored.
+        adapters: models that are a base with an adapter added: (path of the base, path of the adapter).
+        lora_merge_dtype: what these sums are rounded to; None: the type of the base's tensor.
+        on_missing_scale: what 8-bit codes without factors mean: an error, or numbers as they are.
     """
 
     where: str
@@ -109,6 +112,9 @@ class Recipe:
     nonfinite: Literal["error", "propagate"] = "error"
     on_missing: Literal["error", "base"] = "error"
     warnings: tuple[str, ...] = ()
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    lora_merge_dtype: str | None = None
+    on_missing_scale: Literal["error", "one"] = "error"
 
     @property
     def reads_base(self) -> bool:
@@ -136,6 +142,10 @@ class Recipe:
     def donor(self) -> str:
         """The model whose configuration the output takes: the base, or the first input."""
         return self.base_model or self.slices[0].sources[self.slices[0].reference].model
+
+    def parts_of(self, model: str) -> tuple[str, str | None]:
+        """Path of a model's checkpoint, and of the adapter that is added to it; None: there is none."""
+        return self.adapters.get(model, (model, None))
 
     def model_paths(self) -> tuple[str, ...]:
         """Every checkpoint that is needed, once, the base first."""

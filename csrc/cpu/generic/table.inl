@@ -14,5 +14,9 @@ static constexpr Kernels kernels(const char* name) {
           .score = score_tile,
           .factored = factored_tile,
           .kron = kron_tile,
-          .finish_rows = finish_rows};
+          .finish_rows = finish_rows,
+          .add_low_rank = add_low_rank_tile,
+          .widen_fp8 = widen_fp8_run,
+          .largest_finite = largest_finite_of,
+          .narrow_fp8 = narrow_fp8_run};
 }
