@@ -51,6 +51,30 @@ def test_one_checkpoint(family: Family, capsys: pytest.CaptureFixture[str]) -> N
         assert part in text
 
 
+def test_scales_of_eight_bit_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = [torch.zeros(200, 100, dtype=torch.float8_e4m3fn) for _ in range(4)]
+    tensors = {
+        "a.weight": codes[0],
+        "a.weight_scale_inv": torch.ones(2, 1),
+        "b.weight": codes[1],
+        "b.weight_scale": torch.ones(200, 1),
+        "c.weight": codes[2],
+        "c.weight_scale": torch.ones(()),
+        "d.weight": codes[3],
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = found_by(capsys, tmp_path / "model.safetensors")
+    assert found["dtypes"]["F8_E4M3"] == {"tensors": 4, "parameters": 80000, "bytes": 80000}
+    assert found["scales"] == {
+        "by": {"one per block of 128 x 128": 1, "one per row": 1, "one per tensor": 1},
+        "missing": ["d.weight"],
+    }
+    assert main(["inspect", str(tmp_path / "model.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "scales      of 1 tensor: one per block of 128 x 128" in text
+    assert "8-bit without scales: d.weight" in text
+
+
 def test_task_vectors_are_those_of_compare(family: Family, capsys: pytest.CaptureFixture[str]) -> None:
     found = found_by(capsys, *(family.path(name) for name in ("base", "ft1", "ft2", "ft3")))
     expected = tvfast.compare(family.base, family.models)

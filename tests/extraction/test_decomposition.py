@@ -33,34 +33,34 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize(("m", "n"), [(700, 300), (300, 500)])
-@pytest.mark.parametrize("rank", [1, 16, 32])
-def test_the_error_is_the_least_within_one_percent(name: str, m: int, n: int, rank: int) -> None:
-    matrix = with_spectrum(m, n, SPECTRA[name])
-    found = truncated_svd(matrix.float(), rank, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("m", "n"), [(400, 240), (240, 300)])
+def test_the_error_is_the_least_within_one_percent(name: str, m: int, n: int) -> None:
+    matrix = with_spectrum(m, n, SPECTRA[name][:240])
     s = torch.linalg.svdvals(matrix)
-    least = float(s[rank:].square().sum().sqrt())
     resolution = 2e-6 * float(s.square().sum().sqrt())  # of float32
-    assert error(matrix, found.u, found.s, found.vt) <= 1.01 * least + resolution
-    assert found.iterations > 0
-    identity = torch.eye(rank)
-    assert torch.allclose(found.u.T @ found.u, identity, atol=1e-5)
-    assert torch.allclose(found.vt @ found.vt.T, identity, atol=1e-5)
-    assert bool((found.s[:-1] >= found.s[1:]).all())
+    for rank in (1, 16, 32):
+        found = truncated_svd(matrix.float(), rank, generator=torch.Generator().manual_seed(1))
+        least = float(s[rank:].square().sum().sqrt())
+        assert error(matrix, found.u, found.s, found.vt) <= 1.01 * least + resolution
+        assert found.iterations > 0
+        identity = torch.eye(rank)
+        assert torch.allclose(found.u.T @ found.u, identity, atol=1e-5)
+        assert torch.allclose(found.vt @ found.vt.T, identity, atol=1e-5)
+        assert bool((found.s[:-1] >= found.s[1:]).all())
 
 
 def test_the_random_choice_does_not_matter() -> None:
-    """Ten projections, all within the tolerance of the least error."""
-    matrix = with_spectrum(400, 300, SPECTRA["slow"])
+    """Five projections, all within the tolerance of the least error."""
+    matrix = with_spectrum(300, 240, SPECTRA["slow"][:240])
     least = float(torch.linalg.svdvals(matrix)[32:].square().sum().sqrt())
-    for seed in range(10):
+    for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         found = truncated_svd(matrix.float(), 32, tolerance=2e-3, generator=generator)
         assert error(matrix, found.u, found.s, found.vt) <= 1.004 * least
 
 
 def test_a_smaller_tolerance_costs_iterations_and_lowers_the_error() -> None:
-    matrix = with_spectrum(500, 300, SPECTRA["slow"]).float()
+    matrix = with_spectrum(300, 240, SPECTRA["slow"][:240]).float()
     found = [
         truncated_svd(matrix, 16, tolerance=tolerance, generator=torch.Generator().manual_seed(0))
         for tolerance in (0.5, 1e-5)

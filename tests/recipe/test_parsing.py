@@ -230,10 +230,39 @@ def test_references(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "base", "adapter"),
+    [
+        ("a+b", "a", "b"),
+        ("org/name@v1+./lora", "org/name@v1", "./lora"),
+        ("{model: a, lora: b}", "a", "b"),
+        ("{model: {path: a, revision: r}, lora: {path: b, revision: s}}", "a@r", "b@s"),
+        ("{model: {path: a+b}, lora: {path: c+d}}", "a+b", "c+d"),
+    ],
+)
+def test_references_to_adapters(text: str, base: str, adapter: str) -> None:
+    recipe = parse(f"merge_method: linear\nmodels: [{{model: {text}, parameters: {{weight: 1}}}}]")
+    assert inputs(recipe) == [f"{base}+{adapter}"]
+    assert recipe.parts_of(f"{base}+{adapter}") == (base, adapter)
+    assert recipe.parts_of("other") == ("other", None)
+
+
+def test_one_name_for_a_path_and_an_adapter_is_refused() -> None:
+    with pytest.raises(RecipeError, match="rename one"):
+        parse(
+            "merge_method: linear\n"
+            "models: [{model: a+b, parameters: {weight: 1}}, "
+            "{model: {model: {path: a+b}}, parameters: {weight: 1}}]"
+        )
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a+b", "'a+b' names an adapter after the '+'"),
-        ("{model: a, lora: {path: b}}", "model.lora: adapters are not supported yet"),
+        ("a+", "'a+' is no base+adapter"),
+        ("+b", "'+b' is no base+adapter; expected one '+' between two paths"),
+        ("a+b+c", "'a+b+c' is no base+adapter; expected one '+' between two paths"),
+        ("{model: a, lora: {revision: b}}", "model.lora: has no path"),
+        ("{model: a, lora: 3}", "model.lora: is 3; expected an adapter"),
         ("3", "model: is 3; expected a model"),
         ("''", "model: is ''; expected a model"),
         ("null", "model: is empty (null); expected a model"),

@@ -97,7 +97,7 @@ def _blocks(stored: Stored, factors: Stored, declared: _Declared) -> Blocks:
     if factors.n_elements == 1 and len(stored.shape) < 3:
         return Blocks(factors, rows, columns, power_of_two)
     if factors.shape == by_block:
-        return Blocks(factors, *declared.block, power_of_two)
+        return Blocks(factors, declared.block[0], declared.block[1], power_of_two)
     of_rows = stored.shape[:-1]
     if factors.shape in (of_rows, (*of_rows, 1)):
         return Blocks(factors, 1, columns, power_of_two)

@@ -116,6 +116,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(row["parameters"] for row in dtypes.values()),
         "bytes": sum(row["bytes"] for row in dtypes.values()),
         "dtypes": dtypes,
+        "scales": _scales(checkpoint),
         "layers": _layers(checkpoint.tensors),
         "config": {key: config[key] for key in _CONFIG if key in config},
         "aliases": dict(checkpoint.aliases),
@@ -144,11 +145,36 @@ def as_text(found: dict[str, Any]) -> str:
             for name, row in found["dtypes"].items()
         ),
     ]
+    scales = found["scales"]
+    lines += [f"scales      of {counted(n, 'tensor')}: {what}" for what, n in scales["by"].items()]
+    lines += _list("8-bit without scales:", scales["missing"])
     lines += [f"layers      {count} in {prefix}" for prefix, count in found["layers"].items()]
     lines += [f"config      {key} {_value(value)}" for key, value in found["config"].items()]
     lines += [f"tied        {name} is {first}" for name, first in found["aliases"].items()]
     lines += [f"metadata    {key} {value}" for key, value in found["metadata"].items()]
     return "\n".join(lines)
+
+
+def _scales(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the 8-bit tensors are scaled: how many by tensor, row or block, and which are not."""
+    from tvfast.checkpoint.factors import with_factors
+
+    by: dict[str, int] = {}
+    missing = []
+    for stored in with_factors(checkpoint, missing_is_one=True).tensors.values():
+        blocks = stored.blocks
+        if blocks is None:
+            continue
+        if blocks.factors is None:
+            missing.append(stored.name)
+            continue
+        what = f"one per block of {blocks.rows} x {blocks.columns}"
+        if blocks.factors.n_elements == 1:
+            what = "one per tensor"
+        elif blocks.rows == 1:
+            what = "one per row"
+        by[what] = by.get(what, 0) + 1
+    return {"by": by, "missing": missing}
 
 
 def _layers(names: Sequence[str] | dict[str, Any]) -> dict[str, int]:

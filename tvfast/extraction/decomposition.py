@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,8 @@ OVERSAMPLING = 16
 """Random directions beyond the rank, at least; half of the rank if that is more."""
 
 MOST_ITERATIONS = 24
+
+_ROWS = 256  # in float64 at a time
 
 _RESOLUTION = 4e-7
 """Share of a matrix's squared norm below which float32 sums of squares say nothing."""
@@ -63,8 +64,7 @@ def truncated_svd(
         return Decomposition(u[:, :rank], s[:rank], vt[:rank], 0)
     omega = torch.randn(n, width, generator=generator, dtype=torch.float32).to(matrix.device)
     basis = _orthonormal(matrix @ omega)
-    total = float(matrix.double().square().sum()) if matrix.numel() < 2**22 else _squared_norm(matrix)
-    progress = _Progress(total, tolerance)
+    progress = _Progress(_squared_norm(matrix), tolerance)
     for iteration in range(1, MOST_ITERATIONS + 1):
         rows = matrix.T @ basis  # [n, width]: what the basis holds of Δ
         right, small = torch.linalg.qr(rows)
@@ -95,16 +95,22 @@ class _Progress:
         error = self._total - captured
         if gain <= _RESOLUTION * self._total or error <= 0.0:
             return True
-        before = captured - self._captured[-3] - gain if len(self._captured) > 2 else math.inf
-        ratio = min(gain / before, 0.9) if before > gain else 0.9 if math.isfinite(before) else 0.5
+        ratio = 0.5
+        if len(self._captured) > 2:
+            before = self._captured[-2] - self._captured[-3]
+            ratio = min(gain / before, 0.9) if before > 0.0 else 0.9
         remaining = gain * ratio / (1.0 - ratio)  # gains fall geometrically
         return remaining <= 2.0 * self._tolerance * error
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
 
 
 def _squared_norm(matrix: Tensor) -> float:
     """The sum of squares in float64, by rows, without a copy of the matrix."""
-    return sum(float(rows.double().square().sum()) for rows in matrix.split(256))
+    total = 0.0
+    for begin in range(0, len(matrix), _ROWS):
+        total += float(matrix[begin : begin + _ROWS].double().square().sum())
+    return total

@@ -350,9 +350,10 @@ def _relative_error(delta: Tensor, a: Tensor, b: Tensor) -> float:
     """‖Δ - B A‖ / ‖Δ‖, Frobenius, by rows."""
     wide = a.float()
     left = total = 0.0
-    for rows, b_rows in zip(delta.split(_ROWS), b.float().split(_ROWS), strict=True):
+    for begin in range(0, len(delta), _ROWS):
+        rows = delta[begin : begin + _ROWS]
         total += float(rows.square().sum(dtype=torch.float64))
-        left += float((rows - b_rows @ wide).square().sum(dtype=torch.float64))
+        left += float((rows - b[begin : begin + _ROWS].float() @ wide).square().sum(dtype=torch.float64))
     return math.sqrt(left / total) if total else 0.0
 
 
