@@ -162,6 +162,49 @@ def test_the_configuration_says_what_the_output_is(family: Path, tmp_path: Path)
     assert "quantization_config" not in wide
 
 
+def test_the_configuration_of_another_model_learns_of_the_codes(family: Path, tmp_path: Path) -> None:
+    """The output takes a 16-bit model's configuration, and 8-bit tensors of the model that is copied."""
+    write(tmp_path / "plain", numbers()["base"], block=None, config={"hidden_size": 192})
+    config = {
+        "merge_method": "passthrough",
+        "base_model": str(tmp_path / "plain"),
+        "models": [{"model": str(family / "ft0")}],
+    }
+    tvfast.merge_checkpoints(config, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (found["hidden_size"], found["quantization_config"]) == (192, DEEPSEEK)
+
+
+class Stop:
+    """Progress of a run that breaks off after some writes."""
+
+    def __init__(self, n_writes: int) -> None:
+        self._left = n_writes
+
+    def start(self, read_bytes: int, write_bytes: int) -> None: ...
+    def read(self, n_bytes: int) -> None: ...
+    def finish(self) -> None: ...
+
+    def wrote(self, n_bytes: int) -> None:
+        self._left -= 1
+        if not self._left:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("n_writes", [1, 2, 3])
+def test_a_run_that_broke_off_goes_on(family: Path, tmp_path: Path, n_writes: int) -> None:
+    """Codes and their scales are done together or not at all."""
+    config = recipe(family, "ties", {"density": 0.4})
+    tvfast.merge_checkpoints(config, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="stopped"):
+        tvfast.merge_checkpoints(config, tmp_path / "out", threads=1, progress=Stop(n_writes))
+    report = tvfast.merge_checkpoints(config, tmp_path / "out", resume=True)
+    assert report.resumed_bytes > 0
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+
+
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize(("method", "parameters"), METHODS)
 def test_small_memory_and_threads_change_no_bit(

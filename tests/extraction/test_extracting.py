@@ -172,6 +172,21 @@ def test_models_in_bfloat16_and_eight_bits(models: tuple[Path, Path], tmp_path: 
     assert again.errors[name] < 1e-5
 
 
+def test_matrices_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2's linear layers are [n_in, n_out]: A belongs to the rows."""
+    start = {"h.0.mlp.c_fc.weight": torch.randn(60, 100), "wpe.weight": torch.randn(30, 60)}
+    delta = torch.randn(60, 2) @ torch.randn(2, 100)
+    name = "h.0.mlp.c_fc.weight"
+    write(tmp_path / "base", start, model_type="gpt2")
+    write(tmp_path / "tuned", {**start, name: start[name] + delta}, model_type="gpt2")
+    tvfast.extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=2)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert stored["base_model.model.h.0.mlp.c_fc.lora_A.weight"].shape == (2, 60)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    found = applied(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert torch.allclose(found[name], start[name] + delta, atol=1e-5)
+
+
 def test_a_resized_vocabulary_is_saved_whole(models: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = models
     tensors = load_file(tuned / "model.safetensors")

@@ -10,8 +10,8 @@ from typing import Any
 
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
-from tvfast.dtypes import EXACT, FP8, MERGEABLE, RECIPE_NAMES
-from tvfast.engine.codes import Codes, encoding_of, is_coded
+from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
+from tvfast.engine.codes import Codes, encoding_of, with_quantisation
 from tvfast.engine.configuration import donor_of, patched_config, ties_embeddings
 from tvfast.engine.rows import Row, Rows
 from tvfast.engine.scoring import Scoring
@@ -76,11 +76,8 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     donor = checkpoints[donor_of(recipe, checkpoints)]
     return Binding(
         tasks=tuple(tasks),
-        config=patched_config(
-            recipe,
-            checkpoints,
-            _most_common_dtype(tasks),
-            decoded=is_coded(donor) and all(task.dtype not in FP8 for task in tasks),
+        config=with_quantisation(
+            patched_config(recipe, checkpoints, _most_common_dtype(tasks)), tasks, checkpoints
         ),
         donor=donor.directory or donor.path,
         tokenizer=_tokenizer(recipe, checkpoints),

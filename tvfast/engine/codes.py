@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tvfast.checkpoint.factors import CALIBRATION
 from tvfast.checkpoint.reading import Checkpoint
@@ -12,10 +13,26 @@ from tvfast.dtypes import FP8
 from tvfast.engine.rows import Row
 from tvfast.engine.tasks import Encoding, Task
 
+_KEYS = ("quantization_config", "compression_config")
 
-def is_coded(checkpoint: Checkpoint) -> bool:
-    """Whether a model has 8-bit tensors."""
-    return any(stored.dtype in FP8 for stored in checkpoint.tensors.values())
+
+def with_quantisation(
+    config: dict[str, Any] | None, tasks: Sequence[Task], checkpoints: Mapping[str, Checkpoint]
+) -> dict[str, Any] | None:
+    """The configuration of an output with what it says of 8-bit tensors, or without if there are none."""
+    coded = [
+        checkpoint.config or {}
+        for checkpoint in checkpoints.values()
+        if any(stored.dtype in FP8 for stored in checkpoint.tensors.values())
+    ]
+    if config is None or not coded:
+        return config
+    if all(task.dtype not in FP8 for task in tasks):
+        return {key: value for key, value in config.items() if key not in _KEYS}
+    if not config.keys().isdisjoint(_KEYS):
+        return config
+    found = ({key: one[key] for key in _KEYS if key in one} for one in coded)
+    return config | next(filter(None, found), {})
 
 
 def encoding_of(row: Row) -> Encoding | None:

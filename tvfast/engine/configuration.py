@@ -11,7 +11,6 @@ from tvfast.engine.layers import layer_count
 from tvfast.recipe import Recipe
 
 _DTYPES = ("torch_dtype", "dtype")
-_QUANTISED = ("quantization_config", "compression_config")
 _PER_LAYER = ("layer", "block")  # in the names of lists with one entry per layer
 
 
@@ -22,13 +21,12 @@ def donor_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
 
 
 def patched_config(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], dtype: str | None, *, decoded: bool = False
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], dtype: str | None
 ) -> dict[str, Any] | None:
     """The donor's configuration for the output.
 
     Args:
         dtype: most of the output's storage type, as `config.json` calls it; None: leave it.
-        decoded: the model has 8-bit tensors, the output has none.
 
     Returns:
         A new dict; None where no model has a configuration.
@@ -39,9 +37,6 @@ def patched_config(
     config = copy.deepcopy(config)
     if dtype is not None:
         _set_dtype(config, dtype)
-    if decoded:
-        for key in _QUANTISED:
-            config.pop(key, None)
     if recipe.stacked:
         _set_layers(config, recipe, checkpoints)
     return config
