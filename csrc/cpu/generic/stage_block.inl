@@ -331,7 +331,8 @@ TVFAST_INLINE F count_present(const BlockCall& block, std::int64_t j) {
 // What the first model's entries are multiplied by, and the second's, from how far they are apart.
 static void stage_nearness(const BlockCall& block, float* first, float* second) {
   const float *x = block.tau(0), *y = block.tau(1);
-  const F limit = splat(block.tile.models[1].weight), floor = splat(block.tile.tensor.divisor_floor);
+  const F limit = splat(block.tile.models[1].weight),
+          floor = splat(block.tile.tensor.divisor_floor);
   for (std::int64_t j = 0; j < block.n; j += kLanes) {
     const F share = nearness(load<F>(x + j), load<F>(y + j), limit, floor);
     store(first + j, splat(1.0f) - share);
