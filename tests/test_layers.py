@@ -47,6 +47,7 @@ LAYERS = {
             "tvfast.checkpoints",
             "tvfast.curvature",
             "tvfast.extraction",
+            "tvfast.integrations",
         )
     ),
     "tvfast.errors": Layer(),
@@ -224,6 +225,12 @@ LAYERS = {
     # Single matrices through torch; files as merges read them.
     "tvfast.extraction": Layer(
         inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.engine"), outside=("torch",)
+    ),
+    # Other libraries on tvfast's kernels. Peers are imported by `install()` and by what it put in their place.
+    "tvfast.integrations": Layer(
+        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods"),
+        exactly=("tvfast",),
+        outside=("torch", "peft"),
     ),
     "tvfast.__main__": Layer(inside=("tvfast.cli",)),
     # `inspect` shows what is in files, which is what two modules of the checkpoint layer tell.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tvfast import curvature as curvature
     from tvfast import errors as errors
     from tvfast import importance as importance
+    from tvfast import integrations as integrations
     from tvfast import methods as methods
     from tvfast import ops as ops
     from tvfast import program as program
@@ -53,7 +54,7 @@ _HOMES = {
     "Recipe": "tvfast.checkpoints",
     "Report": "tvfast.checkpoints",
 }
-_MODULES = ("curvature", "errors", "importance", "methods", "ops", "program", "statistics")
+_MODULES = ("curvature", "errors", "importance", "integrations", "methods", "ops", "program", "statistics")
 
 __all__ = [
     "Comparison",
@@ -70,6 +71,7 @@ __all__ = [
     "errors",
     "extract_lora",
     "importance",
+    "integrations",
     "load_recipe",
     "localize",
     "merge",

@@ -65,3 +65,7 @@ class SolveError(MergeError):
 
 class OutputError(MergeError):
     """The output directory cannot be used, or written."""
+
+
+class PeerError(TvfastError, ImportError):
+    """A library that an integration accelerates is missing, or of a version that it does not know."""
