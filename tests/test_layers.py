@@ -230,7 +230,7 @@ LAYERS = {
     "tvfast.integrations": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods"),
         exactly=("tvfast",),
-        outside=("torch", "peft"),
+        outside=("torch", "peft", "fusion_bench"),
     ),
     "tvfast.__main__": Layer(inside=("tvfast.cli",)),
     # `inspect` shows what is in files, which is what two modules of the checkpoint layer tell.

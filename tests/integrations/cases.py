@@ -26,7 +26,7 @@ class Case:
     Attributes:
         name: its key.
         call: from an API, the peer's or ours, to what is compared.
-        ulps: how far float32 results may be apart; 0 means equal bits.
+        ulps: how far float32 results may be `apart`; 0 means equal bits.
         seeded: draws that the peer's generator makes, from a seed.
         hook: what `stats()` must count; None: the call is one that is left to the peer.
     """
@@ -62,10 +62,23 @@ def out(result: Tensor) -> Results:
 
 
 def ulps(found: Tensor, wanted: Tensor) -> int:
-    """Steps between float32 numbers, +0 and -0 being one apart; at most 2**31 - 1."""
+    """Steps between float32 numbers, +0 and -0 being one apart; at most 2**32."""
     a, b = (tensor.contiguous().view(torch.int32).to(torch.int64) for tensor in (found, wanted))
     a, b = (torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) for bits in (a, b))
     return int((a - b).abs().max()) if a.numel() else 0
+
+
+def apart(found: Tensor, wanted: Tensor, allowed: int) -> float:
+    """How far results are apart: in steps where equal bits are asked for.
+
+    Otherwise in units of 2^-23 of the largest entry. A coefficient that is an ulp off moves every term by so
+    much; where terms cancel, what is left of the entry is smaller, and so are its steps.
+    """
+    if allowed == 0:
+        return float(ulps(found, wanted))
+    largest = float(wanted.abs().max())
+    difference = float((found.double() - wanted.double()).abs().max())
+    return difference / (largest * 2.0**-23) if largest > 0.0 else difference
 
 
 SHAPES = ((1031,), (37, 53), (5, 8, 9))
@@ -139,7 +152,9 @@ def mergekit_cases() -> Iterator[Case]:
                 call = _task_vectors(name, base, models, {"weight": weights, **own})
                 yield Case(f"{name}-{label}", call, None, seeded=True)
             if count >= 2:
-                yield Case(f"sce-{label}", lambda api, b=base, m=models: out(api.sce(b, m, 0.3)), "sce", 2)
+                call = lambda api, b=base, m=models: out(api.sce(b, m, 0.3))  # noqa: E731
+                # 0.1.4 takes the models in the order of a set
+                yield Case(f"sce-{label}", call, "sce", 2, versions=("0.1.5",))
                 yield Case(
                     f"model_stock-{label}",
                     lambda api, b=base, m=models: out(api.model_stock(b, m)),
@@ -227,7 +242,7 @@ class Net(nn.Module):
         self.tied.weight = self.first.weight
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters()):
-                parameter.copy_(tensors(seed + index, tuple(parameter.shape), 1)[0])
+                parameter.copy_(tensors(seed + index, tuple(parameter.shape), 1)[0] + 0.0)  # no -0
 
 
 def nets(count: int) -> tuple[Net, list[Net]]:
@@ -255,9 +270,11 @@ def fusion_bench_cases() -> Iterator[Case]:
                 yield Case(f"ties_merging-{count}-{function}-{percent}", call, "ties_merging")
             call = lambda api, n=count, g=function: state(api.run_ties(*nets(n), 0.3, 20, g))  # noqa: E731
             yield Case(f"run_ties-{count}-{function}", call, "TiesMergingAlgorithm")
-        for name, scale in (("task_arithmetic", 0.3), ("magmax", 0.5)):
-            call = lambda api, m=name, n=count, s=scale: state(getattr(api, f"{m}_merge")(*nets(n), s))  # noqa: E731
-            yield Case(f"{name}-{count}", call, f"{name}_merge")
+        # `task_arithmetic_merge` itself raises in this version: it adds tensors to parameters
+        runs = {"run_task_arithmetic": "TaskArithmeticAlgorithm", "run_magmax": "MagMaxAlgorithm"}
+        for name, hook in (*runs.items(), ("magmax_merge", "magmax_merge")):
+            call = lambda api, m=name, n=count: state(getattr(api, m)(*nets(n), 0.3))  # noqa: E731
+            yield Case(f"{name}-{count}", call, hook)
         yield from _dict_cases(count)
     a, b = tensors(8, (37, 53), 2)
     for label, other in (("far", b), ("near", a + 0.01 * b)):

@@ -23,11 +23,19 @@ def api() -> Any:
     tall = importlib.import_module(f"{method}.tall_mask.task_arithmetic")
 
     def run_ties(base: nn.Module, models: list[nn.Module], scale: float, percent: float, how: str) -> Any:
-        pool = {"_pretrained_": base} | {f"model{k}": model for k, model in enumerate(models)}
         algorithm = ties.TiesMergingAlgorithm(
             scaling_factor=scale, threshold=percent, remove_keys=[], merge_func=how
         )
-        return algorithm.run(pool)
+        return algorithm.run(pooled(base, models))
+
+    def pooled(base: nn.Module, models: list[nn.Module]) -> dict[str, nn.Module]:
+        return {"_pretrained_": base} | {f"model{k}": model for k, model in enumerate(models)}
+
+    def run_task_arithmetic(base: nn.Module, models: list[nn.Module], scale: float) -> Any:
+        return tasks.TaskArithmeticAlgorithm(scaling_factor=scale).run(pooled(base, models))
+
+    def run_magmax(base: nn.Module, models: list[nn.Module], scale: float) -> Any:
+        return magmax.MagMaxAlgorithm(scaling_factor=scale).run(pooled(base, models))
 
     # Looked up at each call, because an integration replaces them.
     def late(module: Any, name: str) -> Any:
@@ -37,7 +45,8 @@ def api() -> Any:
     return SimpleNamespace(
         ties_merging=late(ties, "ties_merging"),
         run_ties=run_ties,
-        task_arithmetic_merge=late(tasks, "task_arithmetic_merge"),
+        run_task_arithmetic=run_task_arithmetic,
+        run_magmax=run_magmax,
         magmax_merge=late(magmax, "magmax_merge"),
         magmax_select=late(magmax, "_magmax_select"),
         slerp=late(slerp, "slerp"),

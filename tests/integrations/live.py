@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import PEERS, Case, Results, ulps
+from cases import PEERS, Case, Results, apart, ulps
 
 SEED = 1234
 
@@ -46,7 +46,7 @@ def compared(case: Case, api: Any, integration: Any) -> dict[str, Any]:
     return {
         "name": case.name,
         "form": same_form,
-        "ulps": max(ulps(found[k], wanted[k]) for k in wanted) if same_form else -1,
+        "apart": max(apart(found[k], wanted[k], case.ulps) for k in wanted) if same_form else -1,
         "allowed": case.ulps,
         "restored": all(ulps(again[k], wanted[k]) == 0 for k in wanted),
         "served": case.hook is None or counts.get(case.hook, 0) > 0,

@@ -67,7 +67,9 @@ def _slerp(t: float, a: Tensor, b: Tensor) -> Tensor:
 class _Algorithm:
     """A FusionBench algorithm, as far as ours reads it."""
 
-    def __init__(self, scaling_factor: float, threshold: float, merge_func: str) -> None:
+    inplace = True
+
+    def __init__(self, scaling_factor: float, threshold: float = 0.0, merge_func: str = "") -> None:
         self.scaling_factor, self.threshold = scaling_factor, threshold
         self.config = {"remove_keys": [], "merge_func": merge_func}
 
@@ -82,9 +84,13 @@ def _run_ties(base: Any, others: list[Any], scale: float, percent: float, how: s
     return models.run_ties(_Algorithm(scale, percent, how), [base, *others])
 
 
+def _pool(found: list[Any]) -> dict[str, Any]:
+    return {"_pretrained_": found[0]} | {str(k): model for k, model in enumerate(found[1:])}
+
+
 def fusion_bench_pool(found: list[Any]) -> Any:
     """What stands for `to_modelpool`: the first model is the pretrained one."""
-    own = {"_pretrained_": found[0]} | {str(k): model for k, model in enumerate(found[1:])}
+    own = _pool(found)
     names = [name for name in own if name != "_pretrained_"]
     return SimpleNamespace(load_model=own.__getitem__, model_names=names)
 
@@ -102,7 +108,10 @@ OURS: dict[str, Any] = {
     "fusion_bench": SimpleNamespace(
         ties_merging=models.ties_merging,
         run_ties=_run_ties,
-        task_arithmetic_merge=models.task_arithmetic_merge,
+        run_task_arithmetic=lambda base, others, scale: models.run_task_arithmetic(
+            _Algorithm(scale), _pool([base, *others])
+        ),
+        run_magmax=lambda base, others, scale: models.run_magmax(_Algorithm(scale), _pool([base, *others])),
         magmax_merge=models.magmax_merge,
         magmax_select=models.magmax_select,
         slerp=models.slerp,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integrations.cases import PEERS, Case, ulps
+from tests.integrations.cases import PEERS, Case, apart
 from tests.integrations.ours import OURS, fusion_bench_pool
 from tvfast.integrations._patching import NotServed
 
@@ -43,9 +43,9 @@ def difference(case: Case, name: str, golden: dict[str, np.ndarray]) -> str | No
         own, theirs = found[key], torch.from_numpy(value)
         if (own.shape, own.dtype) != (theirs.shape, theirs.dtype):
             return f"{case.name}, {key}: {own.dtype} {own.shape} for {theirs.dtype} {theirs.shape}"
-        apart = ulps(own, theirs)
-        if apart > case.ulps:
-            return f"{case.name}, {key}: {apart} ulp, at most {case.ulps} are allowed"
+        distance = apart(own, theirs, case.ulps)
+        if not distance <= case.ulps:
+            return f"{case.name}, {key}: {distance} ulp apart, at most {case.ulps} are allowed"
     return None
 
 

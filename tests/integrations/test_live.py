@@ -37,6 +37,6 @@ def test_the_peer_gives_the_same_with_and_without(variable: str, tmp_path: Path)
     wrong = [
         one
         for one in results
-        if not (one["form"] and one["restored"] and one["served"] and 0 <= one["ulps"] <= one["allowed"])
+        if not (one["form"] and one["restored"] and one["served"] and 0 <= one["apart"] <= one["allowed"])
     ]
     assert not wrong, json.dumps(wrong[:10], indent=1)

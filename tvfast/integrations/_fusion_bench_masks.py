@@ -85,7 +85,7 @@ def flat_task_masks(
         multi = base + tv[part]
         for row, own in zip(rows, mask, strict=True):
             own[part] = (base - row[part]).abs_() > (multi - row[part]).abs_().mul_(factor)
-    return mask.squeeze()
+    return mask
 
 
 @torch.no_grad()

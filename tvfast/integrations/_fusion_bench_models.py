@@ -97,10 +97,11 @@ def run_ties(me: Any, modelpool: Any, **kwargs: Any) -> nn.Module:
         made = _ties_method(me.threshold, function, scale, found[0].base, n_elements)
         if len({leaf.base.dtype for leaf in found}) > 1:
             raise NotServed("several dtypes")
-        if function == "max" and any(_has_negative_zero(leaf.base) for leaf in found):
-            raise NotServed("a base with -0, to which nothing may be added")
         entries = [_in_place(leaf) for leaf in found]
         program, numbers = _elect(made, entries)
+        if function == "max" and numbers[0].majority < 0.0:
+            if any(_has_negative_zero(leaf.base) for leaf in found):
+                raise NotServed("a base with -0, to which -0 is added")
         once = [(e, s) for e, s, leaf in zip(entries, numbers, found, strict=True) if not leaf.repeated]
         Merge([e for e, _ in once], [s for _, s in once]).combine(program)
     me.print_profile_summary()

@@ -90,7 +90,6 @@ class Integration:
         """
         if rng not in GENERATORS:
             raise UnknownNameError(f"rng {rng!r} does not exist; expected one of {', '.join(GENERATORS)}.")
-        self.rng = rng
         if not self._patches:
             found = self._version()
             self._served.clear()
@@ -104,6 +103,7 @@ class Integration:
                     f"{self.distribution} {found} cannot be accelerated: {error}. Expected an intact "
                     f"installation of {self._known()}."
                 ) from error
+        self.rng = rng
         return self
 
     def uninstall(self) -> None:

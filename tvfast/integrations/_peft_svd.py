@@ -30,7 +30,9 @@ def weighted_adapter(original: Function) -> Function:
         full_matrices: bool = True,
         driver: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if combination_type == "svd" and clamp is None:
+        if clamp is not None:
+            raise NotServed("clamped factors, which depend on the singular vectors' signs")
+        if combination_type == "svd":
             factors = _factors(target, adapters, weights)
             if factors is not None and new_rank <= min(*factors[0].shape, *factors[1].shape):
                 return low_rank_svd(*factors, new_rank)
@@ -48,7 +50,7 @@ def weighted_adapter(original: Function) -> Function:
             target_lora_B,
             density,
             majority_sign_method,
-            clamp,
+            None,
             full_matrices=False,
             driver=driver,
         )

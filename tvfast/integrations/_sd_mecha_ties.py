@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tvfast.integrations._chunks import row_chunks
+from tvfast.integrations._magnitudes import draw_by_magnitude
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, random_keys, scalars
 from tvfast.methods.base import draw_limit
 from tvfast.methods.dialects import kept_sd_mecha
 from tvfast.program import (
+    SMALLEST_POSITIVE,
     Divisor,
     DType,
     Entry,
@@ -28,6 +30,9 @@ from tvfast.program import (
 )
 
 DEFAULT_SEED = 67280421310721  # of a torch.Generator that nobody has seeded, as sd-mecha's is then
+
+LONGEST_RANKED = 1 << 20
+"""Entries drawn by exact ranks; in constant memory the cost of those grows with the square beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +100,21 @@ def _drops(n: int, kept: float, della: float) -> ModelScalars:
 
 def _survivors(delta: Tensor, scratch: Tensor, drawn: ModelScalars, key: int, n_kept: int) -> View:
     """The plane of the entries that are neither dropped nor trimmed; the dropped ones count as zeros."""
-    model = ModelScalars(limit=drawn.limit, limit_step=drawn.limit_step, key=key)
-    keep = Keep.RANDOM_BY_RANK if drawn.limit_step else Keep.RANDOM
-    drop = Merge([entry([delta], scratch)], [scalars((1.0,))])
-    drop.numbers[0].models[0] = model
-    drop.combine(Program(keep=keep))
+    if drawn.limit_step and delta.numel() > LONGEST_RANKED:
+        draw_by_magnitude(delta, scratch, drawn, key)
+    else:
+        drop = Merge([entry([delta], scratch)], [scalars((1.0,))])
+        drop.numbers[0].models[0] = replace(drawn, key=key)
+        drop.combine(Program(keep=Keep.RANDOM_BY_RANK if drawn.limit_step else Keep.RANDOM))
     trim = Merge([entry([scratch], scratch)], [scalars((1.0,))])
     trim.trim(lambda _, n: n_kept, Tie.GE)
+    band = trim.numbers[0].models[0]
+    band.lo = max(band.lo, SMALLEST_POSITIVE)  # what is dropped is zero here, and not in `delta`
     plane = trim.new_plane(scratch.numel())
-    trim.entries[0].masks = (plane,)
-    me = trim.statistics
-    me.backend.row_masks(me.table, Program(keep=Keep.BAND), trim.numbers, me.n_threads)
+    # a table of its own: backends keep the form in which they have seen a table
+    mask = Merge([replace(trim.entries[0], masks=(plane,))], trim.numbers)
+    me = mask.statistics
+    me.backend.row_masks(me.table, Program(keep=Keep.BAND), mask.numbers, me.n_threads)
     return plane
 
 

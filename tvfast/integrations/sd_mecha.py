@@ -71,9 +71,7 @@ def _with_dropout(original: Function) -> Function:
         if INTEGRATION.rng == "peer":
             raise NotServed("sd-mecha's own draws")
         kept = _kept_share(probability)
-        trimmed = elected.Trimmed.of_dropped(
-            deltas, k, vote_sgn, kept, number(della_eps, "della_eps"), seed
-        )
+        trimmed = elected.Trimmed.of_dropped(deltas, k, vote_sgn, kept, number(della_eps, "della_eps"), seed)
         out = elected.summed(trimmed) if apply_stock else elected.stocked(trimmed, number(cos_eps, "cos_eps"))
         return out.div_(kept) if rescale else out
 
@@ -147,7 +145,7 @@ def model_stock(*deltas: Tensor, cos_eps: float = 1e-6) -> Tensor:
     with torch.no_grad():
         for rows in row_chunks(out):
             parts = [elected.as_rows(delta)[rows] for delta in deltas]
-            mean = sum(parts[1:], start=parts[0]) / len(parts)
+            mean = torch.as_tensor(sum(parts)) / len(parts)
             share = elected.stock_share(parts, cos_eps)
             elected.as_rows(out)[rows] = torch.nan_to_num(share * mean)
     return out
