@@ -226,7 +226,7 @@ LAYERS = {
     "tvfast.extraction": Layer(
         inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.engine"), outside=("torch",)
     ),
-    # Other libraries on tvfast's kernels. Peers are imported by `install()` and by what it put in their place.
+    # Other libraries on tvfast's kernels. `install()` imports them, and what it put in their place.
     "tvfast.integrations": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods"),
         exactly=("tvfast",),

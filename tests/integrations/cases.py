@@ -81,7 +81,7 @@ def apart(found: Tensor, wanted: Tensor, allowed: int) -> float:
     return difference / (largest * 2.0**-23) if largest > 0.0 else difference
 
 
-SHAPES = ((1031,), (37, 53), (5, 8, 9))
+SHAPES = ((263,), (19, 23), (3, 8, 5))
 WEIGHTS = (0.5, -0.3, 0.2, 1.25)
 
 
@@ -161,6 +161,7 @@ def mergekit_cases() -> Iterator[Case]:
                     "model_stock",
                     4,
                 )
+                yield from _spherical(label, base, models, weights)
     for shape in SHAPES:
         base, (model,) = family(3, shape, 1)
         far = tensors(4, shape, 1)[0]
@@ -168,6 +169,18 @@ def mergekit_cases() -> Iterator[Case]:
             call = lambda api, a=base, b=other: out(api.slerp(0.3, a, b))  # noqa: E731
             yield Case(f"slerp-{'x'.join(map(str, shape))}-{label}", call, "slerp", 2)
     yield from _sparsify_cases()
+
+
+def _spherical(label: str, base: Tensor, models: list[Tensor], weights: list[float]) -> Iterator[Case]:
+    call = lambda api: out(api.karcher(models))  # noqa: E731
+    yield Case(f"karcher-{label}", call, "karcher", 8)
+    for origin in (None, base):
+        key = f"{label}-{'deltas' if origin is not None else 'models'}"
+        call = lambda api, b=origin: out(api.spherical("multislerp", b, models, weights))  # noqa: E731
+        yield Case(f"multislerp-{key}", call, "multislerp", 8, versions=("0.1.5",))
+        if len(models) == 2:
+            call = lambda api, b=origin: out(api.spherical("nuslerp", b, models, weights))  # noqa: E731
+            yield Case(f"nuslerp-{key}", call, "nuslerp", 8, versions=("0.1.5",))
 
 
 def _task_vectors(
@@ -263,7 +276,7 @@ def state(model: nn.Module) -> Results:
 
 def fusion_bench_cases() -> Iterator[Case]:
     for count in (1, 2, 3, 4):
-        flat = torch.stack(tensors(7, (4099,), count))
+        flat = torch.stack(tensors(7, (1031,), count))
         for function in ("sum", "mean", "max"):
             for percent in (20, 0.37):
                 call = lambda api, f=flat, p=percent, g=function: out(api.ties_merging(f, p, g))  # noqa: E731
@@ -304,7 +317,7 @@ def _dict_cases(count: int) -> Iterator[Case]:
         yield Case(f"fisher-{count}-{normalize}", call, "fisher", 4 if normalize else 0)
     grams = [{"b": x.T @ x} for x in tensors(11, (40, 13), count)]
     yield Case(f"regmean-{count}", lambda api: dict(api.regmean(values, grams, 0.1)), "regmean")
-    base, rows = family(12, (4099,), count)
+    base, rows = family(12, (1031,), count)
     flat = torch.stack(rows)
     multi = 0.3 * (flat - base).sum(0)
     call = lambda api: out(api.flat_task_masks(flat - base, flat, base, multi, 0.4).float())  # noqa: E731

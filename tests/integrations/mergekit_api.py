@@ -22,6 +22,12 @@ def _sparsify(tensor: Tensor, density: float, kind: str, norm: str | None, own: 
     return found
 
 
+def _karcher(models: list[Tensor]) -> Tensor:
+    module = importlib.import_module(f"{_METHODS}.karcher")
+    found: Tensor = module.karcher_merge_tensors(models, [1.0 / len(models)] * len(models))
+    return found
+
+
 def api() -> Any:
     return _old() if version("mergekit") == "0.1.4" else _new()
 
@@ -35,7 +41,17 @@ def _new() -> Any:
         (found,) = registry.get(name)((group,), parameters=parameters)
         return found  # type: ignore[no-any-return]
 
+    def spherical(name: str, base: Tensor | None, models: list[Tensor], weights: list[float]) -> Tensor:
+        index = None if base is None else 0
+        group = base_module.TensorGroup.from_tensors(
+            models if base is None else [base, *models], base_index=index
+        )
+        (found,) = registry.get(name)((group,), parameters={"weight": weights})
+        return found  # type: ignore[no-any-return]
+
     return SimpleNamespace(
+        spherical=spherical,
+        karcher=_karcher,
         task_vectors=run,
         sparsify=_sparsify,
         slerp=lambda t, a, b: run("slerp", a, [b], {"t": t}),
@@ -81,15 +97,10 @@ def _old() -> Any:
         task = stock.ModelStockMergeTask.model_construct(base_model="base", weight_info=weight)
         return task.execute({"base": base, **dict(enumerate(models))})  # type: ignore[no-any-return]
 
-    def sce(base: Tensor, models: list[Tensor], share: float) -> Tensor:
-        # Models come in the order of a set there: one order of two is enough for equal sums.
-        del share
-        raise NotImplementedError
-
     return SimpleNamespace(
         task_vectors=task_vectors,
+        karcher=_karcher,
         sparsify=_sparsify,
         slerp=lambda t, a, b: torch.as_tensor(slerp.slerp(t, a, b)),
-        sce=sce,
         model_stock=model_stock,
     )

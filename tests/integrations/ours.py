@@ -15,7 +15,7 @@ from tvfast.integrations import _fusion_bench_statistics as statistics
 from tvfast.integrations import _mergekit_0_1_5 as mergekit
 from tvfast.integrations import mergekit as mergekit_module
 from tvfast.integrations import peft, sd_mecha
-from tvfast.integrations._mergekit import sparsify
+from tvfast.integrations._mergekit import karcher, sparsify
 
 _STAGES = {
     "task_arithmetic": (None, None, False, False),
@@ -36,7 +36,7 @@ class PerInput:
         return self.values
 
 
-def group(base: Tensor, tensors: list[Tensor]) -> Any:
+def group(base: Tensor | None, tensors: list[Tensor]) -> Any:
     """mergekit's group of tensors, as far as it is read."""
     entries = [SimpleNamespace(tensor=tensor, id=index) for index, tensor in enumerate(tensors)]
     return SimpleNamespace(base=SimpleNamespace(tensor=base), non_base=entries)
@@ -45,12 +45,24 @@ def group(base: Tensor, tensors: list[Tensor]) -> Any:
 def _task_vectors(name: str, base: Tensor, tensors: list[Tensor], own: dict[str, Any]) -> Tensor:
     sparsifier, consensus, normalize, rescale = _STAGES[name]
     given: dict[str, Any] = {**_DEFAULTS, "normalize": normalize, "rescale": rescale, **own}
-    for key in ("weight", "density", "gamma"):
+    if not name.startswith("breadcrumbs"):
+        del given["gamma"]
+    for key in given.keys() & {"weight", "density", "gamma"}:
         values = given[key] if isinstance(given[key], list) else [given[key]] * len(tensors)
         given[key] = PerInput(values)
     method = SimpleNamespace(sparsification_method=sparsifier, consensus_method=consensus)
     merged: Tensor = mergekit._merge_group(mergekit_module.INTEGRATION)(method, group(base, tensors), **given)
     return merged
+
+
+def _spherical(name: str, base: Tensor | None, tensors: list[Tensor], weights: list[float]) -> Tensor:
+    function = mergekit._nuslerp if name == "nuslerp" else mergekit._multislerp
+    found = (
+        group(base, tensors)
+        if base is not None
+        else SimpleNamespace(base=None, non_base=group(None, tensors).non_base)
+    )
+    return function(found, PerInput(weights))
 
 
 def _sparsify(tensor: Tensor, density: float, kind: str, norm: str | None, own: dict[str, Any]) -> Tensor:
@@ -99,6 +111,8 @@ OURS: dict[str, Any] = {
     "peft": peft,
     "sd_mecha": sd_mecha,
     "mergekit": SimpleNamespace(
+        spherical=_spherical,
+        karcher=lambda tensors: karcher(tensors, [1.0 / len(tensors)] * len(tensors)),
         task_vectors=_task_vectors,
         sparsify=_sparsify,
         slerp=_slerp,

@@ -99,9 +99,9 @@ def run_ties(me: Any, modelpool: Any, **kwargs: Any) -> nn.Module:
             raise NotServed("several dtypes")
         entries = [_in_place(leaf) for leaf in found]
         program, numbers = _elect(made, entries)
-        if function == "max" and numbers[0].majority < 0.0:
-            if any(_has_negative_zero(leaf.base) for leaf in found):
-                raise NotServed("a base with -0, to which -0 is added")
+        adds_negative_zeros = function == "max" and numbers[0].majority < 0.0
+        if adds_negative_zeros and any(_has_negative_zero(leaf.base) for leaf in found):
+            raise NotServed("a base with -0, to which -0 is added")
         once = [(e, s) for e, s, leaf in zip(entries, numbers, found, strict=True) if not leaf.repeated]
         Merge([e for e, _ in once], [s for _, s in once]).combine(program)
     me.print_profile_summary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tvfast.integrations._chunks import flat_chunks
+from tvfast.integrations._chunks import CHUNK, flat_chunks
 from tvfast.program import ALWAYS, ModelScalars
 
 BIN_BITS = 17
@@ -30,10 +30,14 @@ def draw_by_magnitude(tensor: Tensor, out: Tensor, drawn: ModelScalars, key: int
     odds = (drawn.limit + ranks * (drawn.limit_step / 2.0**32)) / ALWAYS
     table = odds.to(torch.float32)
     generator = torch.Generator(tensor.device).manual_seed(key >> 1)
+    longest = min(CHUNK, flat.numel())
+    draws, limits = (torch.empty(longest, device=tensor.device) for _ in range(2))
     for part in flat_chunks(flat.numel()):
         values = flat[part]
-        uniform = torch.rand(values.shape, generator=generator, device=tensor.device)
-        torch.mul(values, uniform < table[_bins(values)], out=kept[part])
+        uniform, limit = draws[: values.numel()], limits[: values.numel()]
+        torch.rand(values.shape, generator=generator, out=uniform)
+        torch.index_select(table, 0, _bins(values), out=limit)
+        torch.mul(values, torch.lt(uniform, limit, out=uniform), out=kept[part])
 
 
 def _bins(values: Tensor) -> Tensor:

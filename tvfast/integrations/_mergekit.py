@@ -188,3 +188,15 @@ def model_stock(base: Tensor, models: Sequence[Tensor], *, guard_singular: bool)
     merge = Merge([entry((out, base), result)], [scalars(weights)])
     merge.combine(Program())
     return result
+
+
+def karcher(
+    tensors: Sequence[Tensor], alphas: Sequence[float], max_iter: int = 10, tol: float = 1e-5
+) -> Tensor:
+    """mergekit's `karcher_merge_tensors`, of both versions."""
+    if len(tensors) < 2:
+        raise NotServed("one model")
+    check_served(tensors)
+    weights = [number(alpha, "a weight") for alpha in alphas]
+    made = method("karcher", weights=weights, max_iter=max_iter, tol=number(tol, "tol"))
+    return merge_by(made, None, list(tensors))

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvfast.integrations._mergekit import merge_task_vectors, model_stock, slerp_pairs
+from tvfast.integrations._mergekit import karcher, merge_task_vectors, model_stock, slerp_pairs
 from tvfast.integrations._patching import Function, Hook, Integration, NotServed, same
 from tvfast.integrations._tables import check_served, merge_by, method, number
+from tvfast.methods import METHODS
 
 _METHODS = "mergekit.merge_methods"
+_SPHERICAL = (Hook("karcher", f"{_METHODS}.karcher", "karcher_merge_tensors", same(karcher)),)
 
 
 def hooks(integration: Integration) -> list[Hook]:
@@ -27,6 +29,7 @@ def hooks(integration: Integration) -> list[Hook]:
         ),
         Hook("slerp", f"{_METHODS}.slerp", "slerp", same(_slerp)),
         Hook("model_stock", f"{_METHODS}.model_stock", "ModelStockMergeTask.execute", same(_model_stock)),
+        *(hook for hook in _SPHERICAL if hook.name in METHODS),
         Hook("sce", f"{_METHODS}.registry", "execute", same(_sce), within=_sce_task),
     ]
 

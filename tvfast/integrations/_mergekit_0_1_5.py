@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvfast.integrations._mergekit import merge_task_vectors, model_stock, slerp_pairs
+from tvfast.integrations._mergekit import karcher, merge_task_vectors, model_stock, slerp_pairs
 from tvfast.integrations._patching import Function, Hook, Integration, NotServed, same
 from tvfast.integrations._tables import Merge, check_served, entry, merge_by, method, number, scalars
+from tvfast.methods import METHODS
 from tvfast.methods.linear import sum_of_weights
 from tvfast.program import Divisor, Program, Reduce
 
@@ -35,6 +36,7 @@ def hooks(integration: Integration) -> list[Hook]:
             "model_stock_merge_method.implementation",
             same(_model_stock),
         ),
+        *(hook for hook in _SPHERICAL if hook.name in METHODS),
     ]
 
 
@@ -109,3 +111,38 @@ def _model_stock(group: Any, filter_wise: bool = False) -> Tensor:
     if filter_wise:
         raise NotServed("an angle for every row")
     return model_stock(group.base.tensor, [one.tensor for one in group.non_base], guard_singular=True)
+
+
+def _nuslerp(group: Any, weight: Any, nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True) -> Tensor:
+    if not nuslerp_flatten:
+        raise NotServed("an angle for every row")
+    entries = group.non_base
+    models = [one.tensor for one in entries]
+    base = group.base.tensor if group.base else None
+    check_served(models if base is None else [base, *models])
+    weights = [number(value, "a weight") for value in weight.values_for(entries)]
+    return merge_by(method("nuslerp", weights=weights), base, models)
+
+
+def _multislerp(group: Any, weight: Any, normalize_weights: bool = True, eps: float = 1e-8) -> Tensor:
+    entries = group.non_base
+    models = [one.tensor for one in entries]
+    base = group.base.tensor if group.base else None
+    if len(models) < 2:
+        raise NotServed("one model")
+    check_served(models if base is None else [base, *models])
+    weights = [number(value, "a weight") for value in weight.values_for(entries)]
+    made = method(
+        "multislerp",
+        weights=weights,
+        normalize_weights=bool(normalize_weights),
+        eps=number(eps, "eps"),
+    )
+    return merge_by(made, base, models)
+
+
+_SPHERICAL = (
+    Hook("nuslerp", f"{_METHODS}.nuslerp", "nuslerp_merge_method.implementation", same(_nuslerp)),
+    Hook("multislerp", f"{_METHODS}.multislerp", "multislerp.implementation", same(_multislerp)),
+    Hook("karcher", f"{_METHODS}.karcher", "karcher_merge_tensors", same(karcher)),
+)

@@ -18,11 +18,11 @@ from tvfast.program import (
     SMALLEST_POSITIVE,
     Divisor,
     DType,
-    Entry,
     Keep,
     Members,
     ModelScalars,
     Program,
+    TensorScalars,
     Tie,
     View,
     Vote,
@@ -130,34 +130,35 @@ def stocked(trimmed: Trimmed, cos_eps: float) -> Tensor:
         raise NotServed("one model has no angle")
     out = trimmed.out
     by_value = trimmed.program.vote is Vote.MASS
+    n_models = len(trimmed.deltas)
+    lines = as_rows(out)
     with torch.no_grad():
         for rows in row_chunks(out):
-            kept = torch.stack([_kept(trimmed, k, rows) for k in range(len(trimmed.deltas))])
-            signs = torch.sign(kept)
-            sign = torch.sign(torch.sum(kept if by_value else signs, dim=0))
-            agree = (signs == sign).float()
+            part = lines[rows]
+            kept = torch.empty((n_models, *part.shape), dtype=torch.float32, device=out.device)
+            for k in range(n_models):
+                _write_kept(trimmed, k, rows, kept[k])
+            agree = torch.sign(kept)
+            sign = (kept if by_value else agree).sum(dim=0).sign_()
+            torch.eq(agree, sign, out=agree)
             kept.mul_(agree)
             share = stock_share(list(kept), cos_eps)
-            total = kept.sum(dim=0) * share / agree.sum(dim=0)
-            as_rows(out)[rows] = torch.nan_to_num(total, nan=0, posinf=0, neginf=0)
+            total = kept.sum(dim=0).mul_(share).div_(agree.sum(dim=0))
+            torch.nan_to_num(total, nan=0, posinf=0, neginf=0, out=part)
     return out
 
 
-def _kept(trimmed: Trimmed, k: int, rows: slice) -> Tensor:
-    """Rows of one trimmed delta, float32."""
+def _write_kept(trimmed: Trimmed, k: int, rows: slice, out: Tensor) -> None:
+    """Rows of one trimmed delta."""
     part = as_rows(trimmed.deltas[k])[rows]
-    out = torch.empty(part.shape, dtype=torch.float32, device=part.device)
-    model = trimmed.merge.numbers[0].models[k]
     masks: tuple[View, ...] = ()
     if trimmed.program.keep is Keep.MASK:
         whole = trimmed.merge.entries[0].masks[k]
         offset = rows.start * part.shape[-1]
         masks = (View(whole.address + offset // 8, part.numel(), DType.F32, whole.owner),)
-    one = entry([part], out)
-    merge = Merge([Entry(name="", models=one.models, out=one.out, masks=masks)], [scalars((1.0,))])
-    merge.numbers[0].models[0] = model
-    merge.combine(Program(keep=trimmed.program.keep))
-    return out
+    one = replace(entry([part], out), masks=masks)
+    numbers = TensorScalars(models=[trimmed.merge.numbers[0].models[k]])
+    Merge([one], [numbers]).combine(Program(keep=trimmed.program.keep))
 
 
 def stock_share(deltas: Sequence[Tensor], cos_eps: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvfast.errors import ArgumentError, BackendError
+from tvfast.errors import ArgumentError, BackendError, MergeError
 from tvfast.integrations._patching import NotServed
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
 from tvfast.methods.base import model_key
@@ -244,7 +244,10 @@ def merge_by(
     merge = Merge([Entry(name="tensor", models=operands, base=origin, out=view(out), row=row)], [])
     if finite:
         merge.check_finite()
-    program, merge.numbers = made.resolve(merge.statistics)
+    try:
+        program, merge.numbers = made.resolve(merge.statistics)
+    except MergeError as error:
+        raise NotServed("models that have no such mean") from error
     merge.combine(summed_from_positive_zero(program))
     return out
 
