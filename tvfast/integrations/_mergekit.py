@@ -60,6 +60,8 @@ def merge_task_vectors(
     name = _METHODS.get((kind, _word(consensus)))
     if name is None:
         raise NotServed("a combination of sparsifier and consensus that has no name")
+    # Where draws are ours, a tensor with other strides has to get the same ones.
+    base, *models = (tensor.contiguous() for tensor in (base, *models))
     check_served([base, *models])
     _check_sparsifier(integration, kind, base)
     weights = [number(weight, "a weight") for weight in per_model["weight"]]
@@ -109,6 +111,7 @@ def sparsify(integration: Integration) -> Function:
         rescale_norm: Any = None,
     ) -> Tensor:
         kind = _word(method)
+        tensor = tensor.contiguous()
         check_served([tensor])
         if not 0.0 < number(density, "density") < 1.0:
             raise NotServed("everything or nothing is kept")

@@ -12,6 +12,16 @@ from tvfast.integrations._patching import Function, NotServed
 from tvfast.integrations._tables import check_served
 
 
+def without_gradients(original: Function) -> Function:
+    """`LoraModel.add_weighted_adapter`, which assigns data and drops every graph that it has recorded."""
+
+    @torch.no_grad()
+    def add_weighted_adapter(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    return add_weighted_adapter
+
+
 def weighted_adapter(original: Function) -> Function:
     """`LoraModel._svd_generalized_task_arithmetic_weighted_adapter`, from the peer's own."""
 

@@ -195,7 +195,11 @@ def _hooks(version: str) -> list[Hook]:
     functions = (task_arithmetic, magnitude_prune, ties, dare_linear, dare_ties)
     merges = [Hook(f.__name__, _MERGES, f.__name__, same(f)) for f in functions]
     adapter = "LoraModel._svd_generalized_task_arithmetic_weighted_adapter"
-    return [*merges, Hook("svd", _LORA, adapter, svd.weighted_adapter)]
+    return [
+        *merges,
+        Hook("svd", _LORA, adapter, svd.weighted_adapter),
+        Hook("add_weighted_adapter", _LORA, "LoraModel.add_weighted_adapter", svd.without_gradients),
+    ]
 
 
 INTEGRATION = Integration("peft", "peft", ("0.21.2",), _hooks)
