@@ -245,6 +245,21 @@ def test_a_copy_keeps_codes_and_factors(family: Path, tmp_path: Path) -> None:
         assert torch.equal(copied[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+def test_stacked_layers_take_their_scales_along(family: Path, tmp_path: Path) -> None:
+    slices = [
+        {"sources": [{"model": str(family / member), "layer_range": [0, 1]}]} for member in ("ft0", "base")
+    ]
+    tvfast.merge_checkpoints({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(found) == len(SHAPES) + 2 * len(CODED) + 3
+    for layer, member in enumerate(("ft0", "base")):
+        expected = load_file(family / member / "model.safetensors")
+        for name in CODED:
+            moved = name.replace("layers.0", f"layers.{layer}")
+            assert torch.equal(found[moved].view(torch.uint8), expected[name].view(torch.uint8))
+            assert torch.equal(found[f"{moved}_scale_inv"], expected[f"{name}_scale_inv"])
+
+
 def planned_methods(config: dict[str, Any]) -> set[str]:
     return {method for _, _, _, method in tvfast.plan(config).tensors}
 
