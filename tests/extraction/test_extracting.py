@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tvfast
 from tvfast.cli.main import main
-from tvfast.errors import ArgumentError, OutputError, ShapeError, StateDictError
+from tvfast.errors import ArgumentError, DTypeError, OutputError, ShapeError, StateDictError
 
 SHAPES = {
     "lm_head.weight": (220, 96),
@@ -221,6 +221,15 @@ def test_bad_numbers_are_refused(models: tuple[Path, Path], tmp_path: Path, choi
     base, tuned = models
     with pytest.raises(ArgumentError, match=next(iter(choice))):
         tvfast.extract_lora(tuned, base, tmp_path / "out", **choice)
+
+
+def test_matrices_of_other_types_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = models
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(tuned / "model.safetensors")
+    write(tmp_path / "wide", {**tensors, name: tensors[name].double()})
+    with pytest.raises(DTypeError, match="F64"):
+        tvfast.extract_lora(tmp_path / "wide", base, tmp_path / "out")
 
 
 def test_equal_models_have_nothing_to_extract(models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.dtypes import BY_RECIPE_NAME
 from tvfast.engine.reading import bytes_of, tensor_in_memory
-from tvfast.errors import ArgumentError, ShapeError, StateDictError
+from tvfast.errors import ArgumentError, DTypeError, ShapeError, StateDictError
 from tvfast.extraction.decomposition import Decomposition, truncated_svd
 from tvfast.extraction.writing import Contents, check_folder, write_adapter
 
@@ -147,6 +147,7 @@ def extract_lora(
         ArgumentError: a number out of range, a bad expression, or nothing to extract.
         CheckpointError: a checkpoint that is missing or damaged.
         StateDictError, ShapeError: the models do not have one architecture.
+        DTypeError: a matrix of a type that cannot be subtracted.
         OutputError: the directory cannot be written, or holds an adapter already.
 
     Notes:
@@ -311,7 +312,14 @@ class _Extractor:
 
         Raises:
             ArgumentError: NaN or infinity.
+            DTypeError: a storage type that is no number here.
         """
+        for stored in (new, old):
+            if stored.operand not in _TORCH:
+                raise DTypeError(
+                    f"{stored.path}: tensor {stored.name!r} is {stored.dtype}; expected one of "
+                    f"{', '.join(_TORCH)}, or 8-bit codes with scales. Exclude the module, or save it whole."
+                )
         with tensor_in_memory(new, self._threads) as view:
             delta = _as_tensor(view, new).to(torch.float32, copy=True)
         with tensor_in_memory(old, self._threads) as view:
