@@ -5,6 +5,7 @@
 #include "api.hpp"
 #include "reducing.cuh"
 #include "tally.cuh"
+#include "tile_scalars.cuh"
 #include "tiles.cuh"
 
 namespace tvfast::gpu {
@@ -31,37 +32,6 @@ struct Guessed : Fixed<fixed, Ends::LOWER> {
   static constexpr bool kCounts = true;
 };
 
-// The lower end of a model's band with its ties resolved for hashed indices: an entry equal to `lo`
-// survives iff its hash is at most `lo_last`.
-struct LowerEnd {
-  F lo, above_lo;
-  U lo_last, multiplier;
-};
-
-TVFAST_STAGE LowerEnd lower_end(const ModelScalars& s) {
-  const F above = from_bits(bits(s.lo) + 1u);  // lo is finite and not negative
-  LowerEnd end{s.lo, above, 0xffffffffu, hash_multiplier(s.key)};
-  if (s.lo_cut == 0) end.lo = above;
-  if (s.lo_cut != 0 && s.lo_cut >> 32 == 0) end.lo_last = static_cast<U>(s.lo_cut) - 1u;
-  return end;
-}
-
-// What a tile reads of its entry, in shared memory: no store of the merge can alias it, and it
-// takes no registers.
-template <int kModels>
-struct TileScalars {
-  DeviceEntry entry;
-  TensorScalars tensor;
-  DeviceModel views[kModels];
-  ModelScalars models[kModels];
-  LowerEnd ends[kModels];
-};
-template <>
-struct TileScalars<0> {
-  DeviceEntry entry;
-  TensorScalars tensor;
-};
-
 // What a kernel knows of the entry that it merges.
 template <int kModels>
 struct Merge {
@@ -84,14 +54,6 @@ TVFAST_STAGE void keep_and_rescale(const Program& program, const ModelScalars& s
   for (int e = 0; e < kQuad; ++e)
     tau[e] =
         rescale(program, s, uses_ranks(program.keep) ? by.ranks[e] : 0u, masked(kept[e], tau[e]));
-}
-
-TVFAST_STAGE F keep_from_end(Tie tie, const LowerEnd& end, U mixed, F tau) {
-  const F a = magnitude(tau);
-  return masked(tie == Tie::HASH ? from_end_hashed(a, end.lo, end.above_lo,
-                                                   tie_hash(mixed, end.multiplier) > end.lo_last)
-                                 : from_end(a, end.lo),
-                tau);
 }
 
 // Merges one quad; load(k, x) gives model k's elements, load(-1, x) the base's. The entries of at
