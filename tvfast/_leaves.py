@@ -39,22 +39,23 @@ class Leaf:
         return any(tensor.dtype == torch.float64 for tensor in (self.base, *self.models))
 
 
-def model_list(models: Any) -> list[Weights]:
-    """`models` as a list.
+def model_list(models: Any, role: str = "models") -> list[Weights]:
+    """`models`, or what comes one per model, as a list.
 
     Raises:
         ArgumentError: a single model instead of several, or no iterable.
     """
+    expected = "a list of models" if role == "models" else "a list, one per model"
     if isinstance(models, Tensor | Mapping | str) or (
         isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
     ):
         raise ArgumentError(
-            f"models is a {type(models).__name__}; expected a list of models. Pass [model] for one."
+            f"{role} is a {type(models).__name__}; expected {expected}. Pass [{role.rstrip('s')}] for one."
         )
     try:
         return list(models)
     except TypeError:
-        raise ArgumentError(f"models is a {type(models).__name__}; expected a list of models.") from None
+        raise ArgumentError(f"{role} is a {type(models).__name__}; expected {expected}.") from None
 
 
 def named_tensors(weights: Weights, role: str) -> dict[str, Tensor]:

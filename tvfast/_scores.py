@@ -34,33 +34,45 @@ class LeafScores:
     summaries: tuple[ScoreSummary, ...] = ()
 
 
+def one_of(stats: Iterable[Any] | None, scores: Iterable[Scores] | None) -> Iterable[Any] | None:
+    """`scores` is another word for `stats` where methods read importances.
+
+    Raises:
+        ArgumentError: both were given.
+    """
+    if stats is not None and scores is not None:
+        raise ArgumentError("stats and scores are both given; expected one of them, stats.")
+    return stats if scores is None else scores
+
+
 def scores_of(
-    method: ProgramMethod, leaves: Sequence[Leaf], scores: Iterable[Scores] | None, n_threads: int
+    method: ProgramMethod, leaves: Sequence[Leaf], stats: Iterable[Scores] | None, n_threads: int
 ) -> list[LeafScores]:
     """The scores of every leaf, checked.
 
     Raises:
-        ArgumentError: scores are missing, of another number than the models, negative or not finite, or given
-            to a method that reads none.
+        ArgumentError: statistics are missing, of another number than the models, negative or not finite, or
+            given to a method that reads none.
         StateDictError: a leaf has no score.
         ShapeError, DTypeError, DeviceError, LayoutError: a score does not fit its leaf.
         StatisticsError: a statistics file is damaged, or of another model.
     """
     if method.score_kind is None:
-        if scores is not None:
-            raise ArgumentError(f"method {method.info.name!r} reads no scores; expected scores=None.")
+        if stats is not None:
+            raise ArgumentError(f"method {method.info.name!r} takes no stats; expected None.")
         return [LeafScores()] * len(leaves)
-    if scores is None:
+    if stats is None:
         raise ArgumentError(
-            f"method {method.info.name!r} needs scores; pass scores=, one per model: a statistics file that "
-            f"holds {method.score_kind!r}, or tensors by name."
+            f"method {method.info.name!r} needs statistics of every model, and stats is None; expected one "
+            f"per model: a statistics file that holds {method.score_kind!r}, or tensors by name. Collect it "
+            "with tvfast.importance.collect."
         )
-    given = scores if isinstance(scores, list | tuple) else model_list(scores)
+    given = stats if isinstance(stats, list | tuple) else model_list(stats, "stats")
     n_models = len(leaves[0].models) if leaves else len(given)
     if len(given) != n_models:
-        raise ArgumentError(f"scores has {len(given)} items for {n_models} models; expected one per model.")
+        raise ArgumentError(f"stats has {len(given)} items for {n_models} models; expected one per model.")
     by_model = [
-        _of_model(method.score_kind, one, leaves, f"scores[{k}]", n_threads) for k, one in enumerate(given)
+        _of_model(method.score_kind, one, leaves, f"stats[{k}]", n_threads) for k, one in enumerate(given)
     ]
     return [
         LeafScores(tuple(v for v, _ in row), tuple(s for _, s in row)) for row in zip(*by_model, strict=True)

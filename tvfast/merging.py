@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors, strip_wrappers
-from tvfast._scores import LeafScores, Scores, scores_of
+from tvfast._scores import LeafScores, Scores, one_of, scores_of
 from tvfast.errors import ArgumentError, BackendError, DeviceError
 from tvfast.merging_tensors import check_statistics, merge_tensors
 from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod, make_method
@@ -37,8 +37,8 @@ def merge_(
     seed: int = 0,
     tie: str | None = None,
     dialect: str = "mergekit",
+    stats: Iterable[Any] | None = None,
     scores: Iterable[Scores] | None = None,
-    stats: Sequence[Any] | None = None,
     report: list[str] | None = None,
     n_threads: int = 0,
     **parameters: Any,
@@ -62,12 +62,11 @@ def merge_(
         tie: which entries equal to a threshold survive: "ge" all, "index" exactly the asked number, lowest
             index first, "hash" each by a hash of its index, in the right share; None: as the dialect does.
         dialect: whose reading of the method; "mergekit" is release 0.1.5.
-        scores: for the methods that need them, one per model: what each entry is worth to the model (mean
-            importance, mean Fisher; 0 or more), by the base's names and in its shapes, or a statistics file
-            that holds it.
-        stats: for the methods that weigh by curvature, one per model: statistics of
-        `tvfast.curvature.collect`
-            or the file that holds them.
+        stats: for methods that read statistics of each model's data, as `stats:` of a recipe; one per model:
+            what `tvfast.importance.collect` or `tvfast.curvature.collect` returned, or the path of the file.
+            Importances (of "sta", "sta_forget" and "fisher") may also be tensors: means, 0 or more, by the
+            base's names and in its shapes.
+        scores: another word for `stats` of methods that read importances.
         report: lines are appended on what such a method averaged for want of factors, and on systems that it
             solved otherwise than asked. None: matrices without factors give a warning.
         n_threads: 0 is all cores that the process may use. Does not change the result. Methods that weigh by
@@ -96,7 +95,7 @@ def merge_(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
-    extra = _Extra.of(chosen, leaves, scores, stats, report, n_threads)
+    extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
     spans = [
         (
             span(leaf.base, leaf.name, "base", row),
@@ -122,8 +121,8 @@ def merge(
     seed: int = 0,
     tie: str | None = None,
     dialect: str = "mergekit",
+    stats: Iterable[Any] | None = None,
     scores: Iterable[Scores] | None = None,
-    stats: Sequence[Any] | None = None,
     report: list[str] | None = None,
     n_threads: int = 0,
     **parameters: Any,
@@ -143,7 +142,7 @@ def merge(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
     leaves = _checked(base, models, chosen, n_threads)
-    extra = _Extra.of(chosen, leaves, scores, stats, report, n_threads)
+    extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
     if isinstance(base, nn.Module):
         merged = copy.deepcopy(base)
         targets = named_tensors(merged, "base")
@@ -195,18 +194,21 @@ class _Extra:
     def of(
         method: Method,
         leaves: Sequence[Leaf],
+        stats: Iterable[Any] | None,
         scores: Iterable[Scores] | None,
-        stats: Sequence[Any] | None,
         report: list[str] | None,
         n_threads: int,
     ) -> _Extra:
         """Checked before anything is written."""
-        check_statistics(method, stats, len(leaves[0].models) if leaves else None)
         if isinstance(method, ProgramMethod):
-            return _Extra(scores_of(method, leaves, scores, n_threads), None, None)
+            return _Extra(scores_of(method, leaves, one_of(stats, scores), n_threads), None, None)
         if scores is not None:
-            raise ArgumentError(f"method {method.info.name!r} reads no scores; expected scores=None.")
-        return _Extra([LeafScores()] * len(leaves), stats, report)
+            raise ArgumentError(f"method {method.info.name!r} reads no scores; expected stats.")
+        return _Extra(
+            [LeafScores()] * len(leaves),
+            check_statistics(method, stats, len(leaves[0].models) if leaves else None),
+            report,
+        )
 
 
 def _run(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ _JOBS = 32  # tensors whose factors are in memory together, at most
 _SMALL = 2**20  # elements of a tensor that is not alone
 
 
-def check_statistics(method: Method, stats: Sequence[Any] | None, n_models: int | None) -> None:
-    """Raise unless there are statistics of every model where the method takes them, and none where not.
+def check_statistics(
+    method: Method, stats: Iterable[Any] | None, n_models: int | None
+) -> Sequence[Any] | None:
+    """The statistics, one per model where the method takes them.
 
     Raises:
         ArgumentError: naming how many were found and expected.
@@ -30,17 +33,19 @@ def check_statistics(method: Method, stats: Sequence[Any] | None, n_models: int 
     wanted = bool(method.statistics)
     if stats is None and wanted:
         raise ArgumentError(
-            f"method {method.info.name!r} needs statistics of every model, and stats is None; expected "
-            "one per model. "
-            "Collect them with tvfast.curvature.collect."
+            f"method {method.info.name!r} needs statistics of every model, and stats is None; expected one "
+            "per model. Collect them with tvfast.curvature.collect."
         )
     if stats is None:
-        return
+        return None
     if not wanted:
         raise ArgumentError(f"method {method.info.name!r} takes no stats; expected None.")
-    if isinstance(stats, str | Mapping) or n_models not in (None, len(stats)):
-        found = 1 if isinstance(stats, str | Mapping) else len(stats)
-        raise ArgumentError(f"stats has {found} items for {n_models} models; expected a list, one per model.")
+    given = [stats] if isinstance(stats, str | os.PathLike | Mapping) else list(stats)
+    if isinstance(stats, str | os.PathLike | Mapping) or n_models not in (None, len(given)):
+        raise ArgumentError(
+            f"stats has {len(given)} items for {n_models} models; expected a list, one per model."
+        )
+    return given
 
 
 def merge_tensors(
@@ -91,8 +96,7 @@ def merge_tensors(
     ):
         warnings.warn(
             f"method {method.info.name!r} averaged matrices without factors: {_some(matrices)}. Pass "
-            "report=[] to "
-            "be told in a list instead.",
+            "report=[] to be told in a list instead.",
             stacklevel=4,
         )
     return rest, average
@@ -112,8 +116,7 @@ def _curvature(source: Mapping[str, Curvature], leaf: Leaf) -> Curvature:
     if found.shape != tuple(leaf.base.shape):
         raise StatisticsError(
             f"parameter {leaf.name!r} has shape {list(leaf.base.shape)}, its statistics have "
-            f"{list(found.shape)}; "
-            "expected equal ones. These are the statistics of another model."
+            f"{list(found.shape)}; expected equal ones. These are the statistics of another model."
         )
     return found.to(leaf.base.device)
 

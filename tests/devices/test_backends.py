@@ -353,7 +353,7 @@ def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_scores_go_to_a_backend_that_reads_them(gpu: Backend) -> None:
     base, scores = torch.zeros(5), torch.arange(5.0)
     with pytest.raises(BackendError, match="no kernel for mapped scores"):
-        merge(base, [base + 1], "sta", scores=[scores])
+        merge(base, [base + 1], "sta", stats=[scores])
 
 
 def test_wants_have_the_bits_of_the_kernels(gpu: Backend) -> None:

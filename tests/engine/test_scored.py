@@ -99,7 +99,7 @@ def test_checkpoints_merge_as_tensors_do(
     arguments["scale"] = arguments.pop("lambda", 1.0)
     if isinstance(arguments.get("density"), list):
         arguments["density"] = 0.25
-    expected = tvfast.merge(family.base, family.models, method=method, scores=family.stats, **arguments)
+    expected = tvfast.merge(family.base, family.models, method=method, stats=family.stats, **arguments)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 

@@ -135,7 +135,7 @@ def test_sta_is_its_formula(normalization: str, scope: str, cross: str, dial: di
     base, models, scores = model(0), [model(k + 1) for k in range(3)], [powers(k) for k in range(3)]
     options = {"normalization": normalization, "scope": scope, "cross": cross, **dial}
     weights = [1.0, -0.5, 2.0]
-    found = tvfast.merge(base, models, method="sta", scores=scores, weights=weights, scale=0.5, **options)
+    found = tvfast.merge(base, models, method="sta", stats=scores, weights=weights, scale=0.5, **options)
     kept = masks(scores, **options)
     assert_within(found, expected_sta(base, models, kept, weights, 0.5), base, models, weights)
 
@@ -143,7 +143,7 @@ def test_sta_is_its_formula(normalization: str, scope: str, cross: str, dial: di
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.5, 0.9]), st.sampled_from(["ge", "index", "hash"]))
 def test_sta_keeps_the_asked_share_of_scores_that_tie(seed: int, density: float, tie: str) -> None:
     base, scores = grid(40, 5, seed=seed), grid(40, 5, seed=seed + 1, width=6).abs()
-    out = tvfast.merge(base, [base + 1], method="sta", scores=[scores], density=density, tie=tie, seed=seed)
+    out = tvfast.merge(base, [base + 1], method="sta", stats=[scores], density=density, tie=tie, seed=seed)
     kept = out != base
     k = int(density * 200)
     smallest = scores.reshape(-1).sort(descending=True).values[k - 1]
@@ -159,10 +159,10 @@ def test_sta_keeps_the_asked_share_of_scores_that_tie(seed: int, density: float,
 def test_sta_forget() -> None:
     base, models, scores = model(0), [model(1), model(2)], [powers(0), powers(1)]
     kept = masks(scores, density=0.3)
-    found = tvfast.merge(base, models, method="sta_forget", scores=scores, density=0.3, scale=0.7)
+    found = tvfast.merge(base, models, method="sta_forget", stats=scores, density=0.3, scale=0.7)
     assert_within(found, expected_sta(base, models, kept, [1, 1], -0.7), base, models, None)
     found = tvfast.merge(
-        base, models[:1], method="sta_forget", scores=scores[:1], density=0.3, scale=0.7, weights=[2.0],
+        base, models[:1], method="sta_forget", stats=scores[:1], density=0.3, scale=0.7, weights=[2.0],
         source="model",
     )  # fmt: skip
     expected = {
@@ -172,13 +172,13 @@ def test_sta_forget() -> None:
     }
     assert_within(found, expected, base, models[:1], [3.0])
     with pytest.raises(ArgumentError, match="source='model' got 2 models"):
-        tvfast.merge(base, models, method="sta_forget", scores=scores, source="model")
+        tvfast.merge(base, models, method="sta_forget", stats=scores, source="model")
 
 
 def test_density_1_is_task_arithmetic() -> None:
     base, models, scores = model(0), [model(1), model(2)], [powers(0), powers(1)]
     plain = tvfast.merge(base, models, method="task_arithmetic", weights=[0.5, 2.0])
-    found = tvfast.merge(base, models, method="sta", scores=scores, density=1.0, weights=[0.5, 2.0])
+    found = tvfast.merge(base, models, method="sta", stats=scores, density=1.0, weights=[0.5, 2.0])
     assert all(exact_bits(found[name], plain[name]) for name in SHAPES)
 
 
@@ -216,7 +216,7 @@ def test_fisher_is_its_formula(dialect: str, epsilon: float | None) -> None:
     c = [1.0, 0.25, 3.0]
     options = {} if epsilon is None else {"epsilon": epsilon}
     found = tvfast.merge(
-        base, models, method="fisher", scores=fishers, dialect=dialect, weights=c, scale=0.5, **options
+        base, models, method="fisher", stats=fishers, dialect=dialect, weights=c, scale=0.5, **options
     )
     expected = expected_fisher(models, fishers, dialect, c, epsilon)
     for name in SHAPES:
@@ -230,18 +230,18 @@ def test_fisher_dialects_differ() -> None:
     base, models = normal(50), [normal(50, seed=1), normal(50, seed=2)]
     fishers = [normal(50, seed=3).square() * 1e-5, normal(50, seed=4).square() * 1e-3]
     outs = [
-        tvfast.merge(base, models, method="fisher", scores=fishers, dialect=dialect)
+        tvfast.merge(base, models, method="fisher", stats=fishers, dialect=dialect)
         for dialect in ("matena_raffel", "mats", "mergelm")
     ]
     assert not torch.allclose(outs[0], outs[1])
     assert not torch.allclose(outs[0], outs[2])
-    default = tvfast.merge(base, models, method="fisher", scores=fishers)
+    default = tvfast.merge(base, models, method="fisher", stats=fishers)
     assert exact_bits(default, outs[0])
 
 
 def test_equal_fishers_average() -> None:
     base, models = normal(50), [normal(50, seed=1), normal(50, seed=2)]
-    out = tvfast.merge(base, models, method="fisher", scores=[torch.ones(50)] * 2)
+    out = tvfast.merge(base, models, method="fisher", stats=[torch.ones(50)] * 2)
     torch.testing.assert_close(out, (models[0] + models[1]) / 2)
 
 
@@ -259,26 +259,27 @@ def stats_file(path: Path, scores: Model, kind: str, samples: int = 4) -> Path:
 def test_scores_come_from_statistics_files(tmp_path: Path) -> None:
     base, models, scores = model(0), [model(1), model(2)], [powers(0), powers(1)]
     files = [stats_file(tmp_path / str(k), one, "weight") for k, one in enumerate(scores)]
-    found = tvfast.merge(base, models, method="sta", scores=files)
-    expected = tvfast.merge(base, models, method="sta", scores=scores)
+    found = tvfast.merge(base, models, method="sta", stats=files)
+    expected = tvfast.merge(base, models, method="sta", stats=scores)
     assert all(exact_bits(found[name], expected[name]) for name in SHAPES)
     with pytest.raises(StatisticsError, match=r"holds weight; expected fisher"):
-        tvfast.merge(base, models, method="fisher", scores=files)
+        tvfast.merge(base, models, method="fisher", stats=files)
     other = dict(base, head=torch.zeros(12))
     with pytest.raises(StatisticsError, match=r"'head' has shape \[13\], the model's has \[12\]"):
-        tvfast.merge(other, [other, other], method="sta", scores=files)
+        tvfast.merge(other, [other, other], method="sta", stats=files)
 
 
 BASE, ONE = torch.zeros(3), torch.ones(3)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "none": ({"method": "sta"}, ArgumentError, "needs scores"),
-    "too few": ({"method": "sta", "scores": []}, ArgumentError, "0 items for 1 models"),
-    "not asked": ({"method": "ties", "scores": [ONE]}, ArgumentError, "reads no scores"),
-    "shape": ({"method": "sta", "scores": [torch.ones(4)]}, ShapeError, "shape"),
-    "name": ({"method": "sta", "scores": [{"x": ONE}]}, StateDictError, "no score of tensor 'tensor'"),
-    "negative": ({"method": "sta", "scores": [-ONE]}, ArgumentError, "from -1.0 to -1.0"),
-    "nan": ({"method": "sta", "scores": [ONE * math.nan]}, ArgumentError, "expected finite"),
-    "zero Fisher": ({"method": "fisher", "scores": [BASE]}, ArgumentError, "which is 0"),
+    "none": ({"method": "sta"}, ArgumentError, "needs statistics of every model, and stats is None"),
+    "too few": ({"method": "sta", "stats": []}, ArgumentError, "0 items for 1 models"),
+    "not asked": ({"method": "ties", "stats": [ONE]}, ArgumentError, "takes no stats"),
+    "stats and scores": ({"method": "sta", "stats": [ONE], "scores": [ONE]}, ArgumentError, "both given"),
+    "shape": ({"method": "sta", "stats": [torch.ones(4)]}, ShapeError, "shape"),
+    "name": ({"method": "sta", "stats": [{"x": ONE}]}, StateDictError, "no score of tensor 'tensor'"),
+    "negative": ({"method": "sta", "stats": [-ONE]}, ArgumentError, "from -1.0 to -1.0"),
+    "nan": ({"method": "sta", "stats": [ONE * math.nan]}, ArgumentError, "expected finite"),
+    "zero Fisher": ({"method": "fisher", "stats": [BASE]}, ArgumentError, "which is 0"),
     "both": ({"method": "sta", "density": 0.5, "threshold": 0.5, "scores": [ONE]}, ArgumentError, "one of"),
     "threshold": ({"method": "sta", "threshold": 1.5, "scores": [ONE]}, ArgumentError, r"in \[0, 1\]"),
     "scope": ({"method": "sta", "scope": "row", "scores": [ONE]}, UnknownNameError, "tensor, layer, model"),

@@ -9,7 +9,7 @@ from tvfast._leaves import Weights
 from tvfast._scores import Scores
 from tvfast.importance.collecting import collect
 from tvfast.importance.files import Progress
-from tvfast.merging import merge_
+from tvfast.merging import merge as merge_weights
 
 W = TypeVar("W", bound=Weights)
 
@@ -17,17 +17,17 @@ __all__ = ["Progress", "collect", "merge"]
 
 
 def merge(
-    base: W, models: Iterable[Weights], scores: Iterable[Scores], method: str = "sta", **parameters: Any
+    base: W, models: Iterable[Weights], stats: Iterable[Scores], method: str = "sta", **parameters: Any
 ) -> W:
-    """`tvfast.merge_` with scores: into the base, in place; returns the base.
+    """Merge models into new weights by the importance of their entries.
 
     Args:
-        base, models: as in `tvfast.merge_`.
-        scores: what `collect` returned for each model.
+        base, models: as in `tvfast.merge`.
+        stats: what `collect` returned for each model, or the path of its file.
         method: "sta", "sta_forget" or "fisher".
-        **parameters: of the method.
+        **parameters: of the method, and those of `tvfast.merge`.
 
-    Raises:
-        As `tvfast.merge_`.
+    Returns, raises:
+        As `tvfast.merge`.
     """
-    return merge_(base, models, method, scores=scores, **parameters)
+    return merge_weights(base, models, method, stats=stats, **parameters)

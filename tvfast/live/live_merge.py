@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors
-from tvfast._scores import LeafScores, Scores, scores_of
+from tvfast._scores import LeafScores, Scores, one_of, scores_of
 from tvfast.errors import ArgumentError, LayoutError
 from tvfast.live.coefficients import Coefficients, Columns, Grouping, columns_of, group_of
 from tvfast.live.gradient import TableGradient, check_differentiable
@@ -55,7 +55,7 @@ class LiveMerge:
         scale: λ, until a `set` brings another.
         base: θ₀, of the names and shapes of `model`; never written, and no copy is made: it must not change
             or share memory with `model`. None: a copy of what `model` holds now, the one large allocation.
-        scores: of methods on scores, one per task, as for `merge_`.
+        stats: of methods on importances, one per task, as for `merge_`; `scores` is another word for it.
         by: how `set` groups tensors where coefficients are per group: "layer" ("model.layers.3" for
             "model.layers.3.mlp.up_proj.weight"; tensors outside any layer by the first component of their
             name), "tensor", or a function from a tensor's name to its group's.
@@ -86,6 +86,7 @@ class LiveMerge:
         method: str = "task_arithmetic",
         scale: float = 1.0,
         base: Weights | None = None,
+        stats: Iterable[Scores] | None = None,
         scores: Iterable[Scores] | None = None,
         by: Grouping = "layer",
         n_threads: int = 0,
@@ -111,7 +112,7 @@ class LiveMerge:
         numbers = {name: number for number, name in enumerate(self.groups)}
         in_group = {leaf.name: numbers[name] for leaf, name in zip(leaves, group_names, strict=True)}
         with torch.no_grad():
-            found = scores_of(self._method, leaves, scores, n_threads)
+            found = scores_of(self._method, leaves, one_of(stats, scores), n_threads)
             self._parts = self._measured(leaves, found, in_group, deltas is not None)
         self._scale = self._method.scale
         self._columns: Columns | None = None
