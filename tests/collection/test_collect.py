@@ -102,7 +102,7 @@ def test_collect_then_merge(
         base, *originals = [load_file(path / "model.safetensors") for path in (tmp_path / "base", *models)]
         scores = [tmp_path / f"{path.name}.{kind}" for path in models]
         options = {**recipe.get("parameters", {}), **own}
-        expected = tvfast.merge(base, originals, method=method, scores=scores, **options)
+        expected = tvfast.merge(base, originals, method=method, stats=scores, **options)
         for name, tensor in expected.items():
             assert torch.equal(merged[name], tensor), name
         assert any(not torch.equal(tensor, base[name]) for name, tensor in expected.items())
@@ -163,7 +163,7 @@ def test_scores_do_not_depend_on_batches(tmp_path: Path) -> None:
     second = quick(tmp_path, batch_size=4)
     for name, mean in means.items():
         found = read_mean(second, name, "weight", "sum")
-        assert float((found - mean).norm()) <= 1e-5 * float(mean.norm()), name
+        assert float((found - mean).norm()) <= 1e-6 * float(mean.norm()), name
 
 
 def test_scores_are_those_of_the_loss_of_transformers(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_masks_depend_on_the_seed_and_the_sample(tmp_path: Path) -> None:
     one = read_mean(first, "bert.embeddings.position_embeddings.weight", "weight", "sum")
     second = quick(tmp_path, bert, batch_size=5)
     two = read_mean(second, "bert.embeddings.position_embeddings.weight", "weight", "sum")
-    assert float((one - two).norm()) <= 1e-4 * float(one.norm())
+    assert float((one - two).norm()) <= 1e-6 * float(one.norm())
     third = quick(tmp_path, bert, seed=9)
     assert not torch.allclose(
         read_mean(third, "bert.embeddings.position_embeddings.weight", "weight", "sum"), one

@@ -14,7 +14,7 @@ import tvfast
 from tests.importance.networks import Batch, Network, batch_of, class_logits, losses, sample_gradients
 from tvfast.errors import ArgumentError, ShapeError, StateDictError, StatisticsError, UnknownNameError
 from tvfast.importance import Progress, collect
-from tvfast.importance.collecting import _Run
+from tvfast.importance.collecting import _Adder, _Run
 from tvfast.statistics import StatisticsFile, merge_statistics
 from tvfast.statistics.tensors import read_mean, read_sum
 
@@ -72,6 +72,47 @@ def test_sums_are_of_single_samples(kind: str, tied: bool) -> None:
     options: dict[str, Any] = {"kind": kind, "base": base if kind == "delta" else None}
     for batches in ([batch], split(batch, 1, 2, 3), split(batch, *[1] * N)):
         assert_close(collect(model, losses, batches, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["weight", "delta", "fisher"])
+def test_cutting_the_data_into_batches_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """But the rounding of the model's own products, which are of other sizes then."""
+    rtol = 1e-6 if dtype == torch.float32 else 1e-13
+    options: dict[str, Any] = {"kind": kind, "dtype": str(dtype).removeprefix("torch.")}
+    for seed in range(3):
+        model, base = (network(s, tied=seed == 0).to(dtype) for s in (seed, 9))
+        batch = batch_of(N, seed=seed)
+        options["base"] = base if kind == "delta" else None
+
+        def sums(batches: list[Batch], model: Network = model) -> dict[str, Tensor]:
+            found = collect(model, losses, batches, tmp_path / "s", **options)
+            assert isinstance(found, StatisticsFile)
+            return {n: read_sum(found, n, kind, "sum", dtype=None) for n in found.parameters(kind)}
+
+        whole = sums([batch])
+        for batches in (split(batch, 1, 2, 3), split(batch, *[1] * N)):
+            for name, found in sums(batches).items():
+                assert found.dtype == dtype
+                assert float((found - whole[name]).norm()) <= rtol * float(whole[name].norm()), name
+
+
+def test_gradients_of_layers_and_embeddings_are_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: set[str] = set()
+    found = _Adder.gradient
+
+    def spy(self: _Adder, name: str, *arguments: Any) -> None:
+        formed.add(name)
+        found(self, name, *arguments)
+
+    monkeypatch.setattr(_Adder, "gradient", spy)
+    model = network(tied=False)
+    for options in ({}, {"micro_batch": 2}, {"per_sample": False}):
+        formed.clear()
+        collect(model, losses, split(batch_of(N), 1, 5), **options)  # type: ignore[arg-type]
+        factored = {"embed.weight", "up.weight", "down.weight", "back.weight", "head.weight"}
+        assert not formed & factored
+        assert formed >= {"twice.weight", "mix.weight", "norm.weight", "up.bias"}
 
 
 def test_no_parameter_of_the_network_needs_a_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,13 +353,15 @@ def test_scores_merge(tmp_path: Path) -> None:
     base, batch = network(), batch_of(3)
     models = [network(1), network(2)]
     files = [collect(one, losses, [batch], tmp_path / str(k)) for k, one in enumerate(models)]
-    first = tvfast.merge(base, models, method="sta", scores=files, density=0.3)
+    first = tvfast.merge(base, models, method="sta", stats=files, density=0.3)
     held = [collect(one, losses, [batch]) for one in models]
     second = tvfast.merge(base, models, method="sta", scores=held, density=0.3)
-    tvfast.importance.merge(base, models, files, density=0.3)
+    third = tvfast.importance.merge(base, models, files, density=0.3)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
-        assert torch.equal(tensor, base.state_dict()[name])
+        assert torch.equal(tensor, third.state_dict()[name])
+    with pytest.raises(ArgumentError, match="both given"):
+        tvfast.merge(base, models, method="sta", stats=files, scores=held)
 
 
 BATCH = batch_of(2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tvfast._leaves import Weights, named_tensors
 from tvfast.errors import ArgumentError, ShapeError, StateDictError, StatisticsError
 from tvfast.importance.files import Parts, Progress
-from tvfast.importance.gradients import SampleGradients, Take, sample_of
+from tvfast.importance.gradients import SampleGradients, Taker, sample_of
 from tvfast.importance.objectives import FISHERS, KINDS, FisherReading, objectives
 from tvfast.methods.base import check_name
 from tvfast.ops import score
@@ -143,7 +143,7 @@ class _Run:
     ) -> None:
         """One pass over the batches for some parameters."""
         sums = parts.begin(index, n_groups, own)
-        take = self._adder(own, sums)
+        adder = _Adder(self.kind, self.fisher, own, self.origin, sums)
         alone: dict[str, nn.Parameter] | None = None
         for position, batch in enumerate(replay.start()):
             if position < parts.n_batches_done:
@@ -151,15 +151,15 @@ class _Run:
             if alone is None:
                 alone = self.unsplit(own, batch, parts.n_samples)
             taken = {one: p for one, p in own.items() if one not in alone}
-            n = self.batched(batch, taken, take, parts.n_samples)
+            n = self.batched(batch, taken, adder, parts.n_samples)
             if alone:
-                self.one_by_one(batch, n, alone, take, parts.n_samples)
+                self.one_by_one(batch, n, alone, adder, parts.n_samples)
             parts.advance(n)
         parts.end()
 
-    def batched(self, batch: Any, own: Mapping[str, nn.Parameter], take: Take, first: int) -> int:
+    def batched(self, batch: Any, own: Mapping[str, nn.Parameter], taker: Taker, first: int) -> int:
         """Gradients of every sample of a batch from one forward pass; returns their number."""
-        gradients = SampleGradients(self.model, own, take, self.chunk)
+        gradients = SampleGradients(self.model, own, taker, self.chunk)
         n = 0
         with gradients.capture():
             found = self.loss_fn(self.model, batch)
@@ -174,7 +174,9 @@ class _Run:
             )
         return n
 
-    def one_by_one(self, batch: Any, n: int, own: Mapping[str, nn.Parameter], take: Take, first: int) -> None:
+    def one_by_one(
+        self, batch: Any, n: int, own: Mapping[str, nn.Parameter], taker: Taker, first: int
+    ) -> None:
         """Gradients of parameters that no capture serves: a pass for every `chunk` samples by autograd."""
         chunk = self.chunk or n
         for start in range(0, n, chunk):
@@ -191,7 +193,7 @@ class _Run:
                     )
                     for (name, parameter), gradient in zip(own.items(), found, strict=True):
                         if gradient is not None:
-                            take(name, gradient.to(_wide(parameter)), len(cut))
+                            taker.gradient(name, gradient.to(_wide(parameter)), len(cut))
 
     def unsplit(self, own: Mapping[str, nn.Parameter], batch: Any, first: int) -> dict[str, nn.Parameter]:
         """Parameters whose captured gradients of a batch do not add up to autograd's."""
@@ -206,14 +208,9 @@ class _Run:
             name: torch.zeros(p.shape, dtype=_wide(p), device=p.device) if g is None else g.to(_wide(p))
             for (name, p), g in zip(own.items(), found, strict=True)
         }
-        sizes = {name: _norm(gradient) for name, gradient in rest.items()}
-        rounding = _OUTSIDE * max(sizes.values(), default=0.0)
-
-        def subtract(name: str, gradient: Tensor, n: int) -> None:
-            rest[name] -= gradient
-            sizes[name] = max(sizes[name], _norm(gradient))
-
-        gradients = SampleGradients(self.model, own, subtract, self.chunk)
+        rest_of = _Rest(rest)
+        rounding = _OUTSIDE * max(rest_of.sizes.values(), default=0.0)
+        gradients = SampleGradients(self.model, own, rest_of, self.chunk)
         with gradients.capture():
             stream = objectives(self.loss_fn(self.model, batch), self.reading, self.fisher, self.seed, first)
             gradients.backward(next(stream), last=True)
@@ -221,28 +218,70 @@ class _Run:
             name: parameter
             for name, parameter in own.items()
             if name in gradients.unserved
-            or not _norm(rest[name]) <= _agreement(parameter) * sizes[name] + rounding
+            or not _norm(rest[name]) <= _agreement(parameter) * rest_of.sizes[name] + rounding
         }
 
-    def _adder(self, own: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor]) -> Take:
-        """Adds the importance of one gradient to the sums."""
-        weights = {name: parameter.detach().contiguous() for name, parameter in own.items()}
 
-        def take(name: str, gradient: Tensor, n: int) -> None:
-            if self.kind == "fisher" and n > 1 and self.fisher != "mergelm":
-                gradient = gradient * n**-0.5
-            _accumulate(self.kind, gradient, weights[name], self.origin.get(name), sums[name])
+class _Adder:
+    """Adds the importance of gradients to the sums."""
 
-        return take
+    def __init__(
+        self,
+        kind: str,
+        fisher: str,
+        own: Mapping[str, nn.Parameter],
+        origin: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+    ) -> None:
+        self._kind, self._origin, self._sums = kind, origin, sums
+        self._weights = {name: parameter.detach().contiguous() for name, parameter in own.items()}
+        self._divides = kind == "fisher" and fisher != "mergelm"
+
+    def gradient(self, name: str, gradient: Tensor, n: int) -> None:
+        total, factor = self._sums[name], gradient
+        if total.dtype == torch.float32:
+            score(gradient, out=total, scale=self._scale(n), **self._operands(name))
+            return
+        if self._kind != "fisher":
+            factor = self._weights[name] - self._origin.get(name, 0.0)
+        total += (gradient * factor).abs() * self._scale(n)
+
+    def layer(self, name: str, e: Sequence[Tensor], a: Sequence[Tensor], ns: Sequence[int]) -> None:
+        scales = [self._scale(n) for n in ns]
+        score(e, activations=a, out=self._sums[name], scale=scales, **self._operands(name))
+
+    def embedding(self, name: str, e: Sequence[Tensor], tokens: Sequence[Tensor], ns: Sequence[int]) -> None:
+        scales = [self._scale(n) for n in ns]
+        score(e, tokens=tokens, out=self._sums[name], scale=scales, **self._operands(name))
+
+    def _scale(self, n: int) -> float:
+        """(Σ g)² / n of a Fisher's micro-batch."""
+        return 1.0 / n if self._divides else 1.0
+
+    def _operands(self, name: str) -> dict[str, Any]:
+        own = None if self._kind == "fisher" else self._weights[name]
+        return {"weight": own, "kind": KINDS[self._kind], "base": self._origin.get(name)}
 
 
-def _accumulate(kind: str, gradient: Tensor, weight: Tensor, base: Tensor | None, total: Tensor) -> None:
-    if total.dtype == torch.float64:
-        factor = gradient if kind == "fisher" else weight if base is None else weight - base
-        total += (gradient * factor).abs()
-        return
-    own = None if kind == "fisher" else weight
-    score(gradient, own, kind=KINDS[kind], base=base, out=total)
+class _Rest:
+    """What is left of whole gradients once those of the samples are taken away."""
+
+    def __init__(self, rest: dict[str, Tensor]) -> None:
+        self._rest = rest
+        self.sizes = {name: _norm(gradient) for name, gradient in rest.items()}
+
+    def gradient(self, name: str, gradient: Tensor, n: int) -> None:
+        self._rest[name] -= gradient
+        self.sizes[name] = max(self.sizes[name], _norm(gradient))
+
+    def layer(self, name: str, e: Sequence[Tensor], a: Sequence[Tensor], ns: Sequence[int]) -> None:
+        for one, inputs, n in zip(e, a, ns, strict=True):
+            self.gradient(name, one.t().to(torch.float32) @ inputs.to(torch.float32), n)
+
+    def embedding(self, name: str, e: Sequence[Tensor], tokens: Sequence[Tensor], ns: Sequence[int]) -> None:
+        for one, those, n in zip(e, tokens, ns, strict=True):
+            gradient = torch.zeros_like(self._rest[name])
+            self.gradient(name, gradient.index_add_(0, those, one.to(torch.float32)), n)
 
 
 # -- arguments --------------------------------------------------------------------------------------

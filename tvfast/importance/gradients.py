@@ -2,8 +2,9 @@
 
 A backward pass of Σ_n loss_n hands every module the gradients e_n at its output. With the inputs a_n that
 were captured on the way forward, a linear layer's gradient of sample n is the product e_nᵀ a_n of rank R, its
-number of tokens. It is formed in one buffer of the weight's size, handed over and overwritten by the next
-sample's, so memory does not depend on the number of samples. The weights require no gradient meanwhile.
+number of tokens; an embedding's has the e_n of its tokens as rows. They are handed over in that form. Other
+gradients are formed in one buffer of the parameter's size, handed over and overwritten by the next sample's,
+so memory does not depend on the number of samples. The weights require no gradient meanwhile.
 """
 
 from __future__ import annotations
@@ -11,14 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Take = Callable[[str, Tensor, int], None]
-"""(parameter, gradient of some samples, float32 or float64 of the parameter's shape, how many they are)."""
+
+class Taker(Protocol):
+    """What becomes of gradients. The samples of a call come in order; each number says how many a gradient
+    is of, where samples are added before anything else is done."""
+
+    def gradient(self, name: str, gradient: Tensor, n: int) -> None:
+        """A gradient of the parameter's shape, float32 or float64; it is overwritten afterwards."""
+
+    def layer(self, name: str, e: Sequence[Tensor], a: Sequence[Tensor], ns: Sequence[int]) -> None:
+        """Gradients Σ_r e_r a_rᵀ of a linear layer's weight: e [R, o] and a [R, i] of each."""
+
+    def embedding(self, name: str, e: Sequence[Tensor], tokens: Sequence[Tensor], ns: Sequence[int]) -> None:
+        """Gradients of an embedding: e [R, o] and the rows that they belong to, [R], of each."""
 
 
 @dataclass(slots=True)
@@ -47,21 +59,21 @@ class _Use:
 
 
 class SampleGradients:
-    """Hands the gradients of samples to `take`, for chosen parameters of a model.
+    """Hands the gradients of samples to `taker`, for chosen parameters of a model.
 
     Args:
         model: in evaluation mode, with parameters that require no gradient.
         parameters: by name.
-        take: is called for every parameter and every `chunk` samples.
+        taker: is given those of every parameter, `chunk` samples at a time.
         chunk: samples whose gradients are summed; 0: all of a batch.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Take, chunk: int
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], taker: Taker, chunk: int
     ) -> None:
         self._model = model
         self._uses = {id(p): _Use(name, p) for name, p in parameters.items()}
-        self._take = take
+        self._taker = taker
         self._chunk = chunk
         self._n_samples = 0
         self._capturing = False
@@ -134,23 +146,62 @@ class SampleGradients:
     def _hand_over(self, use: _Use) -> None:
         capturing, self._capturing = self._capturing, False  # modules may run again
         try:
-            n, chunk = self._n_samples, self._chunk or self._n_samples
-            wide = torch.float64 if use.parameter.dtype == torch.float64 else torch.float32
-            buffer = torch.empty(use.parameter.shape, dtype=wide, device=use.parameter.device)
             for call, _, _ in use.arrived:
                 call.check()
-            for start in range(0, n, chunk):
-                stop = min(start + chunk, n)
-                buffer.zero_()
-                for call, local, gradient in use.arrived:
-                    whole = n == 1 or stop - start == n
-                    _add(buffer, call, local, gradient, None if whole else slice(start, stop), n)
-                self._take(use.name, buffer, stop - start)
+            if not self._in_factors(use):
+                self._formed(use)
         except _Unserved as error:
             self.unserved[use.name] = str(error)
         finally:
             self._capturing = capturing
             use.arrived.clear()
+
+    def _parts(self) -> list[slice]:
+        """The samples whose gradients are added, in order."""
+        n, chunk = self._n_samples, self._chunk or self._n_samples
+        return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+
+    def _in_factors(self, use: _Use) -> bool:
+        """Hand over a weight's gradients as factors; False where more than one call of a layer makes them."""
+        if len(use.arrived) != 1 or use.parameter.dtype == torch.float64:
+            return False
+        call, local, e = use.arrived[0]
+        if local != "weight" or not _is_plain_call(call) or not isinstance(call.args[0], Tensor):
+            return False
+        module, x, n = call.module, call.args[0].detach(), self._n_samples
+        if x.dtype == torch.float64 or e.dtype == torch.float64:
+            return False
+        rows = x.shape if _is_plain_embedding(module) else x.shape[:-1]
+        if e.shape[:-1] != rows or (n != 1 and (not rows or rows[0] != n)):
+            return False
+        parts = [slice(None)] if n == 1 else self._parts()
+        counts = [n] if n == 1 else [part.stop - part.start for part in parts]
+        es = [e[part].reshape(-1, e.shape[-1]).contiguous() for part in parts]
+        if type(module) is nn.Linear:
+            inputs = [x[part].reshape(-1, x.shape[-1]).contiguous() for part in parts]
+            self._taker.layer(use.name, es, inputs, counts)
+        elif _is_plain_embedding(module):
+            tokens = [x[part].reshape(-1).long().contiguous() for part in parts]
+            if module.padding_idx is not None:
+                kept = [one != module.padding_idx for one in tokens]
+                es = [one[those] for one, those in zip(es, kept, strict=True)]
+                tokens = [one[those] for one, those in zip(tokens, kept, strict=True)]
+            self._taker.embedding(use.name, es, tokens, counts)
+        else:
+            return False
+        return True
+
+    def _formed(self, use: _Use) -> None:
+        """Hand over gradients that are formed from all calls that use a parameter."""
+        n = self._n_samples
+        wide = torch.float64 if use.parameter.dtype == torch.float64 else torch.float32
+        buffer = torch.empty(use.parameter.shape, dtype=wide, device=use.parameter.device)
+        for part in self._parts():
+            buffer.zero_()
+            whole = n == 1 or part.stop - part.start == n
+            for call, local, gradient in use.arrived:
+                _add(buffer, call, local, gradient, None if whole else part, n)
+            self._taker.gradient(use.name, buffer, part.stop - part.start)
 
 
 def _add(
@@ -161,14 +212,14 @@ def _add(
     if part is not None and gradient.shape[0] != n_samples:
         raise _Unserved(f"{type(module).__name__} has outputs of shape {list(gradient.shape)}")
     e = gradient if part is None else gradient[part]
-    if type(module) is nn.Linear and len(call.args) == 1 and not call.kwargs:
+    if type(module) is nn.Linear and _is_plain_call(call):
         rows = e.reshape(-1, e.shape[-1]).to(buffer.dtype)
         if local == "bias":
             buffer += rows.sum(0)
             return
         a = _part(call.args[0], part, n_samples)
         buffer.addmm_(rows.t(), a.reshape(-1, a.shape[-1]).to(buffer.dtype))
-    elif _is_plain_embedding(module) and len(call.args) == 1 and not call.kwargs:
+    elif _is_plain_embedding(module) and _is_plain_call(call):
         indices = _part(call.args[0], part, n_samples).reshape(-1)
         rows = e.reshape(-1, e.shape[-1]).to(buffer.dtype)
         if module.padding_idx is not None:
@@ -196,6 +247,10 @@ def _by_running_again(call: Call, local: str, e: Tensor, part: slice | None, n_s
 
 class _Unserved(Exception):
     """A parameter whose gradients of single samples cannot be formed."""
+
+
+def _is_plain_call(call: Call) -> bool:
+    return len(call.args) == 1 and not call.kwargs
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:
