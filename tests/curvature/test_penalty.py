@@ -102,6 +102,45 @@ def test_gradient_is_that_of_finite_differences(form: str, accumulate: str, with
         assert float((parameter.grad * direction).sum()) == pytest.approx(numerical, rel=1e-6, abs=1e-9)
 
 
+class Conv1D(nn.Module):
+    """As in GPT-2: the weight is [i, o]."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("form", ["dense", "block", "root"])
+@pytest.mark.parametrize("layer", [nn.Linear(150, 200, bias=False), Conv1D(150, 200)])
+def test_a_gradient_is_added_while_it_is_multiplied(form: str, layer: nn.Module) -> None:
+    """Of a matrix without a bias; no second matrix of its size is there beside X."""
+    x = torch.randn(30, 150, generator=torch.Generator().manual_seed(0))
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        found: Tensor = torch.tanh(model(batch)).square().sum(1)
+        return found
+
+    found = collect(layer, loss, [x], form=form, block=64, rank=16, storage="F64")
+    model = moved(layer)
+    one = read(found, "weight")
+    assert one.a is not None
+    assert one.b is not None
+    exact = deltas(copy.deepcopy(layer).double(), copy.deepcopy(model).double(), one)
+    product = one.b.left(one.a.right(exact))
+    weight = dict(model.named_parameters())["weight"]
+    weight.grad = torch.ones_like(weight)
+    penalty = KroneckerPenalty(found, layer, scale=3.0)
+    with Largest() as made:
+        value = penalty.add_gradients(model)
+    expected = 1.0 + 6.0 * (product.T if one.transposed else product)
+    assert float((weight.grad - expected).norm()) < 1e-6 * float(expected.norm())
+    assert float(value) == pytest.approx(3.0 * float((exact * product).sum()), rel=1e-5)
+    assert sum(torch.Size(shape).numel() == 150 * 200 for shape in made.shapes) <= 1
+
+
 def test_autograd_gives_the_same_gradient() -> None:
     base = network()
     left, right = moved(base), moved(base)

@@ -7,7 +7,7 @@ import torch
 
 from tests.factors.inputs import FORMS, explicit, factor
 from tvfast.errors import ArgumentError, ShapeError
-from tvfast.factors import Blocks, Dense, Root, kron_value, pack, unpack
+from tvfast.factors import Blocks, Dense, Root, add_kron, kron_value, pack, unpack
 
 SIZES = (1, 2, 3, 7, 9)
 
@@ -48,6 +48,9 @@ def test_kron_is_the_explicit_kronecker_product(a: str, b: str, shape: tuple[int
     product, value = kron_value(x, factor(a, i, 4), factor(b, o, 3))
     close(product.reshape(-1), whole @ x.reshape(-1))
     close(value, x.reshape(-1) @ whole @ x.reshape(-1))
+    out = torch.ones(o, i, dtype=torch.float64)
+    close(add_kron(x, factor(a, i, 4), factor(b, o, 3), out, 0.3), value)
+    close(out, 1.0 + 0.3 * product)
 
 
 def test_blocks_of_two_sizes_and_other_dtypes() -> None:

@@ -14,7 +14,7 @@ from tvfast._leaves import Weights, named_tensors, strip_wrappers
 from tvfast.curvature.sharding import Layout, is_sharded, layout_of, product
 from tvfast.curvature.tasks import Tasks, tasks_of
 from tvfast.errors import ArgumentError, ShapeError, StatisticsError
-from tvfast.factors import inner
+from tvfast.factors import add_kron, inner
 from tvfast.factors.records import Curvature, Source
 
 
@@ -57,8 +57,7 @@ class KroneckerPenalty:
         base: θ₀: a module, a state dict; copied. None: the parameters are the task vector themselves.
         scale: multiplies everything; TAK's λ.
         scales: further factors by patterns of parameter names, the first that fits; TAK takes 10 for norms
-        and
-            the class token, 0.1 for the last projection.
+            and the class token, 0.1 for the last projection.
         accumulate: how tasks are added up, see `Tasks`.
         without: a task that does not count.
         dtype: of factors and products: float32, float64 or bfloat16.
@@ -69,9 +68,10 @@ class KroneckerPenalty:
         ArgumentError: an argument out of its range.
 
     Notes:
-        Every factor is in memory in `dtype`, on the device of its parameter. A call takes three matrices of
-        the size of the largest layer; nothing has the size o x o or i x i. With parameters split over ranks
-        see `tvfast.curvature.sharding`: rows stay where they are, and one matrix per layer is gathered.
+        Every factor is in memory in `dtype`, on the device of its parameter. `add_gradients` takes one matrix
+        of the size of the largest layer and panels of 512 columns, or three matrices where A has a column for
+        the bias; nothing has the size o x o or i x i. With parameters split over ranks see
+        `tvfast.curvature.sharding`: rows stay where they are, and one matrix per layer is gathered.
 
     Source: Porrello et al. 2026, arXiv:2602.17385.
     """
@@ -116,8 +116,7 @@ class KroneckerPenalty:
 
         Args:
             model: the module or the mapping of parameters that is trained. Only parameters that require a
-            gradient
-                get one; one without `.grad` gets zeros first.
+                gradient get one; one without `.grad` gets zeros first.
             loss_scale: what the loss was multiplied by, as by a GradScaler whose gradients are still scaled.
 
         Returns:
@@ -134,19 +133,19 @@ class KroneckerPenalty:
         parameters = _parameters(model)
         factor = _factor("loss_scale", loss_scale)
         with torch.no_grad():
-            total: Tensor | None = None
-            for result in self._results(parameters):
-                value = self._value_of(result)
-                total = value if total is None else total + value
-                alpha = 2.0 * self.scale * result.term.scale * factor
-                for name, part, layout in _parts(result):
-                    parameter = parameters[name]
-                    if not parameter.requires_grad:
-                        continue
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    layout.add(parameter.grad, part, alpha)
-        return _no_terms() if total is None else total
+            values = []
+            for term in self._terms:
+                alpha = 2.0 * self.scale * term.scale * factor
+                value = self._fused(term, parameters, alpha)
+                if value is None:
+                    result = self._result(term, parameters)
+                    value = result.value
+                    for name, part, layout in _parts(result):
+                        parameter = parameters[name]
+                        if parameter.requires_grad:
+                            layout.add(_gradient_of(parameter), part, alpha)
+                values.append(value.double() * (self.scale * term.scale))
+        return sum(values[1:], values[0]) if values else _no_terms()
 
     def __call__(self, model: Weights) -> Tensor:
         """The penalty as a term of the loss: float64 [], differentiable once.
@@ -163,6 +162,32 @@ class KroneckerPenalty:
     def _results(self, parameters: Mapping[str, Tensor]) -> Any:
         for term in self._terms:
             yield self._result(term, parameters)
+
+    def _fused(self, term: _Term, parameters: Mapping[str, Tensor], alpha: float) -> Tensor | None:
+        """The value of a matrix without a bias column, its gradient added to `.grad` as it is multiplied.
+
+        Returns:
+            None: P has to be in memory, for a bias, a vector, a parameter that is split or not trained.
+        """
+        curvature = term.curvature
+        a, b = curvature.a, curvature.b
+        if curvature.bias is not None or a is None or b is None:
+            return None
+        weight = self._found(parameters, curvature.parameter, curvature.shape)
+        if is_sharded(weight) or not weight.requires_grad:
+            return None
+        gradient = _gradient_of(weight)
+        if not gradient.is_contiguous():
+            return None
+        x = torch.empty(
+            weight.shape, dtype=torch.promote_types(self._dtype, torch.float32), device=weight.device
+        )
+        x.copy_(weight.detach())
+        if term.weight is not None:
+            x -= term.weight
+        if curvature.transposed:  # (B X A)ᵀ = A Xᵀ B
+            a, b = b, a
+        return add_kron(x.to(self._dtype), a, b, gradient, alpha)
 
     def _result(self, term: _Term, parameters: Mapping[str, Tensor]) -> _Result:
         curvature = term.curvature
@@ -278,6 +303,13 @@ def _parts(result: _Result) -> list[tuple[str, Tensor, Layout]]:
     if curvature.bias is not None and result.bias_layout is not None:
         parts.append((curvature.bias, p[:, curvature.n_in], result.bias_layout))
     return parts
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    """Its `.grad`, zeros if there was none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _parameters(model: Weights) -> dict[str, Tensor]:

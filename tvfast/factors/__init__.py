@@ -6,6 +6,17 @@ Imports torch. Everything here takes and returns tensors; nothing knows of model
 from __future__ import annotations
 
 from tvfast.factors.forms import Blocks, Dense, Diagonal, Factor, Root, pack, unpack
-from tvfast.factors.products import inner, kron_value
+from tvfast.factors.products import add_kron, inner, kron_value
 
-__all__ = ["Blocks", "Dense", "Diagonal", "Factor", "Root", "inner", "kron_value", "pack", "unpack"]
+__all__ = [
+    "Blocks",
+    "Dense",
+    "Diagonal",
+    "Factor",
+    "Root",
+    "add_kron",
+    "inner",
+    "kron_value",
+    "pack",
+    "unpack",
+]

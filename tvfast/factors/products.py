@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,18 +23,27 @@ def kron_value(x: Tensor, a: Factor, b: Factor) -> tuple[Tensor, Tensor]:
         P, [o, i], new, of the dtype of X; the value, of shape [], at least float32.
 
     Notes:
-        Dense factors and blocks are `tvfast.ops.kron`. With roots the cost is 2 S o i per product with one:
-        never a matrix of side o or i. The larger temporary is of X's size.
+        Dense factors, blocks and square roots are `tvfast.ops.kron`; with roots the cost is 2 S o i per
+        product with one, and no matrix has the side o or i twice. The larger temporary is of X's size.
     """
-    fused = x.dtype in (torch.float32, torch.float64) and _one_block(a, b)
-    if fused and isinstance(a, Dense | Blocks) and isinstance(b, Dense | Blocks):
-        block = next((f.block for f in (a, b) if isinstance(f, Blocks)), None)
-        return ops.kron(x, _operand(a), _operand(b), block=block)
-    if isinstance(a, Root) and isinstance(b, Root):
-        narrow = torch.linalg.multi_dot([b.root.T, x, a.root])  # [S_b, S_a]
-        return torch.linalg.multi_dot([b.root, narrow, a.root.T]), inner(narrow, narrow)
+    operands = _operands(x, a, b)
+    if operands is not None:
+        return ops.kron(x, **operands)
     product = b.left(a.right(x))
     return product, inner(x, product)
+
+
+def add_kron(x: Tensor, a: Factor, b: Factor, out: Tensor, scale: float) -> Tensor:
+    """Adds scale · B X A to a contiguous `out` of any float dtype, rounded once; returns <X, B X A>.
+
+    Args and Notes: as `kron_value`, whose product is not in memory as a whole here.
+    """
+    operands = _operands(x, a, b)
+    if operands is not None:
+        return ops.kron(x, **operands, out=out, scale=scale, accumulate=True)[1]
+    product, value = kron_value(x, a, b)
+    out.add_(product, alpha=scale)
+    return value
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
@@ -41,9 +52,19 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return torch.dot(x.to(wide).flatten(), y.to(wide).flatten())
 
 
+def _operands(x: Tensor, a: Factor, b: Factor) -> dict[str, Any] | None:
+    """Factors as arguments of `tvfast.ops.kron`; None where it does not take them."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return None
+    if isinstance(a, Root) and isinstance(b, Root):
+        return {"a": a.root.contiguous(), "b": b.root.contiguous(), "square_root": True}
+    if not isinstance(a, Dense | Blocks) or not isinstance(b, Dense | Blocks):
+        return None
+    blocks = {factor.block for factor in (a, b) if isinstance(factor, Blocks)}
+    if len(blocks) > 1:
+        return None
+    return {"a": _operand(a), "b": _operand(b), "block": next(iter(blocks), None)}
+
+
 def _operand(factor: Dense | Blocks) -> Tensor | list[Tensor]:
-    return factor.matrix if isinstance(factor, Dense) else factor.blocks()
-
-
-def _one_block(a: Factor, b: Factor) -> bool:
-    return not (isinstance(a, Blocks) and isinstance(b, Blocks) and a.block != b.block)
+    return factor.matrix.contiguous() if isinstance(factor, Dense) else factor.blocks()

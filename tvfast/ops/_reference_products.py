@@ -104,8 +104,7 @@ class ReferenceProducts:
         return total.value()
 
     def _write(self, out: Tensor, product: Tensor, scale: float, accumulate: bool) -> None:
-        share = torch.tensor(scale, dtype=torch.float32).to(self.dtype)
-        result = product.to(self.dtype) * share
+        result = product.to(self.dtype) * torch.tensor(scale, dtype=self.dtype)
         result = out.to(self.dtype) + result if accumulate else result
         rounded = torch.empty(result.shape, dtype=out.dtype, device=out.device)
         stages.write(rounded.view(-1), result.reshape(-1))
