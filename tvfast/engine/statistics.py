@@ -11,7 +11,7 @@ from tvfast.engine.tasks import TensorWork
 from tvfast.errors import RecipeError, StatisticsError
 from tvfast.methods import METHODS, ProgramMethod, TensorMethod
 from tvfast.recipe import Recipe, Source
-from tvfast.statistics import StatisticsFile
+from tvfast.statistics import StatisticsFile, StoredForm
 
 
 class ModelStatistics:
@@ -56,13 +56,15 @@ class ModelStatistics:
             self._averaged[instead[1]].append(row.name)
             return None, instead[0]
         records = tuple(record for record in found if record is not None)
-        n_bytes = 0
+        n_bytes = n_entries = 0
         for file, parameter, kind in records:
             entry = file.entry(parameter, kind, shape)
-            n_bytes += sum(file.place(parameter, kind, role).n_bytes for role in entry.roles)
             for role in entry.roles:
                 file.divisor(parameter, kind, role)
-        scratch = method.scratch_bytes(shape, len(operands), n_bytes)
+                n_bytes += file.place(parameter, kind, role).n_bytes
+                where = f"{file.path}: parameter {parameter!r}"
+                n_entries += StoredForm.of(entry.options, role, where).n_entries
+        scratch = n_bytes + method.scratch_bytes(shape, len(operands), n_entries)
         return TensorWork(method, records, n_bytes, scratch), None
 
     def notes(self) -> Iterator[str]:
@@ -86,16 +88,14 @@ class ModelStatistics:
             raise RecipeError(
                 f"{self._recipe.where}: {source.place} ({source.model}) has no stats; method "
                 f"{self._recipe.method!r} needs a statistics file that holds {kinds} of every model. Make "
-                "it with "
-                "tvfast.curvature.collect and name it as `stats:` of the model."
+                "it with tvfast.curvature.collect and name it as `stats:` of the model."
             )
         file = self._files[source.stats]
         names = [parameter for kind in self._kinds for parameter in file.parameters(kind)]
         if not names:
             raise StatisticsError(
                 f"{file.path}: holds {', '.join(file.kinds) or 'nothing'}; method {self._recipe.method!r} "
-                "reads "
-                f"{kinds}. Collect them, or name another file."
+                f"reads {kinds}. Collect them, or name another file."
             )
         unknown = [name for name in names if name not in checkpoint.tensors]
         if unknown:

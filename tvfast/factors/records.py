@@ -20,6 +20,7 @@ from tvfast.statistics import (
     Shared,
     StatisticsFile,
     StatisticsWriter,
+    StoredForm,
     open_statistics,
 )
 from tvfast.statistics.tensors import check_finite, tensor_of
@@ -230,18 +231,20 @@ def _factor(record: Record, role: str, place: str, dtype: torch.dtype) -> Factor
         )
     sums = tensor_of(array, dtype)
     check_finite(sums, f"{place}: {role}")
-    said: Mapping[str, Any] = record.options[role]
-    size, block = int(said["size"]), int(said.get("block", 0))
-    match said["form"]:
+    form = StoredForm.of(record.options, role, place)
+    if not form.holds(array.shape):
+        raise StatisticsError(
+            f"{place}: {role} has shape {list(array.shape)}, which holds no {form.name} matrix of side "
+            f"{form.size}. The file is damaged; collect it again."
+        )
+    match form.name:
         case "dense":
-            return Dense(unpack(sums, size).div_(count))
+            return Dense(unpack(sums, form.size).div_(count))
         case "diagonal":
             return Diagonal(sums.div_(count))
         case "block":
-            return _blocks(sums.div_(count), size, block)
-        case "root":
-            return Root(sums.div_(count**0.5))
-    raise StatisticsError(f"{place}: {role} has the form {said['form']!r}, which this release does not know.")
+            return _blocks(sums.div_(count), form.size, form.block)
+    return Root(sums.div_(count**0.5))
 
 
 def _blocks(packed: Tensor, size: int, block: int) -> Blocks:

@@ -374,11 +374,11 @@ class TensorMethod(Method):
         """
 
     @abstractmethod
-    def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
-        """Memory that merging one tensor takes beside its inputs and its result, at most.
+    def scratch_bytes(self, shape: Sequence[int], n_models: int, n_entries: int) -> int:
+        """Memory that merging one tensor takes beside its inputs, its records and its result, at most.
 
         Args:
-            record_bytes: of all models' records of it.
+            n_entries: of all models' factors of it, as matrices.
         """
 
 

@@ -6,6 +6,7 @@ vector, from statistics of each model. What has no factors is averaged, and repo
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,9 +49,8 @@ class _Curved(TensorMethod):
             given = self.weights if isinstance(self.weights, tuple) else (self.weights,)
             if any(weight < 0 for weight in given) or not any(given):
                 raise ArgumentError(
-                    f"method {self.info.name!r}: weights are {self.weights}; expected numbers of 0 or "
-                    "more, one of "
-                    "them positive."
+                    f"method {self.info.name!r}: weights are {self.weights}; expected numbers of 0 or more, "
+                    "one of them positive."
                 )
 
     def _check_count(self, name: str) -> None:
@@ -89,12 +89,11 @@ class _Curved(TensorMethod):
     def _average(self, n_models: int) -> ProgramMethod:
         return Linear(weights=self.per_model("weights", n_models), scale=self.scale)
 
-    def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
-        """Records as bytes and as squares, their sum and Cholesky factor in float64, and float32 copies."""
-        n_elements = 1
-        for size in shape:
-            n_elements *= size
-        return 8 * record_bytes + 4 * n_elements * (n_models + 12)
+    def scratch_bytes(self, shape: Sequence[int], n_models: int, n_entries: int) -> int:
+        """Factors as float32 squares, as the equations take them, and in float64 should that be needed; ten
+        of one model's besides: their sum, its Cholesky factor and its eigenvectors; copies of the tensor."""
+        n_elements = math.prod(shape)
+        return 4 * (5 * n_entries + 10 * n_entries // n_models + n_elements * (n_models + 12))
 
 
 def _coefficients(method: _Curved, job: TensorJob) -> tuple[float, ...]:
@@ -249,8 +248,7 @@ def _needed(factor: T | None, job: TensorJob) -> T:
     if factor is None:
         raise ArgumentError(
             f"tensor {job.name!r}: a model's statistics have no such factor, another's have; expected "
-            "statistics of "
-            "one convention. Collect all models alike."
+            "statistics of one convention. Collect all models alike."
         )
     return factor
 

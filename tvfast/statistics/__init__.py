@@ -6,6 +6,7 @@ sums into tensors and back.
 
 from __future__ import annotations
 
+from tvfast.statistics.forms import StoredForm
 from tvfast.statistics.merging import merge_statistics
 from tvfast.statistics.reading import StatisticsFile, open_statistics
 from tvfast.statistics.records import (
@@ -31,6 +32,7 @@ __all__ = [
     "Shared",
     "StatisticsFile",
     "StatisticsWriter",
+    "StoredForm",
     "Summary",
     "merge_statistics",
     "open_statistics",
