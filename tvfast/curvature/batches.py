@@ -46,9 +46,8 @@ class Batches:
         """Raise if more than one pass is needed over what can be iterated once."""
         if self._once and n_groups > 1:
             raise ArgumentError(
-                f"batches is an iterator, and memory= asks for {n_groups} passes over the data; expected "
-                "a list, a "
-                "loader, or a function that returns an iterator."
+                f"batches is an iterator, and memory= asks for {n_groups} passes over the data; expected a "
+                "list, a loader, or a function that returns an iterator."
             )
 
     def again(self, *, skip: int) -> Iterator[Any]:
@@ -66,8 +65,7 @@ def n_samples_of(batch: Any) -> int:
     if found is None or not found.shape[0]:
         raise ArgumentError(
             f"a batch is a {type(batch).__name__} without a tensor of at least one sample; expected a "
-            "tensor, or "
-            "a mapping or sequence that begins with one."
+            "tensor, or a mapping or sequence that begins with one."
         )
     return found.shape[0]
 

@@ -86,11 +86,9 @@ def collect(
             diagonal A, how often each row was looked up.
         layers, exclude: patterns of weight names, as "*.mlp.*"; layers None: all but the output head.
         vectors: names of parameters, such as a class token, whose gradient is taken sample by sample: one
-        more
-            backward pass each.
+            more backward pass each.
         mask: of real tokens, [N, R]: the entry of a batch that is a mapping, or a function of a batch;
-        several
-            where lengths differ. Others enter nothing.
+            several where lengths differ. Others enter nothing.
         batch_first: whether activations are [N, R, n]; False where they are [R, N, n].
         share: layers with the very same input tensor, as q, k and v, have one A, stored once.
         memory: bound of the memory for sums, bytes; None: all layers in one pass.
@@ -102,7 +100,7 @@ def collect(
         checkpoint_every: batches between two states on disk, beside `path`; 0: none.
         resume: continue from such a state if there is one.
         progress: is called with the number of batches done and planned, over all groups; 0 planned: not
-        known.
+            known.
 
     Returns:
         The statistics: a mapping from parameter names to `Curvature`; `left_out` says what has none, and why.
@@ -124,9 +122,8 @@ def collect(
     probe = loss_fn_or_probe if isinstance(loss_fn_or_probe, Probe) else None
     if probe is None and not callable(loss_fn_or_probe):
         raise ArgumentError(
-            f"loss_fn_or_probe is a {type(loss_fn_or_probe).__name__}; expected a function (model, batch) "
-            "-> losses "
-            "[N], or a probe such as tvfast.curvature.Gaussian."
+            f"loss_fn_or_probe is a {type(loss_fn_or_probe).__name__}; expected a function (model, batch) -> "
+            "losses [N], or a probe such as tvfast.curvature.Gaussian."
         )
     run = _Collection(
         model=model,
@@ -300,7 +297,7 @@ class _Collection:
         replaced = None
         if not output.requires_grad:
             # Where no parameter before it has a gradient, the graph begins here. A clone, so that what
-            # follows # may change it in place.
+            # follows may change it in place.
             output = replaced = output.detach().requires_grad_().clone()
 
         def on_backward(gradient: Tensor) -> None:
@@ -341,8 +338,7 @@ class _Collection:
         if f.shape[0] != self.step.n_samples:
             raise ArgumentError(
                 f"the outputs have shape {list(f.shape)} for a batch of {self.step.n_samples} samples; "
-                "expected "
-                "one row per sample. Return losses or features of each sample, not their mean."
+                "expected one row per sample. Return losses or features of each sample, not their mean."
             )
         if not f.requires_grad:
             raise ArgumentError(
@@ -351,9 +347,8 @@ class _Collection:
             )
         if not bool(torch.isfinite(f.detach()).all()):
             raise StatisticsError(
-                f"samples {self.step.first} to {self.step.first + self.step.n_samples - 1}: the outputs "
-                "hold NaN "
-                "or infinity; expected finite ones. Look at the data, or run the model in float32."
+                f"samples {self.step.first} to {self.step.first + self.step.n_samples - 1}: the outputs hold "
+                "NaN or infinity; expected finite ones. Look at the data, or run the model in float32."
             )
         for number, direction in enumerate(found.directions):
             self.step.probe = number

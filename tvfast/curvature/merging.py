@@ -46,8 +46,7 @@ def merge(
         method: one of the four.
         weights: w_k; 1 by default.
         report: lines are appended on what was averaged for want of factors, and on ill-conditioned layers.
-        None:
-            matrices without factors give a warning.
+            None: matrices without factors give a warning.
         batches: "regmean_pp": calibration data of each model, to be iterated several times.
         run: "regmean_pp": runs a module on a batch; None: `model(batch)`, or `model(**batch)` for mappings.
         **parameters: `shrink`, and for "mats" and "kfac" `iterations`, `tolerance`, `ridge`; see

@@ -172,7 +172,6 @@ class Checkpoint:
         )
         if not same or document.state.get("settings") != dict(self.settings.said):
             raise StatisticsError(
-                f"{found.path}: is the state of a collection with another model, data or settings; "
-                "expected this "
-                "one's. Remove it to begin anew, or call with the same arguments."
+                f"{found.path}: is the state of a collection with another model, data or settings; expected "
+                "this one's. Remove it to begin anew, or call with the same arguments."
             )

@@ -63,8 +63,7 @@ def regmean_pp(
         weights: w_k.
         shrink: of the off-diagonals.
         blocks: patterns of module names, as "model.layers.*"; the outermost that fit count. None: every
-        linear
-            layer is a block of its own.
+            linear layer is a block of its own.
         layers, exclude: patterns of weight names, as in `collect`.
         report: lines on ill-conditioned layers and on what was averaged are appended.
 

@@ -225,9 +225,9 @@ class Tracker:
         needs_samples = self.convention.a_over_tokens or self.convention.b_over_tokens
         if tokens.sample is None and needs_samples:
             raise ArgumentError(
-                f"{self.name}: got {len(tokens.rows)} rows for {self.step.n_samples} samples, so the "
-                "tokens of a "
-                "sample are not known; expected a multiple. Use convention='mats', or exclude the layer."
+                f"{self.name}: got {len(tokens.rows)} rows for {self.step.n_samples} samples, so the tokens "
+                "of a sample are not known; expected a multiple. Use convention='mats', or exclude the "
+                "layer."
             )
         return tokens
 

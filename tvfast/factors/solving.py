@@ -38,8 +38,8 @@ def solve(matrix: Factor, rhs: Tensor, where: str) -> Solved:
 
     Rows and columns of zeros, inputs that were never active, leave X zero there. Where Cholesky does not
     succeed to the accuracy of the dtype, it is done in float64, and where S is singular to the accuracy of
-    its
-    own dtype, a multiple of the identity is added: the smallest of `RIDGES` times the mean of its diagonal.
+    its own dtype, a multiple of the identity is added: the smallest of `RIDGES` times the mean of its
+    diagonal.
 
     Args:
         matrix: S, of side n.
@@ -107,8 +107,7 @@ def _solve_dense(matrix: Tensor, rhs: Tensor, where: str) -> Solved:
     raise SolveError(
         f"{where}: the matrix of side {matrix.shape[0]} is singular or indefinite (reciprocal condition "
         f"{best:.0e}) even with a ridge of {RIDGES[-1]:g} of its mean diagonal; expected second moments, "
-        "which "
-        "are positive semidefinite. Collect on more data, or set shrink below 1."
+        "which are positive semidefinite. Collect on more data, or set shrink below 1."
     )
 
 
@@ -145,9 +144,8 @@ def _attempt(matrix: Tensor, rhs: Tensor, ridge: float, eps: float) -> _Attempt:
 
 def _zero(where: str) -> SolveError:
     return SolveError(
-        f"{where}: the matrix is zero: nothing ever reached this layer; expected at least one input that "
-        "is not "
-        "zero. Collect on other data, or leave the layer out of the statistics."
+        f"{where}: the matrix is zero: nothing ever reached this layer; expected at least one input that is "
+        "not zero. Collect on other data, or leave the layer out of the statistics."
     )
 
 
