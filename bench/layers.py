@@ -1,4 +1,4 @@
-"""Rows of `score` and `kron`: one linear layer, and what torch needs for the same."""
+"""Rows of `score`, `kron`, the penalty and MaTS: one linear layer, and what torch needs for the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.buffers import SEED, Buffers
 from tvfast import ops
+from tvfast.curvature import Curvature, KroneckerPenalty
+from tvfast.factors import Dense
+from tvfast.factors.merges import mats
 
 Run = Callable[[], object]
 
@@ -20,6 +23,8 @@ N_TOKENS = 128
 BLOCK = 64
 _SAMPLES_AT_ONCE = 8  # of the per-sample gradients that the baseline holds
 _PENALTY = 0.1
+_MERGED_SIDE = 1024
+_MERGED_ITERATIONS = 100  # of the authors' solver, which has no preconditioner
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,17 @@ def gemm_of_as_many_operations(buffers: Buffers, n_threads: int) -> Run:
     return lambda: torch.mm(left, right, out=out)
 
 
+def penalty_of_module(buffers: Buffers, n_threads: int) -> Run:
+    """`KroneckerPenalty.add_gradients`: the value, and the gradient added to `.grad`."""
+    layer = Layer.of(buffers)
+    base, model = (nn.Linear(layer.side, layer.side, bias=False) for _ in range(2))
+    a, b = (Dense(layer.second_moment(seed)) for seed in (4, 5))
+    one = Curvature("weight", tuple(base.weight.shape), a, b, None, None, False, 1.0)
+    found = KroneckerPenalty({"weight": one}, base, scale=_PENALTY)
+    model.weight.grad = torch.zeros_like(model.weight)
+    return lambda: found.add_gradients(model)
+
+
 def penalty(buffers: Buffers, n_threads: int) -> Run:
     """Value and gradient of the penalty, the gradient added to a bfloat16 one."""
     layer = Layer.of(buffers)
@@ -146,5 +162,63 @@ def penalty_by_autograd(buffers: Buffers, n_threads: int) -> Run:
     def run() -> None:
         x.grad = None
         (_PENALTY * torch.trace(b @ x @ a @ x.T)).backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """Two models of a layer with the factors of each, eigenvalues falling as 1 / k."""
+
+    weights: list[Tensor]
+    a: list[Dense]
+    b: list[Dense]
+
+    @classmethod
+    def of(cls, buffers: Buffers) -> _Merged:
+        layer = Layer.of(buffers)
+        side = min(layer.side, _MERGED_SIDE)
+
+        def moment(seed: int) -> Dense:
+            turned = torch.linalg.qr(layer.normal(side, side, seed=seed))[0]
+            rows = layer.normal(2 * side, side, seed=seed + 100) @ (
+                turned * torch.arange(1.0, side + 1).rsqrt()[:, None]
+            )
+            return Dense(rows.T @ rows / len(rows))
+
+        weights = [layer.normal(side, side, seed=seed) for seed in (10, 11)]
+        return cls(weights, [moment(12), moment(13)], [moment(14), moment(15)])
+
+
+def mats_layer(buffers: Buffers, n_threads: int) -> Run:
+    """MaTS of two models, to a residual of 1e-5."""
+    given = _Merged.of(buffers)
+    start = (given.weights[0] + given.weights[1]) / 2
+    return lambda: mats(given.weights, given.a, given.b, start=start, coefficients=[1.0, 1.0])
+
+
+def mats_without_preconditioner(buffers: Buffers, n_threads: int) -> Run:
+    """The authors' way: so many conjugate gradients from the mean, whatever the residual."""
+    given = _Merged.of(buffers)
+    pairs = list(zip(given.a, given.b, strict=True))
+
+    def apply(x: Tensor) -> Tensor:
+        return sum((b.matrix @ (x @ a.matrix) for a, b in pairs), torch.zeros_like(x))
+
+    def run() -> Tensor:
+        x = (given.weights[0] + given.weights[1]) / 2
+        residual = sum(
+            (b.matrix @ ((w - x) @ a.matrix) for w, (a, b) in zip(given.weights, pairs, strict=True)),
+            torch.zeros_like(x),
+        )
+        direction, squares = residual.clone(), (residual * residual).sum()
+        for _ in range(_MERGED_ITERATIONS):
+            product = apply(direction)
+            step = squares / (direction * product).sum()
+            x = x + step * direction
+            residual = residual - step * product
+            renewed = (residual * residual).sum()
+            direction, squares = residual + renewed / squares * direction, renewed
+        return x
 
     return run

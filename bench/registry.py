@@ -219,22 +219,30 @@ VMAP = "torch.func.vmap, per-sample gradients"
 BLOCK_GEMM = "torch sgemm of as many operations"
 TWO_GEMMS = "torch, two sgemms"
 AUTOGRAD = "torch autograd of trace(B X A X')"
+PLAIN_GRADIENTS = "torch, 100 conjugate gradients"
 
 
 def layer_rows() -> Iterator[Row]:
-    """A layer of 4096 x 4096: 64 samples of 128 tokens, blocks of 64, dense factors."""
+    """A layer of 4096 x 4096: 64 samples of 128 tokens, blocks of 64, dense factors; MaTS of 1024 x 1024."""
     yield Row("score", "score", layers.score_elementwise, Traffic(2, 1), goals=(Goal(LIMIT, 0),), rounds=9)
     goals = (Goal(SAMPLE_GEMMS, 1 / 1.5), Goal(VMAP, 3))
     yield Row("score layer", "score", layers.score_layer, None, goals, rounds=3)
     yield Row("kron, blocks of 64", "kron", layers.kron_blocks, None, (Goal(BLOCK_GEMM, 0.6),), rounds=9)
     goals = (Goal(TWO_GEMMS, 1 / 1.25), Goal(AUTOGRAD, 2.5))
     yield Row("kron, penalty", "kron", layers.penalty, None, goals, rounds=3, single_thread=True)
+    goals = (Goal(TWO_GEMMS, 1 / 1.25), Goal(AUTOGRAD, 2.5))
+    yield Row("penalty", "curvature", layers.penalty_of_module, None, goals, rounds=3, single_thread=True)
+    yield Row(
+        "mats, two models", "curvature", layers.mats_layer, None, (Goal(PLAIN_GRADIENTS, 3),), rounds=3,
+        single_thread=True,
+    )  # fmt: skip
     baseline: dict[str, Any] = {"op": "baseline", "traffic": None, "single_thread": True}
     yield Row(SAMPLE_GEMMS, make=layers.sample_gemms, rounds=3, **baseline)
     yield Row(VMAP, make=layers.vmapped_gradients, rounds=2, **baseline)
     yield Row(BLOCK_GEMM, make=layers.gemm_of_as_many_operations, rounds=9, **baseline)
     yield Row(TWO_GEMMS, make=layers.two_gemms, rounds=3, **baseline)
     yield Row(AUTOGRAD, make=layers.penalty_by_autograd, rounds=2, **baseline)
+    yield Row(PLAIN_GRADIENTS, make=layers.mats_without_preconditioner, rounds=2, **baseline)
 
 
 TA_FLOAT32 = "torch task arithmetic, float32"
@@ -366,6 +374,7 @@ GATES: dict[str, tuple[str, ...]] = {
     "compare": (*_MEASURE, "tests/methods/test_compare.py"),
     "score": ("tests/ops/test_scores.py",),
     "kron": ("tests/ops/test_kron.py",),
+    "curvature": ("tests/curvature/test_penalty.py", "tests/factors"),
     "live": (*_COMBINE, "tests/live"),
     "memory": (*_METHODS, "tests/methods/test_merge_api.py"),
 }

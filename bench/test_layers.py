@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-OPS_HERE = ("score", "kron")
+OPS_HERE = ("score", "kron", "curvature")
 
 
 def test_layers(time_it: Callable[[], None]) -> None:
