@@ -210,10 +210,10 @@ def test_zero_and_indefinite_factors_are_named() -> None:
 
 
 def test_iterations_that_end_first_are_noted() -> None:
-    a = [Dense(moment(12, k, rank=13)) for k in range(2)]
-    b = [Dense(moment(10, k + 5, rank=11)) for k in range(2)]
+    a = [Dense(moment(12, k, rank=13)) for k in range(3)]
+    b = [Dense(moment(10, k + 5, rank=11)) for k in range(3)]
     rhs = torch.randn(10, 12, dtype=torch.float64)
-    system = KroneckerSum(a, b, (1.0, 1.0))
+    system = KroneckerSum(a, b, WEIGHTS)
     short = conjugate_gradients(system, rhs, "layer", iterations=2)
     assert "after 2 iterations" in short.note
     whole = conjugate_gradients(system, rhs, "layer", iterations=2000)
@@ -228,6 +228,18 @@ def test_preconditioned_iterations_are_fewer_than_plain_ones() -> None:
     b = [Dense(moment(12, k + 5, rank=400) * scale * scale[:, None]) for k in range(3)]
     rhs = torch.randn(12, 12, dtype=torch.float64)
     assert conjugate_gradients(KroneckerSum(a, b, WEIGHTS), rhs, "layer", iterations=40).residual < 1e-9
+
+
+@pytest.mark.parametrize("forms", [("dense", "dense"), ("block", "dense"), ("diagonal", "root")])
+def test_two_models_take_a_few_iterations(forms: tuple[str, str]) -> None:
+    """However different they are: both are diagonal in one basis, but for the damping."""
+    a = [factor(forms[0], 11, k) for k in range(2)]
+    b = [factor(forms[1], 9, k + 5) for k in range(2)]
+    rhs = torch.randn(9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for coefficients in ((1.0, 1.0), (1.0, 0.01)):
+        solved = conjugate_gradients(KroneckerSum(a, b, coefficients), rhs, "layer", iterations=6)
+        assert solved.residual < 1e-9
+        assert solved.note == ""
 
 
 def test_factors_of_another_model_are_refused() -> None:

@@ -64,9 +64,10 @@ def mats(
     ridge: float = 0.0,
     iterations: int = 100,
     tolerance: float | None = None,
+    preconditioned: bool = True,
     where: str = "layer",
 ) -> Solved:
-    """W* with Σ_m c_m B_m (W* - W_m) A_m + ρ (W* - start) = 0, by preconditioned conjugate gradients.
+    """W* with Σ_m c_m B_m (W* - W_m) A_m + ρ (W* - start) = 0, by conjugate gradients.
 
     Args:
         weights: W_m, [o, i].
@@ -75,7 +76,7 @@ def mats(
         coefficients: c_m.
         shrink: of the off-diagonals of A_m and B_m.
         ridge: ρ, in mean eigenvalues of Σ_m c_m B_m (x) A_m.
-        iterations, tolerance: see `conjugate_gradients`.
+        iterations, tolerance, preconditioned: see `conjugate_gradients`.
         where: the layer, for messages.
 
     Raises:
@@ -90,7 +91,8 @@ def mats(
     base = start.to(dtype)
     left = [None if f is None else _prepared(f, shrink, dtype) for f in b]
     right = [_prepared(f, shrink, dtype) for f in a]
-    return _mats(weights, right, left, base, coefficients, ridge, iterations, tolerance, where)
+    system = _system(right, left, base, coefficients, ridge)
+    return _mats(system, weights, base, where, iterations, tolerance, preconditioned)
 
 
 def mats_batch(
@@ -104,6 +106,7 @@ def mats_batch(
     ridge: float = 0.0,
     iterations: int = 100,
     tolerance: float | None = None,
+    preconditioned: bool = True,
     where: str = "layers",
 ) -> Solved:
     """`mats` of several layers of one shape at once; the result is [L, o, i].
@@ -120,7 +123,8 @@ def mats_batch(
     right_batch = [stacked([_prepared(f, shrink, dtype) for f in fs]) for fs in zip(*a, strict=True)]
     left_batch = [stacked([_prepared(f, shrink, dtype) for f in fs]) for fs in zip(*b, strict=True)]
     base = torch.stack([start.to(dtype) for start in starts])
-    return _mats(models, right_batch, left_batch, base, coefficients, ridge, iterations, tolerance, where)
+    system = _system(right_batch, left_batch, base, coefficients, ridge)
+    return _mats(system, models, base, where, iterations, tolerance, preconditioned)
 
 
 def vector(
@@ -159,21 +163,30 @@ def vector(
     return Solved(solved.x.add_(base), solved.residual, solved.note)
 
 
-def _mats(
-    weights: Sequence[Tensor],
+def _system(
     a: Sequence[Factor],
     b: Sequence[Factor | None],
     base: Tensor,
     coefficients: Sequence[float],
     ridge: float,
+) -> KroneckerSum:
+    """The operator, with ρ in units of its mean eigenvalue."""
+    system = KroneckerSum(a, b, coefficients)
+    if not ridge:
+        return system
+    rho = ridge * system.mean_curvature(base.shape[-2])
+    return KroneckerSum(a, b, coefficients, rho.reshape(-1, 1, 1) if base.dim() == 3 else float(rho))
+
+
+def _mats(
+    system: KroneckerSum,
+    weights: Sequence[Tensor],
+    base: Tensor,
+    where: str,
     iterations: int,
     tolerance: float | None,
-    where: str,
+    preconditioned: bool,
 ) -> Solved:
-    system = KroneckerSum(a, b, coefficients)
-    if ridge:
-        rho = ridge * system.mean_curvature(base.shape[-2])
-        system = KroneckerSum(a, b, coefficients, rho.reshape(-1, 1, 1) if base.dim() == 3 else float(rho))
     deltas = [weight.to(base.dtype) - base for weight in weights]
     solved = conjugate_gradients(
         system,
@@ -181,6 +194,7 @@ def _mats(
         where,
         iterations=iterations,
         tolerance=tolerance,
+        preconditioned=preconditioned,
         exact=lambda wide: wide.apply_each([delta.double() for delta in deltas]),
     )
     return Solved(solved.x.add_(base), solved.residual, solved.note)

@@ -152,12 +152,14 @@ class _Solved(_Curved):
     shrink: float = parameter(1.0, "multiplies the off-diagonals of A_k and B_k; 1 is none; in [0, 1]")
     iterations: int = parameter(100, "of conjugate gradients, at most")
     tolerance: float = parameter(1e-5, "relative residual at which they stop")
+    preconditioned: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_fractions("shrink")
         self._check_count("iterations")
         self._check_at_least_0("tolerance")
+        self._check_flag("preconditioned")
 
     @property
     def _ridge(self) -> float:
@@ -184,7 +186,11 @@ class _Solved(_Curved):
             ]
             where = f"tensor {some[0].name!r}" + (f" and {len(some) - 1} like it" if len(some) > 1 else "")
             common = {"coefficients": c, "shrink": self.shrink, "ridge": self._ridge, "where": where}
-            limits = {"iterations": self.iterations, "tolerance": self.tolerance}
+            limits = {
+                "iterations": self.iterations,
+                "tolerance": self.tolerance,
+                "preconditioned": self.preconditioned,
+            }
             if first.block is not None:
                 blocks = [_needed(one.block, some[0]) for one in curvature[0]]
                 solved = vector(weights[0], blocks, start=starts[0], **common)  # type: ignore[arg-type]
@@ -210,12 +216,17 @@ class _Solved(_Curved):
 class Mats(_Solved):
     """θ = λ W, Σ_k w_k B_k W A_k = Σ_k w_k B_k W_k A_k, by conjugate gradients from the mean."""
 
+    preconditioned: bool = parameter(
+        False, "solve to the tolerance; False: as its authors, who leave what little curvature says"
+    )
+
 
 @register_method("kfac", source="MaTS (arXiv:2312.04339) with a ridge, which is ours", dialects=("paper",))
 @dataclass(frozen=True, kw_only=True)
 class Kfac(_Solved):
     """θ = θ₀ + λ (W - θ₀), Σ_k w_k B_k (W - W_k) A_k + ρ (W - θ₀) = 0: MaTS, ridge towards the base."""
 
+    preconditioned: bool = parameter(True, "False: plain conjugate gradients")
     ridge: float = parameter(0.01, "ρ, in mean eigenvalues of Σ_k w_k B_k (x) A_k; 0 or more")
 
     def __post_init__(self) -> None:
