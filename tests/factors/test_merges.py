@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -240,6 +242,23 @@ def test_two_models_take_a_few_iterations(forms: tuple[str, str]) -> None:
         solved = conjugate_gradients(KroneckerSum(a, b, coefficients), rhs, "layer", iterations=6)
         assert solved.residual < 1e-9
         assert solved.note == ""
+
+
+def test_plain_iterations_leave_small_curvature_at_the_start() -> None:
+    """As MaTS of its authors does; with the preconditioner the equations are solved there, too."""
+    found = [w[:1] for w in models(2, 8)[:2]]
+    small = 1e-6 * torch.arange(1.0, 8.0, dtype=torch.float64)
+    large = torch.ones(1, dtype=torch.float64)
+    a = [Dense(torch.diag(torch.cat(one))) for one in ((large, small), (3.0 * large, small.flip(0)))]
+    start = (found[0] + found[1]) / 2
+    exact = (found[0] @ a[0].matrix + found[1] @ a[1].matrix) / (a[0].diagonal() + a[1].diagonal())
+    common: dict[str, Any] = {"start": start, "coefficients": (1.0, 1.0), "iterations": 6, "tolerance": 1e-9}
+    plain = mats(found, a, [None, None], preconditioned=False, **(common | {"tolerance": 1e-5}))
+    torch.testing.assert_close(plain.x[:, :1], exact[:, :1])
+    moved, far = (float((x - start)[:, 1:].norm()) for x in (plain.x, exact))
+    assert moved < 1e-3 * far
+    assert plain.note == ""
+    torch.testing.assert_close(mats(found, a, [None, None], **common).x, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_factors_of_another_model_are_refused() -> None:

@@ -252,9 +252,9 @@ def conjugate_gradients(
         tolerance: on |residual| / |R| of each matrix; None: 1e-5 in float32, 1e-10 in float64.
 
     Returns:
-        Of a batch the largest residual. A note where iterations ended first, or where float32 lost its way,
-        which the residual itself tells from what the iteration believes: then all but the preconditioner is
-        done again in float64.
+        Of a batch the largest residual. A note where preconditioned iterations ended first, or where float32
+        lost its way, which the residual itself tells from what the iteration believes: then all but the
+        preconditioner is done again in float64.
 
     Raises:
         SolveError: the operator is indefinite, or something is not finite.
@@ -289,7 +289,7 @@ def conjugate_gradients(
             f"{steps} iterations); expected positive semidefinite factors. Collect the statistics again, or "
             "add a ridge."
         )
-    if worst > 10 * tolerance:
+    if worst > 10 * tolerance and preconditioned:  # plain ones are meant to end first
         note += f"{', ' * bool(note)}residual {worst:.0e} after {steps} iterations"
     return Solved(x, worst, note)
 
