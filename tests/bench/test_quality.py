@@ -1,0 +1,132 @@
+"""The quality experiment in short: every row runs, its figures mean what the tables say, a file comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.quality import __main__ as command
+from bench.quality import report
+from bench.quality.digits import Digits
+from bench.quality.experiment import PENALTY, PLAIN, TANGENT, TANGENT_PENALTY, run
+from bench.quality.merges import ARITHMETIC, AVERAGE, MERGES, NEGATIONS
+from bench.quality.training import Tangent, accuracy
+
+
+class Short(Digits):
+    scales = (0.5, 1.0, 2.0)
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, steps=30)
+
+
+# torch's own, where a derivative in forward mode is taken for the first time
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def seeds() -> list[dict[str, Any]]:
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    return [run(Short(1), 1)]
+
+
+def test_every_row_is_there(seeds: list[dict[str, Any]]) -> None:
+    (found,) = seeds
+    assert list(found["regimes"]) == [PLAIN, PENALTY, TANGENT, TANGENT_PENALTY]
+    for regime, result in found["regimes"].items():
+        whole = regime in (PLAIN, PENALTY)
+        assert list(result["merges"]) == ([row.name for row in MERGES] if whole else [ARITHMETIC])
+        assert list(result["negations"]) == ([row.name for row in NEGATIONS] if whole else [ARITHMETIC])
+        for curves in result["merges"].values():
+            assert len(curves["test"]) == len(curves["validation"]) == 3
+            assert all(0.0 <= value <= 100.0 for value in curves["test"])
+
+
+def test_fine_tuning_and_merging_help(seeds: list[dict[str, Any]]) -> None:
+    base = report.over(seeds, lambda seed: sum(seed["base"]) / len(seed["base"])).mean
+    for regime in (PLAIN, PENALTY, TANGENT):
+        assert report.over(seeds, report.experts(regime)).mean > base + 3.0
+    for row in (AVERAGE, ARITHMETIC, "RegMean", "MaTS", "Fisher, exact"):
+        assert report.over(seeds, report.tuned(PLAIN, row)).mean > base + 1.0, row
+
+
+def test_negation_forgets_and_keeps(seeds: list[dict[str, Any]]) -> None:
+    (found,) = seeds
+    base = sum(found["base"]) / len(found["base"])
+    row = found["regimes"][PLAIN]["negations"][ARITHMETIC]
+    assert row["target"] < base
+    assert row["control"] > 0.9 * row["base_control"]
+
+
+def test_figures_are_what_they_are_called() -> None:
+    test = [50.0, 70.0, 71.0, 69.5, 60.0]
+    curves = {"validation": [0.0, 0.0, 0.0, 1.0, 0.0], "test": test}
+    seed = {"scales": [0.2, 0.5, 1.0, 1.5, 2.5], "regimes": {PLAIN: {"merges": {"row": curves}}}}
+    assert report.tuned(PLAIN, "row")(seed) == 69.5
+    assert report.at(PLAIN, "row", 0.5)(seed) == 70.0
+    assert report.width(PLAIN, "row")(seed) == 1.0
+    assert report.drop(PLAIN, "row")(seed) == 1.5
+    assert str(report.over([seed, seed], report.at(PLAIN, "row", 2.5))) == "60.0 ± 0.0"
+    claim = report.Claim("x", report.at(PLAIN, "row", 1.0), report.at(PLAIN, "row", 0.2))
+    assert report.verdict([seed], claim)[0] == "holds"
+    worse = report.Claim("x", report.at(PLAIN, "row", 0.2), report.at(PLAIN, "row", 1.0))
+    assert report.verdict([seed], worse)[0] == "does not hold"
+
+
+def test_the_tangent_is_linear() -> None:
+    pytest.importorskip("sklearn")
+    suite = Short(2)
+    model = Tangent(suite.base())
+    x = suite.tasks[0].test["pixels"][:7]
+    start = model(x).detach()
+    torch.testing.assert_close(start, suite.base()(x).detach())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+        once = model(x) - start
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+        torch.testing.assert_close(model(x) - start, 3.0 * once, rtol=1e-4, atol=1e-5)
+    assert accuracy(suite, Tangent(suite.base()), suite.tasks[0].test) == accuracy(
+        suite, suite.base(), suite.tasks[0].test
+    )
+
+
+def test_the_command_writes_a_file_and_a_picture(
+    seeds: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "run", lambda suite, seed, say: {**seeds[0], "seed": seed})
+    monkeypatch.setitem(command.SUITES, "digits", Short)
+    (tmp_path / "quality.md").write_text("# Page\n<!-- digits -->\nold\n<!-- end of digits -->\nend\n")
+    folders = ["--results", str(tmp_path), "--docs", str(tmp_path)]
+    assert command.main(["digits", "--seeds", "2", *folders]) == 0
+    found = json.loads((tmp_path / "quality-digits.json").read_text())
+    assert [seed["seed"] for seed in found["seeds"]] == [1, 2]
+    assert (tmp_path / "quality-digits.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    page = (tmp_path / "quality.md").read_text()
+    assert page.startswith("# Page\n<!-- digits -->\n")
+    assert page.endswith("<!-- end of digits -->\nend\n")
+    assert printed.strip() in page
+    assert "old" not in page
+    assert command.main(["digits", "--show", *folders]) == 0
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "quality.md").read_text() == page
+    assert "| task arithmetic |" in printed
+    assert "| MaTS is above averaging |" in printed
+
+
+@pytest.mark.parametrize("name", ["digits"])
+def test_the_page_has_the_tables_of_the_results(name: str) -> None:
+    result = json.loads((command.ROOT / "bench" / "results" / f"quality-{name}.json").read_text())
+    page = (command.ROOT / "docs" / "quality.md").read_text()
+    assert report.text(result["about"], result["seeds"]).strip() in page
+    assert f"![{name}](quality-{name}.png)" in page
+    assert len(result["seeds"]) >= 3
