@@ -32,6 +32,7 @@ class Digits:
     name = "digits"
     about = "scikit-learn digits, 64-256-256-10 network, four scanners"
     scales = tuple(round(0.1 * step, 1) for step in range(1, 21))
+    n_collected = 256
     layers = None
     has_tangent = True
 

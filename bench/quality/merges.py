@@ -16,7 +16,6 @@ from tvfast.curvature import Gaussian, SampledLabels, Statistics
 
 State = dict[str, Tensor]
 
-N_COLLECTED = 256
 _AT_ONCE = 64
 
 
@@ -66,7 +65,7 @@ def collect(
     suite: Suite, wanted: Collection[str], model: nn.Module, base: nn.Module, data: Batch, seed: int
 ) -> dict[str, Any]:
     """Statistics of one expert on data of its own task, by the names in `Merge.stats`."""
-    some = list(batches(data, _AT_ONCE, N_COLLECTED))
+    some = list(batches(data, _AT_ONCE, suite.n_collected))
 
     def losses(one: nn.Module, batch: Batch) -> Tensor:
         logits = suite.outputs(one, batch)
@@ -91,7 +90,7 @@ def collect(
 
 def curvature_of(suite: Suite, base: nn.Module, data: Batch, seed: int) -> Statistics:
     """What TAK's penalty takes of one task: factors at the base, of the outputs."""
-    some = batches(data, _AT_ONCE, N_COLLECTED)
+    some = batches(data, _AT_ONCE, suite.n_collected)
     return curvature.collect(
         base, Gaussian(suite.outputs, seed=seed), some, convention="tak", layers=suite.layers
     )

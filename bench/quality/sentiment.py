@@ -56,6 +56,7 @@ class Sentiment:
     name = "sentiment"
     about = "all-MiniLM-L6-v2, last two layers, sentiment in four domains"
     scales = (0.3, 0.6, 1.0, 1.5, 2.0)
+    n_collected = 256
     layers = ("layers.*",)
     has_tangent = False
 

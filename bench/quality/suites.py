@@ -49,6 +49,7 @@ class Suite(Protocol):
     tasks: Sequence[Task]
     training: Training
     scales: Sequence[float]  # the grid of λ
+    n_collected: int  # samples of a task that statistics are of
     layers: Sequence[str] | None  # patterns of weights with Kronecker factors; None: all
     has_tangent: bool  # whether the linearised network is trained, too
 

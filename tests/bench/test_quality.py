@@ -19,6 +19,7 @@ from bench.quality.training import Tangent, accuracy
 
 class Short(Digits):
     scales = (0.5, 1.0, 2.0)
+    n_collected = 128
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, steps=30)
@@ -35,6 +36,7 @@ def seeds() -> list[dict[str, Any]]:
     return [run(Short(1), 1)]
 
 
+@pytest.mark.slow
 def test_every_row_is_there(seeds: list[dict[str, Any]]) -> None:
     (found,) = seeds
     assert list(found["regimes"]) == [PLAIN, PENALTY, TANGENT, TANGENT_PENALTY]
@@ -47,6 +49,7 @@ def test_every_row_is_there(seeds: list[dict[str, Any]]) -> None:
             assert all(0.0 <= value <= 100.0 for value in curves["test"])
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_merging_help(seeds: list[dict[str, Any]]) -> None:
     base = report.over(seeds, lambda seed: sum(seed["base"]) / len(seed["base"])).mean
     for regime in (PLAIN, PENALTY, TANGENT):
@@ -55,6 +58,7 @@ def test_fine_tuning_and_merging_help(seeds: list[dict[str, Any]]) -> None:
         assert report.over(seeds, report.tuned(PLAIN, row)).mean > base + 1.0, row
 
 
+@pytest.mark.slow
 def test_negation_forgets_and_keeps(seeds: list[dict[str, Any]]) -> None:
     (found,) = seeds
     base = sum(found["base"]) / len(found["base"])
@@ -99,12 +103,15 @@ def test_the_tangent_is_linear() -> None:
 
 
 def test_the_command_writes_a_file_and_a_picture(
-    seeds: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(command, "run", lambda suite, seed, say: {**seeds[0], "seed": seed})
+    kept = json.loads((command.ROOT / "bench" / "results" / "quality-digits.json").read_text())["seeds"]
+    monkeypatch.setattr(command, "run", lambda suite, seed, say: kept[seed - 1])
     monkeypatch.setitem(command.SUITES, "digits", Short)
-    (tmp_path / "quality.md").write_text("# Page\n<!-- digits -->\nold\n<!-- end of digits -->\nend\n")
+    (tmp_path / "quality.md").write_text(
+        "# Page\n<!-- digits -->\nwhat was here before\n<!-- end of digits -->\nend\n"
+    )
     folders = ["--results", str(tmp_path), "--docs", str(tmp_path)]
     assert command.main(["digits", "--seeds", "2", *folders]) == 0
     found = json.loads((tmp_path / "quality-digits.json").read_text())
@@ -115,7 +122,7 @@ def test_the_command_writes_a_file_and_a_picture(
     assert page.startswith("# Page\n<!-- digits -->\n")
     assert page.endswith("<!-- end of digits -->\nend\n")
     assert printed.strip() in page
-    assert "old" not in page
+    assert "what was here before" not in page
     assert command.main(["digits", "--show", *folders]) == 0
     assert capsys.readouterr().out == printed
     assert (tmp_path / "quality.md").read_text() == page
