@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "../core/codes.hpp"
 #include "../core/factored.hpp"
 #include "../core/low_rank.hpp"
 #include "../core/moments.hpp"

@@ -47,14 +47,33 @@ CPU_GB_S = {
     "sce": 0.67,
     "della_linear": 0.57,
     "della": 0.57,
+    "ram": 10.0,
+    "magmax": 10.0,
+    "nearswap": 8.0,
+    "magnitude_prune": 7.0,
+    "nuslerp": 6.5,
+    "multislerp": 5.3,
+    "model_stock": 5.3,
+    "geometric_median": 5.3,
+    "ramplus_tl": 4.6,
+    "karcher": 3.8,
+    "consensus": 2.1,
+    "arcee_fusion": 1.4,
+    "pcb": 0.23,
+    "iso_c": 0.083,
+    "wudi": 0.080,
+    "tsv_m": 0.018,
+    "iso_cts": 0.016,
+    "knots": 0.013,
     "regmean": 0.033,
     "kfac": 0.00075,
     "mats": 0.00051,
 }
 """What one core takes in and gives out while it merges three bfloat16 models: an EPYC of two cores, in
 bench/results/20261122T001050-01a477f164e7.json. Those that read float32 scores: processor time of one thread
-there, beside other work. The last three solve equations: layers of 1024 x 1024, and as much slower as layers
-are wider."""
+there, beside other work; `ram` to `knots`: the same, as multiples of what `ties` took beside them. Those from
+`iso_c` on decompose matrices or solve equations: layers of 1024 x 1024, and as much slower as layers are
+wider."""
 
 MEMORY_GB_S = 40.0
 """What all cores together do at most, there."""

@@ -70,11 +70,13 @@ def merge(
                 "method 'regmean_pp' collects while it merges and takes no stats; pass batches."
             )
         return regmean_pp(base, models, batches, run=run, weights=weights, report=report, **parameters)  # type: ignore[return-value,arg-type]
-    curved = sorted(
-        [name for name, info in METHODS.items() if issubclass(info.cls, TensorMethod)] + [REGMEAN_PP]
-    )
+    curved = sorted([name for name, info in METHODS.items() if _reads_factors(info.cls)] + [REGMEAN_PP])
     if method not in curved:
         raise ArgumentError(f"method is {method!r}; expected one of {', '.join(curved)}.")
     if batches is not None or run is not None:
         raise ArgumentError(f"method {method!r} takes stats, not batches; expected None.")
     return merge_weights(base, models, method, weights=weights, stats=stats, report=report, **parameters)
+
+
+def _reads_factors(method: type) -> bool:
+    return issubclass(method, TensorMethod) and bool(method.statistics)
