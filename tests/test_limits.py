@@ -26,8 +26,8 @@ def peak_kib():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
-def normal(std):
-    out = torch.empty(n // 4096, 4096, dtype=torch.bfloat16)
+def normal(std, dtype=torch.bfloat16):
+    out = torch.empty(n // 4096, 4096, dtype=dtype)
     for part in out.view(-1).split(2**20):
         part.normal_(0, std)
     return out
@@ -37,9 +37,11 @@ models = [normal(0.02) for _ in range(min(3, METHODS[method].n_models[1] or 3))]
 base = normal(0.02)
 own = [p.name for p in METHODS[method].parameters]
 keywords = {name: 0.5 for name in ("density", "select_topk") if name in own}
-tvfast.merge(base[:1], [model[:1] for model in models], method=method, **keywords)
+scores = [normal(1.0, torch.float32).abs_() for _ in models] if METHODS[method].needs_scores else None
+first = scores and [score[:1] for score in scores]
+tvfast.merge(base[:1], [model[:1] for model in models], method=method, stats=first, **keywords)
 before = peak_kib()
-tvfast.merge_(base, models, method=method, **keywords)
+tvfast.merge_(base, models, method=method, stats=scores, **keywords)
 print(peak_kib() - before)
 """
 
