@@ -381,7 +381,9 @@ def test_a_stopped_run_says_how_to_continue(number: signal.Signals, word: str, t
     config = write(tmp_path, recipe(family, "ties", models=WEIGHTS))
     out, started = tmp_path / "out", tmp_path / "started"
     code = (
-        "import sys, time, pathlib\nfrom tvfast.cli import main, progress\n"
+        "import signal, sys, time, pathlib\nfrom tvfast.cli import main, progress\n"
+        # a shell's background jobs ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(self, n_bytes):\n"
         f"    pathlib.Path({str(started)!r}).touch()\n"
         "    time.sleep(0.5)\n"
