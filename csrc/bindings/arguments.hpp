@@ -15,6 +15,7 @@
 #include "../core/factored.hpp"
 #include "../core/moments.hpp"
 #include "../core/queries.hpp"
+#include "../core/rows.hpp"
 #include "../core/table.hpp"
 
 namespace tvfast {
@@ -110,6 +111,21 @@ inline KroneckerProduct to_kronecker_product(const ViewArgument& x, const ViewAr
           to_block_diagonal(b),
           scale,
           accumulate};
+}
+
+// (descriptor, offset, dtype, rows, constants, out)
+using RowSourceTuple = std::tuple<int, std::int64_t, int, Address, Address, Address>;
+
+inline RowGather to_row_gather(const std::vector<RowSourceTuple>& sources, Address fill, int dtype,
+                               std::int64_t row, std::int64_t start, std::int64_t n) {
+  RowGather gather{
+      {}, reinterpret_cast<const std::int32_t*>(fill), static_cast<DType>(dtype), row, start, n};
+  for (const auto& [descriptor, offset, stored, rows, constants, out] : sources)
+    gather.sources.push_back({descriptor, offset, static_cast<DType>(stored),
+                              reinterpret_cast<const std::int32_t*>(rows),
+                              reinterpret_cast<const void*>(constants),
+                              reinterpret_cast<void*>(out)});
+  return gather;
 }
 
 // (address, dtype, elements from row to row)

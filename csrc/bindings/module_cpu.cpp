@@ -245,6 +245,17 @@ PYBIND11_MODULE(_C_cpu, m) {
     narrow_fp8(reinterpret_cast<const float*>(values), n, static_cast<Fp8>(format), saturate,
                reinterpret_cast<void*>(codes));
   });
+  m.def("gather_rows", [](const std::vector<RowSourceTuple>& sources, Address fill, int dtype,
+                          std::int64_t row, std::int64_t start, std::int64_t n) {
+    const RowGather gather = to_row_gather(sources, fill, dtype, row, start, n);
+    const py::gil_scoped_release unlocked;
+    const RowFailure failure = gather_rows(gather);
+    return std::tuple(failure.source, failure.code, failure.at);
+  });
+  m.def("add_rows", [](Address matrix, std::int64_t n_rows, std::int64_t row, Address sums) {
+    const py::gil_scoped_release unlocked;
+    add_rows(reinterpret_cast<const float*>(matrix), n_rows, row, reinterpret_cast<double*>(sums));
+  });
   m.def("isas", &isas);
   m.def("default_isa", &default_isa);
   m.def("available_threads", &available_threads);

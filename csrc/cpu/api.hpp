@@ -11,6 +11,7 @@
 #include "../core/factored.hpp"
 #include "../core/low_rank.hpp"
 #include "../core/queries.hpp"
+#include "../core/rows.hpp"
 #include "../core/table.hpp"
 #include "kernels.hpp"
 
@@ -155,6 +156,13 @@ std::uint32_t crc32c_combine(std::uint32_t a, std::uint32_t b, std::uint64_t n_b
 
 // Index of the first infinity or NaN of `n` elements at any address, or -1.
 std::int64_t first_nonfinite(const void* data, std::int64_t n, DType dtype);
+
+// Fills the windows of all sources from their files; the first failure ends it. Rows are read in
+// order, neighbours in the file together, on the calling thread.
+RowFailure gather_rows(const RowGather& gather);
+
+// Adds the rows of a matrix to `sums`, from the first on.
+void add_rows(const float* matrix, std::int64_t n_rows, std::int64_t row, double* sums);
 
 // Instruction sets that this build holds and this processor can run, best first; and the one that
 // runs by default.

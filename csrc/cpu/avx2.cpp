@@ -17,6 +17,7 @@ namespace {
 #include "generic/host.inl"
 #include "generic/measure.inl"
 #include "generic/multiply.inl"
+#include "generic/rows.inl"
 #include "generic/score.inl"
 #include "generic/kron.inl"
 #include "generic/low_rank.inl"

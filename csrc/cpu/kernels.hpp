@@ -158,6 +158,11 @@ struct Kernels {
   std::int64_t (*count_equal)(const std::uint32_t* keys, std::int64_t n, std::uint32_t value);
   // Index of the first infinity or NaN of `n` elements at any address, or -1.
   std::int64_t (*first_nonfinite)(const void* data, std::int64_t n, DType dtype);
+  // Widens n elements to exactly as many floats, also in place where both end together.
+  void (*widen_run)(const void* from, DType dtype, std::int64_t n, float* out);
+  // The mean of runs of n floats, and a matrix added to a row of sums.
+  void (*mean_run)(const float* const* runs, int n_runs, std::int64_t n, float* out);
+  void (*add_rows)(const float* matrix, std::int64_t n_rows, std::int64_t row, double* sums);
   // Adds |score_k * tau_k| * weight_k to the float32 output.
   void (*score)(const TileCall& call);
   void (*factored)(const FactoredTile& tile);

@@ -1,6 +1,10 @@
-"""Services over host memory given by its address: checksums, and a search for values that are not finite."""
+"""Services over host memory given by its address: checksums, values that are not finite, rows of files."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tvfast._C_cpu as _C_cpu
 from tvfast.program import DType
@@ -28,3 +32,62 @@ def crc32c_combine(a: int, b: int, n_bytes_b: int) -> int:
 def first_nonfinite(address: int, n_elements: int, dtype: DType) -> int:
     """Index of the first infinity or NaN, or -1; any alignment, without the interpreter's lock."""
     return int(_C_cpu.first_nonfinite(address, n_elements, int(dtype)))
+
+
+ZERO_ROW, MEAN_ROW, CONSTANT_ROW = -1, -2, -3
+"""What `gather_rows` fills absent rows with: `kZeroRow`, `kMeanRow` and `kConstant` of csrc/core/rows.hpp."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """One matrix in a file, and the matrix that is made of its rows.
+
+    Attributes:
+        descriptor: of the file, open for buffered reading.
+        offset: of the matrix in it, bytes.
+        stored: storage type there.
+        rows: address of int32 [rows of the new matrix]: the row in the file, or negative: absent.
+        constants: address of rows of the new storage type; 0: there are none.
+        out: address of the window's elements.
+    """
+
+    descriptor: int
+    offset: int
+    stored: DType
+    rows: int
+    constants: int
+    out: int
+
+
+def gather_rows(
+    sources: Sequence[RowSource], fill: int, dtype: DType, row: int, start: int, n_elements: int
+) -> None:
+    """Elements [start, start + n) of new matrices: rows of files in another order.
+
+    A row that a source lacks is zeros, the same row of another source, the mean of those that have it (their
+    sum in order, one division), or a constant.
+
+    Args:
+        sources: of every new matrix.
+        fill: address of int32 [rows]: position of a source, `ZERO_ROW`, `MEAN_ROW`, or `CONSTANT_ROW` - k.
+        dtype: storage type of the new matrices: the sources' own, or float32, which means need.
+        row: elements of a row.
+
+    Raises:
+        OSError: a file cannot be read; `filename` is the position of the source.
+        EOFError: a file ends early; its arguments are the position of the source and where in the file.
+
+    Notes:
+        On the calling thread, without the interpreter's lock. Neighbours in a file are one request.
+    """
+    described = [(s.descriptor, s.offset, int(s.stored), s.rows, s.constants, s.out) for s in sources]
+    source, code, at = _C_cpu.gather_rows(described, fill, int(dtype), row, start, n_elements)
+    if source >= 0:
+        if code:
+            raise OSError(code, os.strerror(code), source)
+        raise EOFError(source, at)
+
+
+def add_rows(matrix: int, n_rows: int, row: int, sums: int) -> None:
+    """Add the rows of a float32 matrix to float64 sums [row], from the first row on; both by address."""
+    _C_cpu.add_rows(matrix, n_rows, row, sums)
