@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tvfast
 from tvfast.checkpoint.layout import Layout, make_layout
-from tvfast.checkpoint.reading import Checkpoint
+from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
+from tvfast.engine.arguments import check_choices, check_device, check_integer, check_progress, path_of
 from tvfast.engine.binding import Binding, bind
 from tvfast.engine.companions import companions
 from tvfast.engine.device import NOMINAL, Choice, Device, Traits, choose
@@ -24,7 +24,8 @@ from tvfast.engine.inputs import FileState
 from tvfast.engine.opening import open_models
 from tvfast.engine.output import check_report_folder
 from tvfast.engine.plan import Plan, make_plan
-from tvfast.engine.run import Progress, Run, Silence
+from tvfast.engine.run import Progress, Run, Silence, Unfinished
+from tvfast.engine.stages import Stages
 from tvfast.engine.staging import Staging
 from tvfast.errors import ArgumentError, RecipeError
 from tvfast.recipe import Recipe, load_recipe
@@ -107,9 +108,10 @@ def plan(
             other.
         BackendError: the device is not here, or no backend can run there.
     """
-    _check_device(device, device_memory, NOMINAL)
+    check_device(device, device_memory, NOMINAL)
     limits = _Limits(memory, device_memory, threads)
-    return _prepare(config, _destination(device), limits, seed).plan
+    with Stages("out") as stages:
+        return _foreseen(_loaded(config), _destination(device), limits, seed, stages).plan
 
 
 def merge_checkpoints(
@@ -165,66 +167,79 @@ def merge_checkpoints(
     Notes:
         The same bytes for any number of threads and any memory. Inputs are never written.
     """
+    check_device(device, device_memory)
+    check_choices(nonfinite, resume, overwrite)
+    check_progress(progress)
+    job = _Job(
+        out=path_of(out, "out"),
+        to=_destination(device),
+        limits=_Limits(memory, device_memory, threads),
+        resume=resume,
+        overwrite=overwrite,
+        seed=seed,
+        nonfinite=nonfinite,
+        progress=progress or Silence(),
+    )
+    return _merge(
+        _loaded(config), job, None if report is None else path_of(report, "report"), dry_run=dry_run
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """As in `merge_checkpoints`."""
+
+    out: str
+    to: _Destination
+    limits: _Limits
+    resume: bool
+    overwrite: bool
+    seed: int | None
+    nonfinite: str | None
+    progress: Progress
+
+
+def _merge(recipe: Recipe, job: _Job, report_folder: str | None, *, dry_run: bool) -> Report:
+    """Everything after the arguments are checked."""
     began = time.perf_counter()
-    _check_device(device, device_memory)
-    _check(nonfinite, resume, overwrite)
-    _check_progress(progress)
-    folder, report_folder = _path(out, "out"), None if report is None else _path(report, "report")
-    prepared = _prepare(config, _destination(device), _Limits(memory, device_memory, threads), seed)
-    planned, inputs = prepared.plan, prepared.inputs
-    nonfinite = nonfinite or prepared.recipe.nonfinite
-    identity = prepared.identity()
-    if report_folder is not None:
-        check_report_folder(report_folder, inputs)
-    # Made twice, because they would take memory while tensors are merged: a file that cannot be copied is
-    # refused before hours of work.
-    companions(prepared.recipe, prepared.binding)
-    read_bytes = written_bytes = resumed_bytes = device_peak_bytes = 0
-    finished = False
-    warnings = planned.warnings
-    if dry_run:
-        Staging.check(folder, planned.layout, identity, resume=resume, overwrite=overwrite, inputs=inputs)
-    else:
-        with Staging.open(
-            folder, planned.layout, identity, resume=resume, overwrite=overwrite, inputs=inputs
-        ) as staging:
-            finished = staging.finished
-            resumed_bytes = staging.n_resumed_bytes
-            if not finished:
-                run = Run(
-                    planned,
-                    staging,
-                    prepared.files,
-                    propagate=nonfinite == "propagate",
-                    progress=progress or Silence(),
-                    device=prepared.device,
-                )
-                outcome = run.execute()
-                read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
-                warnings += outcome.notes
-                device_peak_bytes = outcome.device_peak_bytes
-                for name, data in companions(prepared.recipe, prepared.binding).items():
-                    staging.add_file(name, data)
-                staging.commit()
-            warnings += tuple(staging.warnings)
+    with Stages(job.out) as stages:
+        prepared = _foreseen(recipe, job.to, job.limits, job.seed, stages)
+        if report_folder is not None:
+            check_report_folder(report_folder, prepared.inputs)
+        # Made twice, because they would take memory while tensors are merged: a file that cannot be copied is
+        # refused before hours of work.
+        companions(recipe, prepared.binding)
+        if dry_run:
+            Staging.check(
+                job.out,
+                prepared.plan.layout,
+                prepared.identity(),
+                resume=job.resume,
+                overwrite=job.overwrite,
+                inputs=prepared.inputs,
+            )
+            done = _Done()
+        else:
+            done = _merge_prepared(prepared, job, stages)
+    planned = prepared.plan
     result = Report(
-        out=folder,
+        out=job.out,
         dry_run=dry_run,
         n_tensors=len(planned.binding.tasks),
-        read_bytes=read_bytes,
-        written_bytes=written_bytes,
-        resumed_bytes=resumed_bytes,
-        finished_before=finished,
+        read_bytes=done.read_bytes,
+        written_bytes=done.written_bytes,
+        resumed_bytes=done.resumed_bytes,
+        finished_before=done.finished_before,
         n_passes=planned.n_passes,
         seconds=time.perf_counter() - began,
         peak_bytes=_resident_peak(),
-        planned_peak_bytes=planned.peak_bytes,
+        planned_peak_bytes=max(one.peak_bytes for one in (planned, *(plan for _, plan in planned.stages))),
         device=planned.device.traits.name if planned.device else "cpu",
         device_why=planned.device_why,
-        device_peak_bytes=device_peak_bytes,
+        device_peak_bytes=done.device_peak_bytes,
         planned_device_peak_bytes=planned.device.peak_bytes if planned.device else 0,
         shards=tuple(shard.name for shard in planned.layout.shards),
-        warnings=warnings,
+        warnings=(*planned.warnings, *done.warnings),
     )
     if report_folder is not None:
         Path(report_folder).mkdir(parents=True, exist_ok=True)
@@ -232,9 +247,81 @@ def merge_checkpoints(
     return result
 
 
+@dataclass(slots=True)
+class _Done:
+    """What was done, stages included."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    resumed_bytes: int = 0
+    finished_before: bool = False
+    device_peak_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def _merge_prepared(prepared: _Prepared, job: _Job, stages: Stages | None = None) -> _Done:
+    """Merge into a staging area and publish what is there."""
+    done = _Done()
+    with Staging.open(
+        job.out,
+        prepared.plan.layout,
+        prepared.identity(),
+        resume=job.resume,
+        overwrite=job.overwrite,
+        inputs=prepared.inputs,
+    ) as staging:
+        done.finished_before = staging.finished
+        done.resumed_bytes = staging.n_resumed_bytes
+        if not staging.finished:
+            if stages is not None and prepared.recipe.stages:
+                prepared = _with_stages(prepared.recipe, job, stages, done)
+            run = Run(
+                prepared.plan,
+                staging,
+                prepared.files,
+                propagate=(job.nonfinite or prepared.recipe.nonfinite) == "propagate",
+                progress=job.progress,
+                device=prepared.device,
+            )
+            outcome = run.execute()
+            done.read_bytes += outcome.read_bytes
+            done.written_bytes += outcome.written_bytes
+            done.warnings += outcome.notes
+            done.device_peak_bytes = max(done.device_peak_bytes, outcome.device_peak_bytes)
+            for name, data in companions(prepared.recipe, prepared.binding).items():
+                staging.add_file(name, data)
+            staging.commit()
+        if stages is not None and prepared.recipe.stages:
+            stages.clear()
+        done.warnings += tuple(staging.warnings)
+    return done
+
+
+def _with_stages(recipe: Recipe, job: _Job, stages: Stages, done: _Done) -> _Prepared:
+    """Merge every earlier stage beside the output, where they stay until that is done; the last one on them.
+
+    A stage that an earlier run has finished is verified and taken.
+    """
+    if not job.resume:
+        stages.clear()
+    real: dict[str, Checkpoint] = {}
+    for stage in recipe.stages:
+        assert stage.name is not None
+        folder = stages.folder_of(stage.name)
+        own = replace(job, out=folder, resume=True, overwrite=False, progress=Unfinished(job.progress))
+        prepared = _prepare(stage, job.to, job.limits, job.seed, real, stages.identities)
+        made = _merge_prepared(prepared, own)
+        done.read_bytes += made.read_bytes
+        done.written_bytes += made.written_bytes
+        done.device_peak_bytes = max(done.device_peak_bytes, made.device_peak_bytes)
+        done.warnings += (*prepared.plan.warnings, *made.warnings)
+        real[stage.name] = open_checkpoint(folder)
+    return _prepare(recipe, job.to, job.limits, job.seed, real, stages.identities)
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A recipe with the headers of all its files."""
+    """A recipe with the headers of all its files; `identities` are those of models that stages make."""
 
     recipe: Recipe
     checkpoints: dict[str, Checkpoint]
@@ -242,6 +329,7 @@ class _Prepared:
     plan: Plan
     seed: int
     device: Device | None
+    identities: Mapping[str, list[dict[str, Any]]]
 
     @property
     def inputs(self) -> list[str]:
@@ -267,11 +355,21 @@ class _Prepared:
             "version": tvfast.__version__,
             "recipe": hashlib.sha256(self.recipe.text.encode()).hexdigest(),
             "seed": self.seed,
+            **({"vocabulary": list(self.binding.vocabulary)} if self.binding.vocabulary else {}),
             "inputs": {
-                **{path: checkpoint.identity() for path, checkpoint in self.checkpoints.items()},
+                **{model: self._identity_of(model) for model in self.checkpoints},
                 **{path: file.identity() for path, file in self.binding.statistics.items()},
             },
         }
+
+    def _identity_of(self, model: str) -> list[dict[str, Any]]:
+        """Of a stage's result, what it is made of, and its adapter."""
+        checkpoint = self.checkpoints[model]
+        path, adapter = self.recipe.parts_of(model)
+        made = self.identities.get(path)
+        if made is None:
+            return checkpoint.identity()
+        return made if adapter is None else made + checkpoint.identity()[len(checkpoint.headers) - 1 :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +379,11 @@ class _Limits:
     memory: int | None
     device_memory: int | None
     threads: int
+
+    def __post_init__(self) -> None:
+        check_integer("threads", self.threads, 0, "0 for all cores, or more")
+        if self.memory is not None:
+            check_integer("memory", self.memory, 1, "a positive number of bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,20 +408,52 @@ def _destination(device: str) -> _Destination:
     return _Destination(traits, choice.why, choice.device, optional=device == "auto")
 
 
-def _prepare(config: Config, to: _Destination, limits: _Limits, seed: int | None) -> _Prepared:
-    _check_integer("threads", limits.threads, 0, "0 for all cores, or more")
-    if limits.memory is not None:
-        _check_integer("memory", limits.memory, 1, "a positive number of bytes")
+def _loaded(config: Config) -> Recipe:
+    return config if isinstance(config, Recipe) else load_recipe(config)
+
+
+def _foreseen(
+    recipe: Recipe, to: _Destination, limits: _Limits, seed: int | None, stages: Stages
+) -> _Prepared:
+    """A recipe with those that it needs, all of them checked before anything is merged."""
+    plans: list[tuple[str, Plan]] = []
+    for stage in recipe.stages:
+        assert stage.name is not None
+        prepared = _prepare(stage, to, limits, seed, stages.foreseen, stages.identities)
+        stages.foresee(
+            stage.name,
+            prepared.binding,
+            prepared.plan.layout,
+            companions(stage, prepared.binding),
+            prepared.identity(),
+        )
+        plans.append((stage.name, prepared.plan))
+    found = _prepare(recipe, to, limits, seed, stages.foreseen, stages.identities)
+    return replace(found, plan=replace(found.plan, stages=tuple(plans)))
+
+
+def _prepare(
+    recipe: Recipe,
+    to: _Destination,
+    limits: _Limits,
+    seed: int | None,
+    known: Mapping[str, Checkpoint],
+    identities: Mapping[str, list[dict[str, Any]]],
+) -> _Prepared:
+    """
+    Args:
+        known: checkpoints of models that are results of stages.
+    """
     if seed is not None:
-        _check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
-    recipe = config if isinstance(config, Recipe) else load_recipe(config)
-    checkpoints = open_models(recipe)
+        check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
+    checkpoints = open_models(recipe, known)
     binding = bind(recipe, checkpoints, seed=seed)
     layout: Layout = make_layout(
         [tensor for task in binding.tasks for tensor in task.described], recipe.shard_bytes, {}
     )
     planned, device = _planned(binding, layout, to, limits)
-    return _Prepared(recipe, checkpoints, binding, planned, recipe.seed if seed is None else seed, device)
+    seed = recipe.seed if seed is None else seed
+    return _Prepared(recipe, checkpoints, binding, planned, seed, device, identities)
 
 
 def _planned(
@@ -345,48 +480,6 @@ def _planned(
         if to.traits is None or not to.optional:
             raise
         return planned(None, str(error).split(". Pass")[0].removesuffix(".")), None
-
-
-def _check_device(device: str, device_memory: int | None, also: Iterable[str] = ()) -> None:
-    known = isinstance(device, str) and (re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or device in also)
-    if not known:
-        names = "".join(f", {name!r}" for name in also)
-        raise ArgumentError(
-            f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or for example 'cuda:1'{names}."
-        )
-    if device_memory is not None:
-        _check_integer("device_memory", device_memory, 1, "a positive number of bytes")
-
-
-def _check(nonfinite: str | None, resume: bool, overwrite: bool) -> None:
-    if nonfinite not in (None, "error", "propagate"):
-        raise ArgumentError(f"nonfinite is {nonfinite!r}; expected 'error' or 'propagate'.")
-    if resume and overwrite:
-        raise ArgumentError("resume and overwrite exclude each other: continue what is there, or replace it.")
-
-
-def _check_integer(name: str, value: object, least: int, expected: str, end: int | None = None) -> None:
-    """Raise unless `value` is an integer in [least, end)."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not fits or (end is not None and isinstance(value, int) and value >= end):
-        raise ArgumentError(f"{name} is {value!r}; expected {expected}.")
-
-
-def _check_progress(progress: object) -> None:
-    lacking = [name for name in ("start", "read", "wrote", "finish") if not hasattr(progress, name)]
-    if progress is not None and lacking:
-        raise ArgumentError(
-            f"progress is a {type(progress).__name__} without {', '.join(lacking)}; expected an object with "
-            "the methods of tvfast.checkpoints.Progress."
-        )
-
-
-def _path(value: object, name: str) -> str:
-    """A directory's name as text."""
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(path, str) or "\0" in path:
-        raise ArgumentError(f"{name} is {value!r}; expected the path of a directory.")
-    return path
 
 
 def _resident_peak() -> int:

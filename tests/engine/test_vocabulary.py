@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine.checkpoints import bound, checkpoint
 from tvfast.engine.binding import Binding
+from tvfast.engine.vocabulary import added_token, read_vocabulary
 from tvfast.errors import CheckpointError, RecipeError
 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
@@ -66,18 +67,21 @@ def test_without_a_tokenizer_the_next_model_gives_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "files",
     [
-        {"tokenizer_json": bpe("x", "y", added=("<s>",))},
-        {"tokenizer_json": unigram("x", "y")},
-        {"vocab_json": {"x": 0, "y": 1}, "added_tokens_json": {"<s>": 2}},
-        {"vocab_txt": b"x\ny\n"},
-        {"tokenizer_model": sentencepiece("x", "y")},
-        {"spiece_model": sentencepiece("x", "y")},
+        {"tokenizer_json": bpe("x", "y", "z", added=("<s>",))},
+        {"tokenizer_json": unigram("w", "x", "y", "z")},
+        {"vocab_json": {"x": 0, "y": 1, "z": 2}, "added_tokens_json": {"<s>": 3}},
+        {"vocab_txt": b"w\nx\ny\nz\n"},
+        {"tokenizer_model": sentencepiece("w", "x", "y", "z")},
     ],
 )
 def test_equal_vocabularies(tmp_path: Path, source: str, files: dict[str, Any]) -> None:
+    """Four tokens and four rows: nothing is to be aligned."""
     a, b = write(tmp_path / "a", **files), write(tmp_path / "b", **files)
     found = merged(LINEAR + f"tokenizer_source: {source}\n", a=a, b=b)
     assert found.tokenizer == (b if source == "b" else a)
+    assert all(task.gather is None for task in found.tasks)
+    assert found.tokenizer_files == {}
+    assert found.warnings == ()
 
 
 def test_a_tokenizer_from_outside_of_the_merge(tmp_path: Path) -> None:
@@ -87,43 +91,21 @@ def test_a_tokenizer_from_outside_of_the_merge(tmp_path: Path) -> None:
 
 
 def test_equal_tokens_in_files_that_differ(tmp_path: Path) -> None:
-    a = write(tmp_path / "a", tokenizer_json=bpe("x", "y", added=("<s>",)))
-    b = write(tmp_path / "b", vocab_json={"y": 1, "x": 0}, added_tokens_json={"<s>": 2})
-    c = write(tmp_path / "c", tokenizer_json=unigram("x", "y", "<s>"))
-    assert merged(LINEAR + "tokenizer_source: union\n", a=a, b=b).tokenizer == a
-    assert merged(LINEAR + "tokenizer_source: union\n", a=a, b=c).tokenizer == a
+    a = write(tmp_path / "a", tokenizer_json=bpe("x", "y", "z", added=("<s>",)))
+    b = write(tmp_path / "b", vocab_json={"y": 1, "x": 0, "z": 2}, added_tokens_json={"<s>": 3})
+    c = write(tmp_path / "c", tokenizer_json=unigram("x", "y", "z", "<s>"))
+    for other in (b, c):
+        found = merged(LINEAR + "tokenizer_source: union\n", a=a, b=other)
+        assert found.tokenizer == a
+        assert all(task.gather is None for task in found.tasks)
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "words"),
-    [
-        ({"tokenizer_json": bpe("x", "y")}, {"tokenizer_json": bpe("x", "z")}, "token 1: 'y' in"),
-        ({"tokenizer_json": bpe("x")}, {"tokenizer_json": bpe("x", added=("<p>",))}, "token 1: none in"),
-        ({"tokenizer_json": unigram("x", "y")}, {"tokenizer_json": unigram("y", "x")}, "token 0: 'x' in"),
-        ({"vocab_json": {"x": 0}}, {"vocab_json": {"x": 1}}, "token 0: 'x' in"),
-        (
-            {"vocab_json": {"x": 0}, "added_tokens_json": {"<s>": 1}},
-            {"vocab_json": {"x": 0}, "added_tokens_json": {"<p>": 1}},
-            "token 1: '<s>' in",
-        ),
-        ({"vocab_txt": b"x\ny"}, {"vocab_txt": b"x\nz"}, "token 1: 'y' in"),
-        (
-            {"tokenizer_model": sentencepiece("x", "y")},
-            {"tokenizer_model": sentencepiece("x")},
-            "token 1: 'y' in",
-        ),
-    ],
-)
-def test_the_first_token_that_differs_is_named(
-    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], words: str
-) -> None:
-    a, b = write(tmp_path / "a", **one), write(tmp_path / "b", **other)
-    with pytest.raises(RecipeError) as caught:
-        merged(LINEAR + "tokenizer_source: union\n", a=a, b=b)
-    message = str(caught.value)
-    assert message.startswith("r.yml: tokenizer_source: union: the vocabularies differ, first in ")
-    assert words in message
-    assert f" in {b}" in message
+def test_tokens_that_only_the_configuration_declares(tmp_path: Path) -> None:
+    declared = {"added_tokens_decoder": {"1": {"content": "<p>", "special": True}}}
+    path = write(tmp_path / "a", tokenizer_json=bpe("x"), tokenizer_config_json=declared)
+    found = read_vocabulary(f"{path}/tokenizer.json")
+    assert found.ids == {"x": 0, "<p>": 1}
+    assert found.added["<p>"] == {**added_token(1, "<p>"), "special": True}
 
 
 def test_a_source_without_a_tokenizer(tmp_path: Path) -> None:
@@ -149,6 +131,8 @@ def test_a_source_without_a_tokenizer(tmp_path: Path) -> None:
         {"tokenizer_model": b"\x0a" + b"\xff" * 20},
         {"tokenizer_model": b"\x0b"},
         {"vocab_json": {"x": 0}, "added_tokens_json": b"[3]"},
+        {"tokenizer_json": bpe("x"), "tokenizer_config_json": b"[3]"},
+        {"tokenizer_json": bpe("x"), "tokenizer_config_json": {"added_tokens_decoder": {"one": {}}}},
     ],
 )
 def test_damaged_tokenizers(tmp_path: Path, files: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def test_anchors_and_merge_keys() -> None:
         ("x: 1\n1: 2", 2, "a key is 1; expected a text"),
         ("x: 1\non: 2", 2, "a key is true; expected a text. Put it in quotes"),
         ("[a]: 2", 1, "a key is a list of 1"),
-        ("a: 1\n---\nb: 2", 2, "a second document"),
+        ("a: 1\n---\nb: 2", 3, "a second document"),
         (
             "a: !!python/object:os.system x",
             1,

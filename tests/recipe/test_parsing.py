@@ -9,7 +9,7 @@ import pytest
 
 from tvfast.errors import RecipeError, UnknownNameError
 from tvfast.methods import METHODS
-from tvfast.recipe import Recipe, Resolver, load_recipe, parse_recipe
+from tvfast.recipe import OtherRow, OwnRow, Recipe, Resolver, ZeroRow, load_recipe, parse_recipe
 from tvfast.recipe.keys import PEER_KEYS, method_keys
 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
@@ -53,7 +53,8 @@ tvfast: {seed: 7, tie: index, dialect: peft, out_shard_size: 2GB, nonfinite: pro
     assert (recipe.method, recipe.dialect, recipe.base_model, recipe.donor) == ("ties", "peft", "o", "o")
     assert recipe.model_paths() == ("o", "a", "b")
     assert (recipe.dtype, recipe.out_dtype, recipe.output_dtype) == ("F32", "BF16", "BF16")
-    assert (recipe.tokenizer_source, recipe.chat_template) == ("union", "auto")
+    assert recipe.tokenizer is not None
+    assert (recipe.tokenizer.source, recipe.chat_template) == ("union", "auto")
     assert (recipe.seed, recipe.tie, recipe.shard_bytes) == (7, "index", 2_000_000_000)
     assert (recipe.nonfinite, recipe.on_missing, recipe.warnings) == ("propagate", "base", ())
     assert not recipe.stacked
@@ -77,7 +78,7 @@ def test_defaults() -> None:
         None,
         5_000_000_000,
     )
-    assert (recipe.nonfinite, recipe.on_missing, recipe.tokenizer_source) == ("error", "error", None)
+    assert (recipe.nonfinite, recipe.on_missing, recipe.tokenizer) == ("error", "error", None)
 
 
 def test_the_text_is_kept(tmp_path: Path) -> None:
@@ -146,8 +147,45 @@ def test_empty_keys_count_as_absent() -> None:
             "there is an out_shard_size outside of tvfast",
         ),
         (LINEAR + "tokenizer: {source: base}\ntokenizer_source: base", "there is a tokenizer_source too"),
-        (LINEAR + "tokenizer: {tokens: {a: {source: b}}}", "tokenizer.tokens: is not supported yet"),
-        (LINEAR + "tokenizer: {pad_to_multiple_of: 8}", "tokenizer.pad_to_multiple_of: is not supported yet"),
+        (LINEAR + "tokenizer: {tokens: [x]}", "tokenizer.tokens: is a list of 1; expected a mapping"),
+        (
+            LINEAR + "tokenizer: {tokens: {x: b}}",
+            "tokens.x: is 'b'; expected a mapping with source and force",
+        ),
+        (
+            LINEAR + "tokenizer: {tokens: {x: {source: c}}}",
+            "'c' is no input of this recipe; expected one of a, b",
+        ),
+        (LINEAR + "tokenizer: {tokens: {x: {force: true}}}", "force needs a source"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: b, force: 3}}}", "force: is 3; expected true or false"),
+        (
+            LINEAR + "tokenizer: {tokens: {x: {source: {kind: own}}}}",
+            "kind: is 'own'; expected model_token or zero",
+        ),
+        (
+            LINEAR + "tokenizer: {tokens: {x: {source: {kind: zero, model: b}}}}",
+            "model: does not go with kind zero",
+        ),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, token: y}}}}", "has no model"),
+        (
+            LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, model: b}}}}",
+            "neither token and token_id",
+        ),
+        (
+            LINEAR
+            + "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token: y, token_id: 3}}}}",
+            "has both token and token_id",
+        ),
+        (
+            LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token_id: -1}}}}",
+            "token_id: is -1; expected the number of a token",
+        ),
+        (LINEAR + "tokenizer: {tokens: {'': {source: b}}}", "the token is empty"),
+        (
+            LINEAR + "tokenizer: {pad_to_multiple_of: 0}",
+            "pad_to_multiple_of: is 0; expected a number of rows",
+        ),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: true}", "pad_to_multiple_of: is true; expected a number"),
         (LINEAR + "tokenizer: union", "tokenizer: is 'union'; expected a mapping"),
         (LINEAR + "tokenizer_source: 3", "tokenizer_source: is 3; expected a model"),
     ],
@@ -179,7 +217,35 @@ def test_lines_of_errors_are_those_of_the_keys() -> None:
     ],
 )
 def test_tokenizer_sources(text: str, expected: str) -> None:
-    assert parse(LINEAR + text).tokenizer_source == expected
+    found = parse(LINEAR + text).tokenizer
+    assert found is not None
+    assert (found.source, found.rules, found.multiple) == (expected, (), 1)
+
+
+def test_rules_for_tokens() -> None:
+    found = parse(
+        LINEAR
+        + """
+tokenizer:
+  source: union
+  tokens:
+    <a>: {source: b}
+    <b>: {source: {kind: model_token, model: a, token: x}, force: true}
+    <c>: {source: {kind: model_token, model: {model: {path: a}}, token_id: 7}}
+    <d>: {source: {kind: zero}, force: false}
+    <e>: {}
+  pad_to_multiple_of: 8
+"""
+    ).tokenizer
+    assert found is not None
+    assert found.multiple == 8
+    assert [(rule.token, rule.row, rule.model, rule.force) for rule in found.rules] == [
+        ("<a>", OwnRow(), "b", False),
+        ("<b>", OtherRow("x"), "a", True),
+        ("<c>", OtherRow(7), "a", False),
+        ("<d>", ZeroRow(), None, False),
+        ("<e>", None, None, False),
+    ]
 
 
 @pytest.mark.parametrize(

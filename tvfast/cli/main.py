@@ -13,12 +13,34 @@ import traceback
 from collections.abc import Sequence
 
 import tvfast
-from tvfast.cli import bench, collect, demo, doctor, extract_lora, inspect, merge, methods, plan
+from tvfast.cli import (
+    bench,
+    collect,
+    demo,
+    doctor,
+    extract_lora,
+    inspect,
+    merge,
+    mergekit_yaml,
+    methods,
+    plan,
+)
 from tvfast.cli.signals import INTERRUPTED, Stopped
 from tvfast.errors import ArgumentError, RecipeError, TvfastError, UnknownNameError
 
 _FAILED, _USAGE = 1, 2
-_COMMANDS = (merge, plan, inspect, collect, extract_lora, methods, doctor, bench, demo)
+_COMMANDS = (
+    merge,
+    mergekit_yaml,
+    plan,
+    inspect,
+    collect,
+    extract_lora,
+    methods,
+    doctor,
+    bench,
+    demo,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
         disk=options.disk,
         network=options.network,
     )
-    for warning in found.get("warnings", ()):
+    for warning in (*(w for stage in found.get("stages", ()) for w in stage["warnings"]), *found["warnings"]):
         print(f"tvfast: warning: {' '.join(warning.split())}", file=sys.stderr)
     if options.json:
         print(json.dumps({**found, "estimate": rates.as_json(), "tensor_methods": _tensors(plan)}, indent=2))
@@ -235,6 +235,12 @@ def as_text(found: dict[str, Any], rates: Estimate) -> str:
     """A plan as lines."""
     shards = counted(len(found["shards"]), "shard")
     lines = [
+        *(
+            f"stage     {stage['name']}: {counted(stage['tensors'], 'tensor')}, "
+            f"{bytes_as_text(stage['read_bytes'])} read, {bytes_as_text(stage['write_bytes'])} written and "
+            "removed in the end"
+            for stage in found.get("stages", ())
+        ),
         f"tensors   {found['tensors']} in {shards}, {counted(found['units'], 'unit')} of work",
         f"reads     {bytes_as_text(found['read_bytes'])} in {counted(found['passes'], 'pass')}",
         *(f"          {reason}" for reason in found["passes_why"]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from tvfast import dtypes
 from tvfast.checkpoint.layout import Layout
 from tvfast.checkpoint.stored import Stored, matrix_of
+from tvfast.engine.gather import Window
 from tvfast.engine.inputs import Extent
 from tvfast.engine.memory import PAGE, round_up
 from tvfast.engine.tasks import Task
@@ -100,6 +101,7 @@ class Arrangement:
 
     Attributes:
         extents: what is read into it.
+        windows: what is gathered into it.
         spans: what is written from it.
         inputs: [part][input] position of the part's numbers.
         outputs: [part] position of the part's result.
@@ -109,6 +111,7 @@ class Arrangement:
     """
 
     extents: tuple[Extent, ...]
+    windows: tuple[Window, ...]
     spans: tuple[Span, ...]
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[int, ...]
@@ -193,22 +196,29 @@ def _is_apart(stored: Stored) -> bool:
 
 
 class _Reading:
-    """Puts arrays of files one behind the other; neighbours in a file stay neighbours."""
+    """Puts arrays one behind the other; neighbours in a file stay neighbours."""
 
     def __init__(self) -> None:
         self.cursor = 0
         self.extents: list[Extent] = []
 
     def take(self, path: str, offset: int, n_bytes: int) -> int:
-        """The position of an array."""
+        """The position of an array of a file."""
         last = self.extents[-1] if self.extents else None
-        if last and last.path == path and last.offset + last.n_bytes == offset:
-            at = self.cursor = last.at + last.n_bytes
+        behind = last is not None and self.cursor == last.at + last.n_bytes
+        if last and behind and last.path == path and last.offset + last.n_bytes == offset:
+            at = self.cursor
             self.extents[-1] = Extent(last.path, last.offset, last.n_bytes + n_bytes, last.at)
         else:
             at = self.cursor = round_up(self.cursor, PAGE) + offset % PAGE
             self.extents.append(Extent(path, offset, n_bytes, at))
         self.cursor += n_bytes
+        return at
+
+    def leave(self, n_bytes: int) -> int:
+        """The position of an array that is made."""
+        at = round_up(self.cursor, PAGE)
+        self.cursor = at + n_bytes
         return at
 
 
@@ -225,14 +235,13 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
     for k in range(max(len(part.task.inputs) for part in parts)):
         for part, found in zip(parts, inputs, strict=True):
             if k < len(part.task.inputs):
-                stored = part.task.inputs[k]
-                offset = stored.offset + dtypes.n_bytes(stored.dtype, part.start)
-                found.append(reading.take(stored.path, offset, dtypes.n_bytes(stored.dtype, part.n)))
+                found.append(_place(part, part.task.inputs[k], reading))
     widenings = _widenings(parts, inputs, reading)
     cursor = reading.cursor
     spans, outputs, narrowings, end = _results(parts, layout, cursor) if layout else ((), (), (), cursor)
     return Arrangement(
         extents=tuple(reading.extents),
+        windows=tuple(_windows(parts, inputs)),
         spans=spans,
         inputs=tuple(map(tuple, inputs)),
         outputs=outputs,
@@ -240,6 +249,14 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
         widenings=widenings,
         narrowings=narrowings,
     )
+
+
+def _place(part: Part, stored: Stored, reading: _Reading) -> int:
+    """Where an input of a part goes: read as it is, or gathered row by row."""
+    n_bytes = dtypes.n_bytes(stored.dtype, part.n)
+    if part.task.gather is not None:
+        return reading.leave(n_bytes)
+    return reading.take(stored.path, stored.offset + dtypes.n_bytes(stored.dtype, part.start), n_bytes)
 
 
 def _widenings(parts: Sequence[Part], inputs: list[list[int]], reading: _Reading) -> tuple[Widening, ...]:
@@ -259,10 +276,8 @@ def _widenings(parts: Sequence[Part], inputs: list[list[int]], reading: _Reading
         part = parts[one.part]
         stored = part.task.inputs[one.input]
         if _is_apart(stored):
-            reading.cursor = round_up(reading.cursor, PAGE)
-            one = replace(one, at=reading.cursor)
+            one = replace(one, at=reading.leave(dtypes.n_bytes(stored.operand, part.n)))
             inputs[one.part][one.input] = one.at
-            reading.cursor += dtypes.n_bytes(stored.operand, part.n)
         placed.append(one)
     return tuple(placed)
 
@@ -270,7 +285,14 @@ def _widenings(parts: Sequence[Part], inputs: list[list[int]], reading: _Reading
 def arrange_outputs(parts: Sequence[Part], layout: Layout) -> Arrangement:
     """A block for results alone."""
     spans, outputs, narrowings, end = _results(parts, layout, 0)
-    return Arrangement((), spans, (), outputs, round_up(end, PAGE), narrowings=narrowings)
+    return Arrangement((), (), spans, (), outputs, round_up(end, PAGE), narrowings=narrowings)
+
+
+def _windows(parts: Sequence[Part], inputs: Sequence[Sequence[int]]) -> Iterator[Window]:
+    for part, found in zip(parts, inputs, strict=True):
+        gather = part.task.gather
+        if gather is not None and part.n:
+            yield Window(gather, part.start, part.n, tuple(found[k] for k in gather.inputs))
 
 
 def _results(

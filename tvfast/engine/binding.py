@@ -11,13 +11,15 @@ from typing import Any
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
+from tvfast.engine.alignment import Alignment
 from tvfast.engine.codes import Codes, encoding_of, with_quantisation
 from tvfast.engine.configuration import donor_of, patched_config, ties_embeddings
+from tvfast.engine.gather import Gather
 from tvfast.engine.rows import Row, Rows
 from tvfast.engine.scoring import Scoring
 from tvfast.engine.statistics import ModelStatistics
 from tvfast.engine.tasks import Encoding, Task
-from tvfast.engine.vocabulary import check_same_vocabulary, vocabulary_file
+from tvfast.engine.vocabulary import vocabulary_file
 from tvfast.errors import DTypeError, RecipeError, ShapeError
 from tvfast.methods import ProgramMethod, TensorMethod
 from tvfast.methods.passthrough import Passthrough
@@ -34,6 +36,10 @@ class Binding:
         config: `config.json` of the output; None: no model has one.
         donor: directory of the model whose companion files are copied; its path if it is one file.
         tokenizer: directory whose tokenizer files are copied; None: nothing to copy.
+        tokenizer_files: by name, those that differ from that directory's.
+        vocabulary: what tells whether another run gathers the same rows.
+        vocabulary_bytes: memory that vocabularies and their maps take.
+        directories: where companion files are, by path of a model.
         warnings: of recipe and files.
         ties: tensors that are left out because they are another one: alias -> name.
         statistics: files of the models' statistics, by their paths in the recipe.
@@ -46,6 +52,10 @@ class Binding:
     warnings: tuple[str, ...]
     ties: dict[str, str]
     statistics: Mapping[str, StatisticsFile] = field(default_factory=dict)
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    vocabulary: tuple[str, ...] = ()
+    vocabulary_bytes: int = 0
+    directories: Mapping[str, str] = field(default_factory=dict)
 
 
 def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | None = None) -> Binding:
@@ -71,26 +81,37 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     statistics = {path: open_statistics(path) for path in recipe.statistics_paths()}
     scoring = Scoring(recipe, statistics)
     factors = ModelStatistics(recipe, checkpoints, statistics)
-    binder = _Binder(recipe, checkpoints, scoring, factors, recipe.seed if seed is None else seed)
+    alignment = None if recipe.tokenizer is None else Alignment(recipe, checkpoints)
+    binder = _Binder(recipe, checkpoints, scoring, factors, alignment, recipe.seed if seed is None else seed)
     tasks, ties = binder.tied([(row, task) for row in rows.all() for task in binder.tasks(row)])
     donor = checkpoints[donor_of(recipe, checkpoints)]
+    n_tokens = alignment.n_rows if alignment else None
     return Binding(
         tasks=tuple(tasks),
         config=with_quantisation(
-            patched_config(recipe, checkpoints, _most_common_dtype(tasks)), tasks, checkpoints
+            patched_config(recipe, checkpoints, _most_common_dtype(tasks), n_tokens), tasks, checkpoints
         ),
         donor=donor.directory or donor.path,
-        tokenizer=_tokenizer(recipe, checkpoints),
+        tokenizer=alignment.tokenizer.directory if alignment else _tokenizer(recipe, checkpoints),
         warnings=(
             *recipe.warnings,
             *_doubts(recipe, checkpoints),
             *rows.warnings,
+            *(alignment.warnings if alignment else ()),
             *binder.codes.warnings,
             *factors.notes(),
             *(() if factors.is_read else scoring.warnings()),
         ),
         ties=ties,
         statistics=statistics,
+        tokenizer_files=alignment.tokenizer.files if alignment else {},
+        vocabulary=tuple(alignment.digest()) if alignment else (),
+        vocabulary_bytes=alignment.n_bytes if alignment else 0,
+        directories={
+            recipe.parts_of(model)[0]: checkpoint.directory
+            for model, checkpoint in checkpoints.items()
+            if checkpoint.directory is not None
+        },
     )
 
 
@@ -103,8 +124,10 @@ class _Binder:
         checkpoints: Mapping[str, Checkpoint],
         scoring: Scoring,
         factors: ModelStatistics,
+        alignment: Alignment | None,
         seed: int,
     ) -> None:
+        self.alignment = alignment
         self.factors = factors
         self.recipe = recipe
         self.scoring = scoring
@@ -120,11 +143,37 @@ class _Binder:
 
     def task(self, row: Row) -> Task:
         """The task of a row, keyed by its own name."""
+        dtype = self.recipe.output_dtype or self.codes.stored_as(row)
+        operands = self.resolver.operands(row.part)
+        if self.alignment is not None and row.inputs:
+            if not operands or None in row.inputs:
+                k = row.part.reference
+                row = replace(row, inputs=tuple(s if i == k else None for i, s in enumerate(row.inputs)))
+            gather = self.alignment.gather(row)
+            if gather is not None:
+                return self._gathered(row, gather, dtype)
+        return self._task(row, dtype)
+
+    def _gathered(self, row: Row, gather: Gather, dtype: str) -> Task:
+        """The task of a tensor by token, whose inputs have the rows of the output's vocabulary."""
+        aligned = iter(gather.aligned())
+        seen = replace(row, inputs=tuple(None if stored is None else next(aligned) for stored in row.inputs))
+        task = self._task(seen, dtype)
+        if task.scores or (task.tensor is not None and task.tensor.statistics):
+            raise RecipeError(
+                f"{self.recipe.where}: tensor {row.name!r} has rows of other tokens than the statistics of "
+                f"method {self.recipe.method!r}; expected models of one vocabulary. Remove the tokenizer "
+                "section."
+            )
+        places = {id(stored): k for k, stored in enumerate(task.inputs)}
+        inputs = tuple(places[id(stored)] for stored in seen.inputs if stored is not None)
+        return replace(task, gather=replace(gather, inputs=inputs))
+
+    def _task(self, row: Row, dtype: str) -> Task:
         present = [stored for stored in row.inputs if stored is not None]
         reference = row.reference
         if any(stored.shape != reference.shape for stored in present):
             raise self._shapes_differ(row)
-        dtype = self.recipe.output_dtype or self.codes.stored_as(row)
         encoding = None if self.recipe.output_dtype else encoding_of(row)
         operands = self.resolver.operands(row.part)
         if not operands or len(present) < len(row.inputs):
@@ -213,7 +262,8 @@ class _Binder:
         )
         same_rows = len(stored.shape) == len(reference.shape) == 2 and stored.shape[1:] == reference.shape[1:]
         hint = (
-            "If these are embeddings, the vocabularies differ: align the tokenizers first."
+            "If these are embeddings, the vocabularies differ: add `tokenizer: {source: union}` to the "
+            "recipe, or `source: base`."
             if same_rows
             else "The models do not have one architecture."
         )
@@ -279,23 +329,9 @@ def _most_common_dtype(tasks: list[Task]) -> str | None:
 
 
 def _tokenizer(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str | None:
-    """Where the tokenizer of the output comes from.
-
-    Raises:
-        RecipeError: the recipe asks for one, and the models do not share its vocabulary.
-    """
+    """Where the tokenizer of the output comes from, if the recipe has no section for it."""
+    if not recipe.copy_tokenizer:
+        return None
     directories = {path: checkpoint.directory for path, checkpoint in checkpoints.items()}
-    wanted = recipe.tokenizer_source
-    if wanted is None:
-        paths = [recipe.donor, *(path for path in directories if path != recipe.donor)]
-        return next((directories[path] for path in paths if vocabulary_file(directories[path])), None)
-    model = recipe.donor if wanted in ("union", "base") else wanted
-    source = directories.get(model, os.path.expanduser(model))
-    if source is None or not os.path.isdir(source):
-        raise RecipeError(
-            f"{recipe.where}: tokenizer_source: {wanted}: {model} is no directory; expected one that has a "
-            "tokenizer."
-        )
-    others = [directory for directory in directories.values() if directory not in (None, source)]
-    check_same_vocabulary(source, others, f"{recipe.where}: tokenizer_source: {wanted}")
-    return source
+    paths = [recipe.donor, *(path for path in directories if path != recipe.donor)]
+    return next((directories[path] for path in paths if vocabulary_file(directories[path])), None)

@@ -76,18 +76,21 @@ def companions(recipe: Recipe, binding: Binding) -> dict[str, bytes]:
         files["config.json"] = _json(binding.config)
     if binding.tokenizer is not None:
         files |= _copied(binding.tokenizer, (*TOKENIZER_FILES, *_named(binding.tokenizer, ".tiktoken")))
+        files |= binding.tokenizer_files
         if b'"auto_map"' in files.get("tokenizer_config.json", b""):
             files |= _copied(binding.tokenizer, _named(binding.tokenizer, ".py"))
     if recipe.chat_template is not None:
-        files |= _with_template(files, _template(recipe.chat_template, _directories(recipe)))
-    files["README.md"] = card(recipe).encode()
-    files["mergekit_config.yml"] = recipe.text.encode()
+        files |= _with_template(files, _template(recipe.chat_template, _directories(recipe, binding)))
+    if recipe.card:
+        files["README.md"] = card(recipe).encode()
+        files["mergekit_config.yml"] = recipe.text.encode()
     return files
 
 
-def _directories(recipe: Recipe) -> list[str]:
+def _directories(recipe: Recipe, binding: Binding) -> list[str]:
     """Where the companion files of each model are: those of its base, if an adapter is added to it."""
-    return list(dict.fromkeys(recipe.parts_of(model)[0] for model in recipe.model_paths()))
+    paths = dict.fromkeys(recipe.parts_of(model)[0] for model in recipe.model_paths())
+    return [binding.directories.get(path, path) for path in paths]
 
 
 def card(recipe: Recipe) -> str:

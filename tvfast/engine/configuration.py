@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tvfast.checkpoint.reading import Checkpoint
-from tvfast.engine.layers import layer_count
+from tvfast.engine.layers import layer_count, parts_of
 from tvfast.recipe import Recipe
 
 _DTYPES = ("torch_dtype", "dtype")
+_VOCABULARY = "vocab_size"
 _PER_LAYER = ("layer", "block")  # in the names of lists with one entry per layer
 
 
@@ -21,12 +22,13 @@ def donor_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
 
 
 def patched_config(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], dtype: str | None
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], dtype: str | None, n_tokens: int | None = None
 ) -> dict[str, Any] | None:
     """The donor's configuration for the output.
 
     Args:
         dtype: most of the output's storage type, as `config.json` calls it; None: leave it.
+        n_tokens: rows of its matrices by token; None: as many as the donor has.
 
     Returns:
         A new dict; None where no model has a configuration.
@@ -37,15 +39,35 @@ def patched_config(
     config = copy.deepcopy(config)
     if dtype is not None:
         _set_dtype(config, dtype)
+    if n_tokens is not None:
+        _set_vocabulary(config, n_tokens)
     if recipe.stacked:
         _set_layers(config, recipe, checkpoints)
     return config
+
+
+def vocabulary_size(config: Mapping[str, Any] | None) -> int | None:
+    """How many tokens a model, or its language part, has rows for; None: the configuration does not say."""
+    for part in parts_of(config or {}):
+        value = part.get(_VOCABULARY)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
 def ties_embeddings(config: Mapping[str, Any] | None) -> bool:
     """Whether a model reads its head from its embeddings."""
     parts = [config or {}, *(part for part in (config or {}).values() if isinstance(part, Mapping))]
     return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
+def _set_vocabulary(config: dict[str, Any], n_tokens: int) -> None:
+    """Wherever the old number is."""
+    before = vocabulary_size(config)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    having = [part for part in parts if before is not None and part.get(_VOCABULARY) == before]
+    for part in having or [config]:
+        part[_VOCABULARY] = n_tokens
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

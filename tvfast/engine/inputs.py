@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tvfast.engine.gather import Gather, Window
+from tvfast.engine.gathering import Gatherer
 from tvfast.engine.memory import PAGE, Buffer
 from tvfast.errors import MergeError
 
@@ -71,7 +73,8 @@ class Inputs:
         self._files = files
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._on_read = on_read
-        self._open: OrderedDict[str, _Open] = OrderedDict()  # used last at the end
+        self._open: OrderedDict[tuple[str, bool], _Open] = OrderedDict()  # used last at the end
+        self._gatherers: dict[Gather, Gatherer] = {}
         self._lock = threading.Lock()
         self._stopped = False
         self._readers = ThreadPoolExecutor(N_READERS, "tvfast-read")
@@ -87,6 +90,14 @@ class Inputs:
                 futures.append(self._readers.submit(self._read, piece, block))
                 begin = stop
         return futures
+
+    def gather(self, windows: Sequence[Window], block: Buffer) -> list[Future[None]]:
+        """Start to gather rows into a block, as `read`."""
+        return [
+            self._readers.submit(self._gather, piece, block)
+            for window in windows
+            for piece in window.pieces()
+        ]
 
     def stop(self) -> None:
         """Let every read that has not begun fail, so that those who wait for one end soon."""
@@ -112,17 +123,18 @@ class Inputs:
             os.close(self._open.popitem()[1].descriptor)
 
     @contextmanager
-    def _borrowed(self, path: str) -> Iterator[_Open]:
+    def _borrowed(self, path: str, *, direct: bool) -> Iterator[_Open]:
+        key = (path, direct)
         with self._lock:
-            file = self._open.get(path)
+            file = self._open.get(key)
             if file is None:
                 try:
-                    file = self._open[path] = self._open_one(path)
+                    file = self._open[key] = self._open_one(path, direct)
                 except OSError as error:
                     raise MergeError(
                         f"{path}: input cannot be opened ({error.strerror}). {_AGAIN}"
                     ) from error
-            self._open.move_to_end(path)
+            self._open.move_to_end(key)
             file.n_users += 1
             idle = [name for name, other in self._open.items() if not other.n_users]
             for name in idle[: max(0, len(self._open) - MAX_OPEN)]:
@@ -133,9 +145,8 @@ class Inputs:
             with self._lock:
                 file.n_users -= 1
 
-    def _open_one(self, path: str) -> _Open:
+    def _open_one(self, path: str, direct: bool) -> _Open:
         flags = os.O_RDONLY | os.O_CLOEXEC
-        direct = self._direct
         try:
             descriptor = os.open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError:
@@ -153,9 +164,26 @@ class Inputs:
     def _read(self, piece: Extent, block: Buffer) -> None:
         if self._stopped:
             raise MergeError("stopped")
-        with self._borrowed(piece.path) as file:
+        with self._borrowed(piece.path, direct=self._direct) as file:
             _fill(piece, block, file)
         self._on_read(piece.n_bytes)
+
+    def _gather(self, piece: Window, block: Buffer) -> None:
+        if self._stopped:
+            raise MergeError("stopped")
+        with self._lock:
+            gatherer = self._gatherers.get(piece.gather)
+            if gatherer is None:
+                gatherer = Gatherer(piece.gather, self._buffered, ahead=not self._direct)
+                self._gatherers[piece.gather] = gatherer
+        gatherer.fill(piece, block.address)
+        self._on_read(piece.n_bytes)
+
+    @contextmanager
+    def _buffered(self, path: str) -> Iterator[int]:
+        """A descriptor for reads of any size; rows are no pages."""
+        with self._borrowed(path, direct=False) as file:
+            yield file.descriptor
 
 
 def _fill(piece: Extent, block: Buffer, file: _Open) -> None:

@@ -76,16 +76,24 @@ def share(offset: int, n_layers: int) -> float:
 
 def layer_count(config: Mapping[str, Any] | None) -> LayerCount | None:
     """What `num_hidden_layers`, or a key of the same meaning, says of the model or of its language part."""
-    if config is None:
-        return None
-    nested = [(key, value) for key, value in config.items() if isinstance(value, Mapping)]
-    nested.sort(key=lambda item: not any(word in item[0] for word in _LANGUAGE))
-    for keys, part in [((), config), *(((key,), value) for key, value in nested)]:
+    for keys, part in _nested(config or {}):
         for key in _COUNTS:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return LayerCount((*keys, key), value)
     return None
+
+
+def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A configuration and those in it, that of the language part first."""
+    return (part for _, part in _nested(config))
+
+
+def _nested(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    nested = [(key, value) for key, value in config.items() if isinstance(value, Mapping)]
+    nested.sort(key=lambda item: not any(word in item[0] for word in _LANGUAGE))
+    yield (), config
+    yield from (((key,), value) for key, value in nested)
 
 
 def is_first(name: str, main: str, found: Mapping[str, int]) -> bool:

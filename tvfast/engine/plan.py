@@ -87,6 +87,7 @@ class Plan:
         warnings: of the recipe and of the files.
         device: how the memory of a GPU is divided; None: everything is merged on the host.
         device_why: what the device is, or why there is none.
+        stages: names and plans of what has to be merged before; other attributes are of the last stage.
     """
 
     binding: Binding
@@ -102,6 +103,7 @@ class Plan:
     warnings: tuple[str, ...]
     device: DevicePlan | None = None
     device_why: str = ""
+    stages: tuple[tuple[str, Plan], ...] = ()
 
     @property
     def tensors(self) -> tuple[tuple[str, tuple[int, ...], str, str], ...]:
@@ -132,6 +134,7 @@ class Plan:
             "methods": [{"tensors": n, "method": method} for method, n in counts.items()],
             "shards": [{"name": shard.name, "bytes": shard.n_bytes} for shard in self.layout.shards],
             "warnings": list(self.warnings),
+            **({"stages": [{"name": n, **plan.as_json()} for n, plan in self.stages]} if self.stages else {}),
         }
 
 
@@ -179,7 +182,7 @@ def make_plan(
         device, device_why = None, reason
     whole = [task for group in groups for task in group]
     on_device = plan_device(single, whole, device, device_memory) if device else None
-    budget = _budget(groups, single, threads, memory, on_device)
+    budget = _budget(groups, single, threads, memory, on_device, beside=binding.vocabulary_bytes)
     arena, n_workers = budget.arena, budget.n_workers
     if on_device:
         room = Room.beside(on_device, device_plan.UNIT_BYTES, n_workers, arena, single)
@@ -199,7 +202,8 @@ def make_plan(
         n_threads=threads,
         arena_bytes=arena,
         peak_bytes=budget.fixed + min(arena, sum(u.n_bytes for u in units)),
-        read_bytes=sum(unit.input_bytes * unit.n_passes + unit.sampled_bytes for unit in units),
+        read_bytes=sum(unit.input_bytes * unit.n_passes + unit.sampled_bytes for unit in units)
+        + sum(task.gather.sampled_bytes for task in binding.tasks if task.gather),
         write_bytes=layout.n_bytes,
         reasons=tuple(_reasons(units, arena)),
         warnings=binding.warnings,
@@ -223,8 +227,12 @@ def _budget(
     n_threads: int,
     memory: int | None,
     device: DevicePlan | None = None,
+    beside: int = 0,
 ) -> _Budget:
     """As many workers as memory allows; one more than threads keeps cores busy while one waits for the disk.
+
+    Args:
+        beside: bytes that the binding holds.
 
     Raises:
         ArgumentError: even one worker needs more than `memory`.
@@ -245,7 +253,7 @@ def _budget(
         streamed = True  # where the device proves to have less memory than it said
     largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in measured), default=0)
     largest = max([largest, *(group_bytes(group) for group in groups if not _is_whole_model(group))])
-    known = TENSOR_BYTES * (
+    known = beside + TENSOR_BYTES * (
         sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
     )
     n_models = max((len(task.models) for task in (*single, *whole)), default=0)

@@ -23,7 +23,7 @@ from tvfast.engine.memory import Arena, Block, Slots
 from tvfast.engine.offload import Job, Offload, Region
 from tvfast.engine.passes import logical_table
 from tvfast.engine.plan import UNIT_BYTES, Plan
-from tvfast.engine.source import Loaded, StreamSource, entry_of
+from tvfast.engine.source import Loaded, StreamSource, entry_of, load
 from tvfast.engine.staging import Staging
 from tvfast.engine.streamed import Combine, PartsBackend, StreamedBackend
 from tvfast.engine.units import CHUNKS_IN_FLIGHT, Unit
@@ -57,6 +57,15 @@ class Silence:
     def start(self, read_bytes: int, write_bytes: int) -> None: ...
     def read(self, n_bytes: int) -> None: ...
     def wrote(self, n_bytes: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Unfinished:
+    """Tells of work after which more follows."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.start, self.read, self.wrote = progress.start, progress.read, progress.wrote
+
     def finish(self) -> None: ...
 
 
@@ -198,7 +207,7 @@ class Run:
             self._process_in_chunks(unit, Slots(block, CHUNKS_IN_FLIGHT))
             return
         loaded = Loaded(unit.parts, arrange(unit.parts, self._plan.layout), block)
-        for read in self._inputs.read(loaded.arrangement.extents, block):
+        for read in load(self._inputs, loaded):
             read.result()
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does

@@ -125,7 +125,7 @@ class StreamSource:
                 arrangement = arrange(parts, layout)
                 block = self._slots.acquire()
                 loaded = Loaded(parts, arrangement, block)
-                ahead.append((loaded, self._inputs.read(arrangement.extents, block)))
+                ahead.append((loaded, load(self._inputs, loaded)))
             if not ahead:
                 return
             loaded, reads = ahead.popleft()
@@ -141,6 +141,15 @@ class StreamSource:
             for index, (part, row) in enumerate(zip(loaded.parts, rows, strict=True))
         ]
         return Chunk(WorkTable(entries, self._table.n_models), rows)
+
+
+def load(inputs: Inputs, loaded: Loaded) -> list[Future[None]]:
+    """Start to fill a block with the inputs of its parts; they are there when every future is done."""
+    arrangement = loaded.arrangement
+    return [
+        *inputs.read(arrangement.extents, loaded.block),
+        *inputs.gather(arrangement.windows, loaded.block),
+    ]
 
 
 def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = None) -> Entry:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvfast.checkpoint.layout import Described
 from tvfast.checkpoint.stored import Stored, matrix_of
+from tvfast.engine.gather import Gather
 from tvfast.methods.base import ProgramMethod, TensorMethod
 from tvfast.program import ScoreSummary
 from tvfast.statistics import StatisticsFile
@@ -63,6 +64,7 @@ class Task:
         tensor: what merges the tensor, where that is not a method of the stage algebra; `method` is None
         then.
         encoding: of a result that is computed as float32 and stored as 8-bit codes.
+        gather: where the rows of the inputs come from, if they are not those of a file one after the other.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Task:
     summaries: tuple[ScoreSummary, ...] = ()
     tensor: TensorWork | None = None
     encoding: Encoding | None = None
+    gather: Gather | None = None
 
     @property
     def result(self) -> str:

@@ -1,13 +1,14 @@
-"""Whether models share a vocabulary, from their tokenizer files."""
+"""The vocabulary of a model, from its tokenizer files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from tvfast.errors import CheckpointError, RecipeError
+from tvfast.errors import CheckpointError
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -22,6 +23,9 @@ VOCABULARY_FILES = (
 
 _MAX_BYTES = 512 * 1000**2
 _ADDED = "added_tokens.json"
+_CONFIG = "tokenizer_config.json"
+_EXACT = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
 
 def vocabulary_file(directory: str | None) -> str | None:
@@ -39,53 +43,101 @@ def vocabulary_file(directory: str | None) -> str | None:
     return None
 
 
-def check_same_vocabulary(source: str, others: Sequence[str | None], where: str) -> None:
-    """Raise unless other models have the vocabulary of `source`.
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of one tokenizer.
 
-    Args:
-        source: directory of the tokenizer that is taken.
-        others: directory of each model; those without a tokenizer are skipped.
-        where: the recipe and its key.
+    Attributes:
+        path: of its file.
+        ids: token -> number.
+        added: tokens that were added beside the vocabulary, with their settings as `tokenizer.json` has them.
+        exact: whether the file gives every number; of some formats a program adds to what is in the file.
+    """
+
+    path: str
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    exact: bool
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """The vocabulary in one of `VOCABULARY_FILES`, with the tokens that files beside it add.
 
     Raises:
-        RecipeError: `source` has no tokenizer, or a token differs; the first is named, with both ids.
-        CheckpointError: a tokenizer file is damaged.
+        CheckpointError: a file is none of its kind.
     """
-    path = vocabulary_file(source)
-    if path is None:
-        raise RecipeError(
-            f"{where}: {source} has no tokenizer; expected one of {', '.join(VOCABULARY_FILES)} there."
-        )
-    expected: dict[int, str] | None = None
-    for directory in others:
-        other = vocabulary_file(directory)
-        if other is None or (_same_bytes(path, other) and _same_added(path, other)):
-            continue
-        expected = _tokens(path) if expected is None else expected
-        found = _tokens(other)
-        for number in sorted(expected.keys() | found.keys()):
-            ours, theirs = expected.get(number), found.get(number)
-            if ours != theirs:
-                raise RecipeError(
-                    f"{where}: the vocabularies differ, first in token {number}: {_shown(ours)} in {path}, "
-                    f"{_shown(theirs)} in {other}. Joining vocabularies is not supported yet; merge models "
-                    "of one vocabulary, or remove the key to take the tokenizer of the base as it is."
-                )
+    name, data = os.path.basename(path), _read(path)
+    try:
+        if name == "tokenizer.json":
+            return vocabulary_of(json.loads(data), path)
+        tokens = dict(_vocabulary(name, data))
+    except _DAMAGED:
+        raise damaged_vocabulary(path) from None
+    added = {number: added_token(number, token) for number, token in sorted(_added(path))}
+    names = {**tokens, **{number: token["content"] for number, token in added.items()}}
+    ids = {token: number for number, token in sorted(names.items())}
+    found = Vocabulary(path, ids, {token["content"]: token for token in added.values()}, name in _EXACT)
+    return _with_declared(found)
 
 
-def _shown(token: str | None) -> str:
-    return "none" if token is None else repr(token[:40])
+def vocabulary_of(document: Any, path: str) -> Vocabulary:
+    """The vocabulary of a `tokenizer.json` that is parsed.
+
+    Args:
+        path: of its file, or of the one that stands for it.
+
+    Raises:
+        CheckpointError: it is no such document.
+    """
+    try:
+        vocabulary = document["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score]
+            ids = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
+        else:
+            ids = {str(token): int(number) for token, number in vocabulary.items()}
+        added = {str(token["content"]): dict(token) for token in document.get("added_tokens") or ()}
+        ids.update((content, int(token["id"])) for content, token in added.items())
+    except _DAMAGED:
+        raise damaged_vocabulary(path) from None
+    return _with_declared(Vocabulary(path, ids, added, True))
 
 
-def _same_bytes(one: str, other: str) -> bool:
-    return os.path.basename(one) == os.path.basename(other) and _read(one) == _read(other)
+def _with_declared(found: Vocabulary) -> Vocabulary:
+    """The same with what `tokenizer_config.json` adds when the tokenizer is loaded."""
+    path = os.path.join(os.path.dirname(found.path), _CONFIG)
+    if os.path.isfile(path):
+        try:
+            declared = json.loads(_read(path)).get("added_tokens_decoder") or {}
+            for number, token in sorted((int(key), token) for key, token in declared.items()):
+                content = str(token["content"])
+                if content not in found.ids:
+                    found.ids[content] = number
+                    found.added[content] = {**added_token(number, content), **token, "id": number}
+        except _DAMAGED:
+            raise CheckpointError(
+                f"{path}: is damaged; expected a JSON object, tokens by number in its added_tokens_decoder."
+            ) from None
+    return found
 
 
-def _same_added(one: str, other: str) -> bool:
-    """Whether tokens added beside the vocabulary are the same; `tokenizer.json` has them inside."""
-    if one.endswith("tokenizer.json"):
-        return True
-    return dict(_added(one)) == dict(_added(other))
+def added_token(number: int, content: str) -> dict[str, Any]:
+    """A token that was added without settings, as the tokenizers library writes it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    return {"id": number, "content": content, **flags}
+
+
+def same_vocabulary(one: str, other: str) -> bool:
+    """Whether two files of vocabularies, and what was added to them, are equal byte by byte."""
+    return (
+        os.path.basename(one) == os.path.basename(other)
+        and _read(one) == _read(other)
+        and (one.endswith("tokenizer.json") or dict(_added(one)) == dict(_added(other)))
+    )
+
+
+def damaged_vocabulary(path: str) -> CheckpointError:
+    name = os.path.basename(path)
+    return CheckpointError(f"{path}: is damaged; expected a vocabulary as {name} holds it.")
 
 
 def _read(path: str) -> bytes:
@@ -98,33 +150,11 @@ def _read(path: str) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
-def _tokens(path: str) -> dict[int, str]:
-    """Token by id.
-
-    Raises:
-        CheckpointError: the file is none of its kind.
-    """
-    try:
-        return {**dict(_vocabulary(path)), **dict(_added(path))}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        name = os.path.basename(path)
-        raise CheckpointError(f"{path}: is damaged; expected a vocabulary as {name} holds it.") from None
-
-
-def _vocabulary(path: str) -> Iterator[tuple[int, str]]:
-    name, data = os.path.basename(path), _read(path)
-    if name == "tokenizer.json":
-        parsed = json.loads(data)
-        vocabulary: Any = parsed["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [token, score]
-            yield from ((number, str(entry[0])) for number, entry in enumerate(vocabulary))
-        else:
-            yield from ((int(number), str(token)) for token, number in vocabulary.items())
-        yield from ((int(token["id"]), str(token["content"])) for token in parsed.get("added_tokens") or ())
-    elif name == "vocab.json":
+def _vocabulary(name: str, data: bytes) -> Iterator[tuple[int, str]]:
+    if name == "vocab.json":
         yield from ((int(number), str(token)) for token, number in json.loads(data).items())
     elif name == "vocab.txt":
-        yield from enumerate(data.decode().split("\n"))
+        yield from enumerate(data.decode().rstrip("\n").split("\n"))
     else:
         yield from enumerate(_pieces(data))
 

@@ -8,13 +8,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from tvfast.errors import RecipeError
-from tvfast.recipe.document import MAX_CHARACTERS, Value, compose, from_mapping
+from tvfast.recipe.document import MAX_CHARACTERS, compose_all, from_mapping, plain_data
 from tvfast.recipe.keys import OWN_KEYS, method_keys
 from tvfast.recipe.parsing import read_recipe
 from tvfast.recipe.recipe import Recipe, Slice, Source
 from tvfast.recipe.resolution import Resolver
+from tvfast.recipe.stages import read_stages
+from tvfast.recipe.tokenizer import OtherRow, OwnRow, Tokenizer, TokenRule, ZeroRow
 
-__all__ = ["Recipe", "Resolver", "Slice", "Source", "load_recipe", "names_in_recipes", "parse_recipe"]
+__all__ = [
+    "OtherRow",
+    "OwnRow",
+    "Recipe",
+    "Resolver",
+    "Slice",
+    "Source",
+    "TokenRule",
+    "Tokenizer",
+    "ZeroRow",
+    "load_recipe",
+    "names_in_recipes",
+    "parse_recipe",
+]
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
@@ -35,7 +50,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     """
     if isinstance(source, Mapping):
         document = from_mapping(source, "recipe")
-        return read_recipe(document, json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n")
+        return read_recipe(document, json.dumps(plain_data(document), indent=2, ensure_ascii=False) + "\n")
     path = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(path, str):
         raise RecipeError(
@@ -48,14 +63,15 @@ def parse_recipe(text: str, where: str) -> Recipe:
     """A recipe from YAML text.
 
     Args:
-        text: one YAML document.
+        text: one YAML document, or several, of which later ones name earlier ones as their models.
         where: what stands for it in messages, such as its path.
 
     Raises:
         RecipeError: no YAML, or no recipe; with line and key.
         UnknownNameError: a method or dialect does not exist.
     """
-    return read_recipe(compose(text.removeprefix("\ufeff"), where), text)
+    documents = compose_all(text.removeprefix("\ufeff"), where)
+    return read_recipe(documents[0], text) if len(documents) == 1 else read_stages(documents, text)
 
 
 def names_in_recipes(method: str) -> dict[str, str]:
@@ -88,12 +104,3 @@ def _read(path: str) -> str:
         raise RecipeError(
             f"{path}, line {line}: byte {data[error.start]:#04x} is no UTF-8; expected a text file in UTF-8."
         ) from None
-
-
-def _plain(value: Value) -> Any:
-    """Plain data again, of what was read from a mapping."""
-    if isinstance(value.plain, dict):
-        return {key: _plain(item) for key, item in value.mapping().items()}
-    if isinstance(value.plain, tuple):
-        return [_plain(item) for item in value.sequence("a list")]
-    return value.plain

@@ -124,6 +124,15 @@ class Value:
         return self.node.value
 
 
+def plain_data(value: Value) -> Any:
+    """Plain Python data again."""
+    if isinstance(value.plain, dict):
+        return {key: plain_data(item) for key, item in value.mapping().items()}
+    if isinstance(value.plain, tuple):
+        return [plain_data(item) for item in value.sequence("a list")]
+    return value.plain
+
+
 def nearest(found: str, known: Sequence[str]) -> str:
     """ " Did you mean 'x'?" for the nearest known word, in upper or lower case, or nothing."""
     words = {word.lower(): word for word in known}
@@ -246,18 +255,20 @@ class _Composer:
         self.open: list[_Open] = []
         self.n_nodes = 0
 
-    def document(self) -> Node:
-        """The one document of the text."""
+    def documents(self) -> list[Node]:
+        """Every document of the text that is not empty, with its own anchors."""
+        found: list[Node] = []
         root: Node | None = None
-        n_documents = 0
         event: Any
         while self.loader.check_event():
             event = self.loader.get_event()
             line = event.start_mark.line + 1
             if isinstance(event, yaml.DocumentStartEvent):
-                n_documents += 1
-                if n_documents > 1:
-                    self.fail(line, "a second document begins; expected one recipe per file. Split the file.")
+                root = None
+                self.anchors.clear()
+            elif isinstance(event, yaml.DocumentEndEvent):
+                if root is not None and root.value is not None:
+                    found.append(root)
             elif isinstance(event, yaml.CollectionStartEvent):
                 self.begin(event, line)
             elif isinstance(event, yaml.CollectionEndEvent):
@@ -266,9 +277,7 @@ class _Composer:
                 root = self.add(self.scalar(event, line))
             elif isinstance(event, yaml.AliasEvent):
                 root = self.add(self.alias(event.anchor or "", line))
-        if root is None:
-            raise RecipeError(f"{self.where}: is empty; expected a mapping with merge_method and models.")
-        return root
+        return found
 
     def fail(self, line: int, message: str) -> NoReturn:
         raise RecipeError(f"{self.where}, line {line}: {message}")
@@ -357,11 +366,23 @@ class _Composer:
 
 
 def compose(text: str, where: str) -> Value:
-    """The document of a text.
+    """The one document of a text.
 
     Raises:
-        RecipeError: no YAML, or YAML that no recipe needs: too large, too deep, several documents, tags other
-            than those of scalars, equal keys, keys that are no texts.
+        RecipeError: as `compose_all`; or there are several.
+    """
+    found = compose_all(text, where)
+    if len(found) > 1:
+        raise found[1].error("a second document begins; expected one per file. Split the file.")
+    return found[0]
+
+
+def compose_all(text: str, where: str) -> list[Value]:
+    """The documents of a text, at least one.
+
+    Raises:
+        RecipeError: no YAML, or YAML that no recipe needs: too large, too deep, tags other than those of
+            scalars, equal keys, keys that are no texts.
 
     Notes:
         Linear in the text. An alias costs nothing, but counts.
@@ -375,7 +396,7 @@ def compose(text: str, where: str) -> Value:
             f"{where}, line {line}, column {column}: has the character U+{ord(bad[0]):04X}; expected text."
         )
     try:
-        node = _Composer(text, where).document()
+        nodes = _Composer(text, where).documents()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -385,4 +406,6 @@ def compose(text: str, where: str) -> Value:
     except yaml.YAMLError as error:
         what = shortened(str(error).splitlines()[0]) if str(error) else "broken YAML"
         raise RecipeError(f"{where}: {what}. Expected YAML text.") from None
-    return Value(node, "", node.line, where)
+    if not nodes:
+        raise RecipeError(f"{where}: is empty; expected a mapping with merge_method and models.")
+    return [Value(node, "", node.line, where) for node in nodes]

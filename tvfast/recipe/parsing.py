@@ -16,6 +16,7 @@ from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
 from tvfast.recipe.references import References
 from tvfast.recipe.resolution import Resolver
 from tvfast.recipe.settings import read_setting
+from tvfast.recipe.tokenizer import read_tokenizer
 
 _TOP = (
     "merge_method",
@@ -31,6 +32,7 @@ _TOP = (
     "chat_template",
     "out_shard_size",
     "name",
+    "out_path",
     "tvfast",
 )
 _OWN = (
@@ -56,14 +58,18 @@ Word = TypeVar("Word", bound=str)
 Level = Literal["recipe", "slice", "source", "base"]
 
 
-def read_recipe(document: Value, text: str) -> Recipe:
+def read_recipe(document: Value, text: str, *, name: str | None = None) -> Recipe:
     """The recipe that a document holds.
+
+    Args:
+        text: what the recipe's card shows.
+        name: of a recipe beside others.
 
     Raises:
         RecipeError: it is none.
         UnknownNameError: method or dialect do not exist.
     """
-    return _Reader(document).recipe(text)
+    return _Reader(document).recipe(text, name)
 
 
 class _Reader:
@@ -91,11 +97,13 @@ class _Reader:
         self.reads_base = self.info.needs_base and (self._names_base() or not self.info.optional_base)
         self.words = self._words()
 
-    def recipe(self, text: str) -> Recipe:
+    def recipe(self, text: str, name: str | None) -> Recipe:
         if "modules" in self.entries:
             raise self.entries["modules"].error("is not supported yet; expected models or slices.")
-        if "name" in self.entries:
-            self._ignore("name", "belongs to recipes of several documents")
+        if name is None:
+            for key in ("name", "out_path"):
+                if key in self.entries:
+                    self._ignore(key, "belongs to recipes of several documents")
         parameters = self._settings(self.entries.get("parameters"), level="recipe")
         base = self._reference("base_model")
         slices, stacked = self._slices(base, parameters)
@@ -114,7 +122,12 @@ class _Reader:
             parameters=parameters,
             dtype=self._dtype("dtype"),
             out_dtype=self._dtype("out_dtype"),
-            tokenizer_source=self._tokenizer(),
+            tokenizer=read_tokenizer(
+                self.entries.get("tokenizer"),
+                self.entries.get("tokenizer_source"),
+                _inputs(slices, base),
+                self.references,
+            ),
             chat_template=self._chat_template(),
             shard_bytes=self._shard_bytes(),
             seed=self._seed(),
@@ -126,6 +139,7 @@ class _Reader:
             lora_merge_dtype=self._dtype_of(self.own.get("lora_merge_dtype")),
             on_missing_scale=self._word("on_missing_scale", _ON_MISSING_SCALE) or "error",
             adapters=self.references.adapters,
+            name=name,
             warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
         )
         self._check(recipe)
@@ -363,25 +377,6 @@ class _Reader:
             raise value.expected(what)
         return BY_RECIPE_NAME[word]
 
-    def _tokenizer(self) -> str | None:
-        """Whose vocabulary the output takes."""
-        if "tokenizer" not in self.entries:
-            value = self.entries.get("tokenizer_source")
-            return None if value is None else self._tokenizer_source(value)
-        value = self.entries["tokenizer"]
-        if "tokenizer_source" in self.entries:
-            raise value.error("there is a tokenizer_source too; expected one of them.")
-        found = value.mapping(("source", "tokens", "pad_to_multiple_of"))
-        for key in ("tokens", "pad_to_multiple_of"):
-            if key in found and found[key].plain not in (None, {}):
-                raise found[key].error("is not supported yet; vocabularies are taken as they are. Remove it.")
-        if "source" not in found or found["source"].plain is None:
-            return "union"
-        return self._tokenizer_source(found["source"])
-
-    def _tokenizer_source(self, value: Value) -> str:
-        return str(value.plain) if value.plain in ("union", "base") else self.references.read(value)
-
     def _shard_bytes(self) -> int:
         value = self.entries.get("out_shard_size")
         own = self.own.get("out_shard_size")
@@ -432,6 +427,12 @@ _NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate
 _ON_MISSING_STATS: tuple[Literal["error"], Literal["plain"]] = ("error", "plain")
 _ON_MISSING_SCALE: tuple[Literal["error"], Literal["one"]] = ("error", "one")
 _ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
+
+
+def _inputs(slices: Iterable[Slice], base: str | None) -> list[str]:
+    """Every model of a recipe, once."""
+    sources = [source.model for part in slices for source in part.sources]
+    return list(dict.fromkeys([*([] if base is None else [base]), *sources]))
 
 
 def _layer_range(value: Value) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tvfast.methods import METHODS
 from tvfast.recipe.settings import Setting
+from tvfast.recipe.tokenizer import Tokenizer
 
 Settings = Mapping[str, Setting]
 """Parameters by their names in the recipe."""
@@ -77,7 +78,7 @@ class Recipe:
         stacked: given as `slices`, so layers are renumbered.
         parameters: of the whole recipe.
         dtype, out_dtype: storage types by their safetensors names; None: not given.
-        tokenizer_source: "union", "base" or a model; None: not given.
+        tokenizer: whose vocabulary the output takes; None: not given.
         chat_template: "auto", a name or a Jinja template; None: not given.
         shard_bytes: most bytes of tensors in an output file.
         seed: of random draws and tie hashes.
@@ -86,6 +87,11 @@ class Recipe:
         on_missing_stats: what a tensor without statistics means where the method needs them.
         nonfinite: what a NaN or an infinity in an input means.
         on_missing: what a tensor means that the base has and another model has not.
+        copy_tokenizer: whether tokenizer files are written where there is no `tokenizer`.
+        card: whether README.md and mergekit_config.yml are written.
+        name: under which other recipes of the file use the result; None: it has none.
+        stages: recipes whose results this one needs, directly or not, in the order in which they are merged;
+            models of their names are their results.
         warnings: what was ignored.
         adapters: models that are a base with an adapter added: (path of the base, path of the adapter).
         lora_merge_dtype: what these sums are rounded to; None: the type of the base's tensor.
@@ -102,7 +108,7 @@ class Recipe:
     parameters: Settings
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None
+    tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
@@ -111,6 +117,10 @@ class Recipe:
     on_missing_stats: Literal["error", "plain"] = "error"
     nonfinite: Literal["error", "propagate"] = "error"
     on_missing: Literal["error", "base"] = "error"
+    copy_tokenizer: bool = True
+    card: bool = True
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     warnings: tuple[str, ...] = ()
     adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     lora_merge_dtype: str | None = None
@@ -146,6 +156,11 @@ class Recipe:
     def parts_of(self, model: str) -> tuple[str, str | None]:
         """Path of a model's checkpoint, and of the adapter that is added to it; None: there is none."""
         return self.adapters.get(model, (model, None))
+
+    def uses(self) -> tuple[str, ...]:
+        """Every checkpoint that it names, that of the tokenizer too; an adapter's base without it."""
+        more = () if self.tokenizer is None else (self.tokenizer.source,)
+        return tuple(dict.fromkeys(self.parts_of(model)[0] for model in (*self.model_paths(), *more)))
 
     def model_paths(self) -> tuple[str, ...]:
         """Every checkpoint that is needed, once, the base first."""
