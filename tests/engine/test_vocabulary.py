@@ -113,7 +113,7 @@ def test_a_source_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"a has no tokenizer; expected one of tokenizer\.json"):
         merged(LINEAR + "tokenizer_source: base\n", a=a, b=b)
     with pytest.raises(RecipeError, match="nowhere is no directory"):
-        merged(LINEAR + "tokenizer_source: nowhere\n", a=a, b=b)
+        merged(LINEAR + "tokenizer_source: nowhere\n", a=b, b=a)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvfast.engine.vocabulary import (
@@ -77,7 +77,7 @@ def load_vocabulary(directory: str, where: str, like: Vocabulary | None = None) 
             f"{where}: {directory} has no tokenizer; expected one of {', '.join(VOCABULARY_FILES)} there."
         )
     if like is not None and same_vocabulary(like.path, path):
-        return like
+        return replace(like, path=path)
     found = read_vocabulary(path)
     if found.exact:
         return found

@@ -104,20 +104,29 @@ def vocabulary_of(document: Any, path: str) -> Vocabulary:
 
 def _with_declared(found: Vocabulary) -> Vocabulary:
     """The same with what `tokenizer_config.json` adds when the tokenizer is loaded."""
-    path = os.path.join(os.path.dirname(found.path), _CONFIG)
-    if os.path.isfile(path):
-        try:
-            declared = json.loads(_read(path)).get("added_tokens_decoder") or {}
-            for number, token in sorted((int(key), token) for key, token in declared.items()):
-                content = str(token["content"])
-                if content not in found.ids:
-                    found.ids[content] = number
-                    found.added[content] = {**added_token(number, content), **token, "id": number}
-        except _DAMAGED:
-            raise CheckpointError(
-                f"{path}: is damaged; expected a JSON object, tokens by number in its added_tokens_decoder."
-            ) from None
+    for number, token in sorted(_declared(found.path).items()):
+        content = str(token["content"])
+        if content not in found.ids:
+            found.ids[content] = number
+            found.added[content] = {**added_token(number, content), **token, "id": number}
     return found
+
+
+def _declared(path: str) -> dict[int, dict[str, Any]]:
+    """Tokens by number in the `tokenizer_config.json` beside a vocabulary."""
+    config = os.path.join(os.path.dirname(path), _CONFIG)
+    if not os.path.isfile(config):
+        return {}
+    try:
+        tokens = json.loads(_read(config)).get("added_tokens_decoder") or {}
+        found = {int(key): dict(token) for key, token in tokens.items()}
+        if all("content" in token for token in found.values()):
+            return found
+    except _DAMAGED:
+        pass
+    raise CheckpointError(
+        f"{config}: is damaged; expected a JSON object, tokens by number in its added_tokens_decoder."
+    )
 
 
 def added_token(number: int, content: str) -> dict[str, Any]:
@@ -127,11 +136,12 @@ def added_token(number: int, content: str) -> dict[str, Any]:
 
 
 def same_vocabulary(one: str, other: str) -> bool:
-    """Whether two files of vocabularies, and what was added to them, are equal byte by byte."""
+    """Whether two files of vocabularies are equal byte by byte, and so is what was added to them."""
     return (
         os.path.basename(one) == os.path.basename(other)
         and _read(one) == _read(other)
         and (one.endswith("tokenizer.json") or dict(_added(one)) == dict(_added(other)))
+        and _declared(one) == _declared(other)
     )
 
 
