@@ -273,3 +273,13 @@ def test_a_family_of_70b_is_bound_in_a_blink() -> None:
         seconds.append(time.process_time() - began)
         assert len(found.tasks) == 723
     assert min(seconds) < 0.3
+
+
+def test_two_architectures_are_named() -> None:
+    other = {"model.layers.0.attention.dense.weight": ("F32", (4, 8)), "lm_head.weight": None}
+    with pytest.raises(StateDictError, match=r"They are of two architectures, BirdModel and FishModel\."):
+        bound(
+            "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n",
+            a=checkpoint("a", config={"architectures": ["FishModel"]}),
+            b=checkpoint("b", config={"architectures": ["BirdModel"]}, tensors=other),
+        )

@@ -212,10 +212,18 @@ class Rows:
             config = self.checkpoints[tied.model].config or {}
             if config.get("tie_word_embeddings"):
                 message += f"{tied.model} ties its head to its embeddings (tie_word_embeddings). "
+        kinds = [self._architecture(model) for model in (other.model, reference.model)]
+        if None not in kinds and kinds[0] != kinds[1]:
+            message += f"They are of two architectures, {kinds[0]} and {kinds[1]}. "
         return StateDictError(
             message + "Expected equal sets of names; `tvfast: {on_missing: base}` takes those of "
             f"{reference.model} and copies what another model lacks."
         )
+
+    def _architecture(self, model: str) -> str | None:
+        """What `config.json` calls the class of a model; None: nothing."""
+        named = (self.checkpoints[model].config or {}).get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else None
 
     def _note(self, part: Slice, source: int, missing: list[str], extra: list[str], where: str) -> None:
         model, reference = part.sources[source].model, part.sources[part.reference].model

@@ -260,7 +260,9 @@ class _Reader:
     def _slice(self, item: Value, base: str | None) -> Slice:
         found = item.mapping(("sources", "base_model", "parameters", "residual_weight"))
         if "residual_weight" in found and found["residual_weight"].plain is not None:
-            self._ignore("residual_weight", "has no effect, neither here nor in mergekit")
+            raise found["residual_weight"].error(
+                "has no effect in mergekit, which reads it and adds no residual; so it is refused. Remove it."
+            )
         if "sources" not in found:
             raise item.error("has no sources; expected a list of {model, layer_range}.")
         items = found["sources"].sequence("a list of {model, layer_range}")
