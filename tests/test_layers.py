@@ -201,14 +201,14 @@ LAYERS = {
             "tvfast.statistics",
             "tvfast.engine.tensors",
             "tvfast.engine.device",
-            "tvfast.engine.conversion",
+            "tvfast.engine.tokenizer_conversion",
         )
     ),
     "tvfast.engine.tensors": Layer(
         inside=("tvfast.errors", "tvfast.methods", "tvfast.factors", "tvfast.engine"), outside=("torch",)
     ),
     # Loaded where a tokenizer is to be changed that has no file of its own for all of it.
-    "tvfast.engine.conversion": Layer(inside=("tvfast.errors",), outside=("transformers",)),
+    "tvfast.engine.tokenizer_conversion": Layer(inside=("tvfast.errors",), outside=("transformers",)),
     # It loads the next where a GPU is chosen.
     "tvfast.engine.device": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw"), exactly=("tvfast.engine.torch_device",)
@@ -242,6 +242,7 @@ LAYERS = {
         inside=("tvfast.demo",),
         exactly=(
             *PUBLIC,
+            "tvfast.dtypes",
             "tvfast.recipe",
             "tvfast.checkpoint.factors",
             "tvfast.checkpoint.reading",

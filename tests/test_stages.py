@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import tvfast
 from tests.cli.families import Family, digest, make_family
-from tvfast.errors import MergeError, ShapeError, StateDictError
+from tests.engine import test_adapted, test_coded
+from tvfast.errors import MergeError, OutputError, ShapeError, StateDictError
 from tvfast.recipe import parse_recipe
 
 FIRST = {
@@ -130,3 +132,44 @@ def test_types_and_layers_of_a_stage_are_those_of_its_recipe(tmp_path: Path) -> 
     tvfast.merge_checkpoints(staged(first, last), tmp_path / "out", device="cpu")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["torch_dtype"]) == (6, "float32")
+
+
+def test_a_stage_of_codes(tmp_path: Path) -> None:
+    """What it writes is known with its scales."""
+    for member, tensors in test_coded.numbers().items():
+        config = {"quantization_config": test_coded.DEEPSEEK}
+        test_coded.write(tmp_path / member, tensors, block=(128, 128), config=config)
+    base, one, other = (str(tmp_path / member) for member in test_coded.MEMBERS)
+    first = {**FIRST, "models": [{"model": base}, {"model": one}]}
+    second = {**FIRST, "models": [{"model": "first"}, {"model": other}]}
+    tvfast.merge_checkpoints(staged({**first, "name": "first"}, second), tmp_path / "out", device="cpu")
+    tvfast.merge_checkpoints(first, tmp_path / "first", device="cpu")
+    stepwise = {**second, "models": [{"model": str(tmp_path / "first")}, {"model": other}]}
+    tvfast.merge_checkpoints(stepwise, tmp_path / "expected", device="cpu")
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+
+
+def test_an_adapter_is_added_to_a_stage(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    save_file(test_adapted.base_tensors(), base / "model.safetensors", {"format": "pt"})
+    test_adapted.write_adapter(adapter, {test_adapted.UP: 8})
+    first = {"name": "first", "merge_method": "passthrough", "models": [{"model": str(base)}]}
+    last = {"merge_method": "passthrough", "models": [{"model": f"first+{adapter}"}]}
+    recipe = staged(first, last)
+    tvfast.merge_checkpoints(recipe, tmp_path / "out", device="cpu")
+    assert tvfast.merge_checkpoints(recipe, tmp_path / "out", device="cpu", resume=True).finished_before
+    alone = {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}
+    tvfast.merge_checkpoints(alone, tmp_path / "expected", device="cpu")
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+    test_adapted.write_adapter(tmp_path / "other", {test_adapted.UP: 8}, seed=1)
+    (tmp_path / "other" / "adapter_model.safetensors").replace(adapter / "adapter_model.safetensors")
+    with pytest.raises(OutputError):
+        tvfast.merge_checkpoints(recipe, tmp_path / "out", device="cpu", resume=True)
+
+
+def test_the_template_of_a_stage_is_found(tmp_path: Path) -> None:
+    first = {**FIRST, "name": "first", "chat_template": "{{ messages }}"}
+    last = {"merge_method": "passthrough", "models": [{"model": "first"}], "chat_template": "auto"}
+    tvfast.merge_checkpoints(staged(first, last), tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tvfast
 from tests.cli.families import Family, digest, make_family, recipe
 from tvfast.cli.main import main
 from tvfast.cli.mergekit_yaml import WITHOUT_EFFECT
+from tvfast.errors import ArgumentError
+from tvfast.recipe import Recipe
 
 # Every option of mergekit-yaml 0.1.5 that is a switch, and those with a value.
 SWITCHES = (
@@ -97,6 +101,23 @@ def test_what_would_change_the_result_is_refused(
     assert main(["mergekit-yaml", str(config), str(tmp_path / "out"), *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_sums_with_adapters_are_rounded_to(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def merge(recipe: Recipe, *_: Any, **__: Any) -> None:
+        seen.append(recipe)
+        raise ArgumentError("enough")
+
+    monkeypatch.setattr(tvfast, "merge_checkpoints", merge)
+    arguments = ["mergekit-yaml", str(config), str(tmp_path / "out")]
+    assert main(arguments) == main([*arguments, "--lora-merge-dtype", "torch.float16"]) == 2
+    assert [recipe.lora_merge_dtype for recipe in seen] == [None, "F16"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--lora-merge-dtype", "int8"])
 
 
 @pytest.mark.parametrize("size", ["0", "x", "5GB", "-1", "1.5B", ""])

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tvfast
 from tests.vocabularies import EMBEDDINGS, HEAD, tokenizer, vocabulary, write_model
 from tvfast.engine import gather as gather_module
-from tvfast.errors import CheckpointError, MergeError, RecipeError, ShapeError
+from tvfast.errors import AdapterError, CheckpointError, DTypeError, MergeError, RecipeError, ShapeError
+from tvfast.recipe import Recipe, parse_recipe
 
 TOKENS = ["x", "y", "z"]
 
@@ -30,7 +31,7 @@ def recipe(*models: str, method: str = "linear", **keys: Any) -> dict[str, Any]:
     return {"merge_method": method, "models": listed, **keys}
 
 
-def merged(config: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
+def merged(config: Mapping[str, Any] | Recipe, **options: Any) -> dict[str, Tensor]:
     tvfast.merge_checkpoints(config, "out", device="cpu", overwrite=True, **options)
     return load_file("out/model.safetensors")
 
@@ -174,8 +175,6 @@ def test_a_name_that_nobody_knows(tmp_path: Path) -> None:
     for name, words, seed in (("a", [*TOKENS, "v", "w"], 1), ("b", ["w", "u", "y"], 2)):
         tensors[name] = write_model(tmp_path / name, tokenizer(words), len(words), seed=seed)
         state = {renamed.get(key, key): value for key, value in tensors[name].items()}
-        from safetensors.torch import save_file
-
         save_file(state, tmp_path / name / "model.safetensors")
     out = merged(recipe("a", "b", tokenizer_source="union"))
     assert out["front.table"].shape[0] == 6
@@ -187,8 +186,6 @@ def test_positions_are_no_tokens(tmp_path: Path) -> None:
     for name, words in (("a", TOKENS), ("b", TOKENS[::-1])):
         state = write_model(tmp_path / name, tokenizer(words), 3, seed=len(name))
         state["model.embed_positions.weight"] = torch.arange(24.0).reshape(3, 8)
-        from safetensors.torch import save_file
-
         save_file(state, tmp_path / name / "model.safetensors")
     out = merged(recipe("a", "b", tokenizer_source="base"))
     assert torch.equal(out["model.embed_positions.weight"], torch.arange(24.0).reshape(3, 8))
@@ -247,8 +244,6 @@ def test_rules_that_name_no_row(rule: dict[str, Any], words: str, tmp_path: Path
 def test_rows_that_differ_in_more_than_their_number(tmp_path: Path) -> None:
     write_model(tmp_path / "a", tokenizer(TOKENS), 3, seed=1)
     b = write_model(tmp_path / "b", tokenizer(["z", "w"]), 2, seed=2)
-    from safetensors.torch import save_file
-
     save_file({**b, EMBEDDINGS: torch.ones(2, 5)}, tmp_path / "b" / "model.safetensors")
     with pytest.raises(
         ShapeError, match=r"b has shape \[2, 5\], a has \[3, 8\]; .*do not have one architecture"
@@ -291,3 +286,68 @@ def test_a_damaged_configuration_of_a_tokenizer_is_named(tmp_path: Path) -> None
     Path("a/added_tokens.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"added_tokens\.json: holds no JSON object"):
         merged(recipe("a", tokenizer_source="base"))
+
+
+def written_in_other_order(tmp_path: Path) -> None:
+    """Models a and b of one vocabulary in two orders, and c, which is b in the order of a."""
+    write_model(tmp_path / "a", tokenizer(TOKENS), 3, seed=1)
+    b = write_model(tmp_path / "b", tokenizer(TOKENS[::-1]), 3, seed=2)
+    write_model(tmp_path / "c", tokenizer(TOKENS), 3, seed=2)
+    flipped = {name: b[name].flip(0).contiguous() for name in (EMBEDDINGS, HEAD)}
+    save_file({**b, **flipped}, tmp_path / "c" / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("karcher", {}), ("nuslerp", {"nuslerp_flatten": False}), ("multislerp", {})],
+)
+def test_methods_of_rows_and_of_whole_tensors(
+    method: str, parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    written_in_other_order(tmp_path)
+    keys = {"method": method, "parameters": parameters, "tokenizer_source": "base"}
+    found, expected = merged(recipe("a", "b", **keys)), merged(recipe("a", "c", **keys))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_rows_of_codes_are_refused_unless_they_stay(tmp_path: Path) -> None:
+    written_in_other_order(tmp_path)
+    for name in ("b", "c"):
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors[EMBEDDINGS] = tensors[EMBEDDINGS].to(torch.float8_e4m3fn)
+        tensors[f"{EMBEDDINGS}_scale"] = torch.ones(1)
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        DTypeError, match=r"'model.embed_tokens.weight': b has it as F8_E4M3 codes in .*stage"
+    ):
+        merged(recipe("a", "b", tokenizer_source="base"))
+    wide = {"name": "wide", **recipe("b", method="passthrough", dtype="float32")}
+    stages = "\n---\n".join(map(json.dumps, (wide, recipe("a", "wide", tokenizer_source="base"))))
+    found = merged(parse_recipe(stages, "r.yml"))
+    expected = merged(recipe("a", "c", tokenizer_source="base"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def write_adapter(folder: Path, name: str) -> None:
+    """LoRA of rank 1 of one module."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    factors = {"A": torch.full((1, 8), 0.5), "B": torch.ones(3 if name == "lm_head" else 8, 1)}
+    stored = {f"base_model.model.{name}.lora_{side}.weight": factor for side, factor in factors.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
+
+
+def test_adapters_to_rows_are_refused_unless_these_stay(tmp_path: Path) -> None:
+    written_in_other_order(tmp_path)
+    write_adapter(tmp_path / "head", "lm_head")
+    write_adapter(tmp_path / "inside", "model.layers.0.self_attn.q_proj")
+    with pytest.raises(AdapterError, match=r"'lm_head.weight': b\+head adds an adapter to it, .*stage"):
+        merged(recipe("a", "b+head", tokenizer_source="base"))
+    found = merged(recipe("a", "b+inside", tokenizer_source="base"))
+    expected = merged(recipe("a", "c+inside", tokenizer_source="base"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    summed = {"name": "summed", **recipe("b+head", method="passthrough")}
+    stages = "\n---\n".join(map(json.dumps, (summed, recipe("a", "summed", tokenizer_source="base"))))
+    found = merged(parse_recipe(stages, "r.yml"))
+    expected = merged(recipe("a", "c+head", tokenizer_source="base"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -14,9 +14,12 @@ from tvfast.cli.merge import as_text, device
 from tvfast.cli.progress import TerminalProgress
 from tvfast.cli.quantities import seed, whole_number
 from tvfast.cli.signals import stoppable
+from tvfast.dtypes import BY_RECIPE_NAME
 from tvfast.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from tvfast.recipe import Recipe
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -43,7 +46,6 @@ class Flag:
 WITHOUT_EFFECT = (
     Flag("--allow-crimes", "tensors are found by their names, whatever the architecture is called"),
     Flag("--lora-merge-cache", "nothing is merged into a cache", "PATH"),
-    Flag("--lora-merge-dtype", "nothing is merged into a cache", "NAME"),
     Flag("--low-cpu-memory", "memory is bounded anyway; see `tvfast merge --memory`"),
     Flag("--clone-tensors", "repeated layers need no copy"),
     Flag("--trust-remote-code", "no code of a model is run"),
@@ -82,6 +84,12 @@ def add_to(commands: Commands) -> None:
         metavar="SIZE",
         help="bytes of an output file: 5B is 5·10⁹, also k, m",
     )
+    command.add_argument(
+        "--lora-merge-dtype",
+        type=storage_type,
+        metavar="NAME",
+        help="what base + adapter is rounded to before the merge: " + ", ".join(BY_RECIPE_NAME),
+    )
     command.add_argument("--copy-tokenizer", action=switch, default=True, help="write tokenizer files")
     command.add_argument(
         "--write-model-card", action=switch, default=True, help="write README.md and mergekit_config.yml"
@@ -116,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
         copy_tokenizer=options.copy_tokenizer,
         card=options.write_model_card,
     )
+    if options.lora_merge_dtype is not None:
+        recipe = _with_sums_of(recipe, options.lora_merge_dtype)
     progress = TerminalProgress()
     with stoppable("run the same command again to start anew"):
         try:
@@ -151,6 +161,21 @@ def shard_bytes(text: str) -> int:
     if n_bytes < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or for example 500M or 5B")
     return n_bytes
+
+
+def storage_type(text: str) -> str:
+    """A type by the name that recipes use, with or without `torch.`."""
+    name = text.removeprefix("torch.")
+    if name not in BY_RECIPE_NAME:
+        known = ", ".join(BY_RECIPE_NAME)
+        raise argparse.ArgumentTypeError(f"{text!r} is no type of weights; write one of {known}")
+    return BY_RECIPE_NAME[name]
+
+
+def _with_sums_of(recipe: Recipe, dtype: str) -> Recipe:
+    """The recipe, and those that it needs, with adapters added in that type."""
+    stages = tuple(_with_sums_of(stage, dtype) for stage in recipe.stages)
+    return replace(recipe, lora_merge_dtype=dtype, stages=stages)
 
 
 def _refuse(options: argparse.Namespace) -> None:

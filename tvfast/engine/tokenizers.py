@@ -81,7 +81,7 @@ def load_vocabulary(directory: str, where: str, like: Vocabulary | None = None) 
     found = read_vocabulary(path)
     if found.exact:
         return found
-    from tvfast.engine.conversion import tokenizer_document
+    from tvfast.engine.tokenizer_conversion import tokenizer_document
 
     return vocabulary_of(tokenizer_document(directory, where), path)
 
@@ -161,7 +161,7 @@ def _files(
         with open(path, "rb") as file:
             document = json.loads(file.read())
     else:
-        from tvfast.engine.conversion import tokenizer_document
+        from tvfast.engine.tokenizer_conversion import tokenizer_document
 
         document = tokenizer_document(directory, where)
     if end is not None:
