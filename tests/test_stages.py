@@ -162,8 +162,8 @@ def test_an_adapter_is_added_to_a_stage(tmp_path: Path) -> None:
     alone = {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}
     tvfast.merge_checkpoints(alone, tmp_path / "expected", device="cpu")
     assert weights(tmp_path / "out") == weights(tmp_path / "expected")
-    test_adapted.write_adapter(tmp_path / "other", {test_adapted.UP: 8}, seed=1)
-    (tmp_path / "other" / "adapter_model.safetensors").replace(adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 17}))
     with pytest.raises(OutputError):
         tvfast.merge_checkpoints(recipe, tmp_path / "out", device="cpu", resume=True)
 
