@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from tvfast.kernels import stages
-from tvfast.kernels.keeping import addend_of, base_of, kept_entry, rank_of, rescaled, shared_of
+from tvfast.kernels.keeping import addend_of, base_of, kept_entry, rank_of, rescaled, shared_of, weight_of
 from tvfast.kernels.lanes import negative_zero, store
 from tvfast.kernels.stages import (
     DIVISOR_NONE,
     REDUCE_MAX_ABS,
     VOTE_NONE,
-    WEIGHTING_MODEL,
+    WEIGHTING_ALONE,
+    WEIGHTING_NEARNESS,
 )
 from tvfast.kernels.table import (
     FILL,
@@ -33,14 +34,15 @@ from tvfast.kernels.table import (
 
 @triton.jit
 def _rescaled_entry(
-    row, reals, wholes, k, base, shared, first, i, inside,
-    KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr,
+    row, reals, wholes, k, n_models, base, shared, first, i, inside,
+    KEEP: tl.constexpr, TIE: tl.constexpr, CROSS: tl.constexpr, GAIN: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """t_k of model k."""
     entry = kept_entry(
-        row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, MASKED, BLOCK
-    )
+        row, reals, wholes, k, n_models, base, shared, first, i, inside,
+        KEEP, TIE, CROSS, DTYPE, ALIGNED, MASKED, BLOCK,
+    )  # fmt: skip
     return rescaled(reals, k, entry, rank_of(row, k, i, inside, KEEP), GAIN)
 
 
@@ -62,11 +64,11 @@ def _join(
 @triton.jit
 def _combine_block(
     row, tensor, reals, wholes, start, n_models,
-    K: tl.constexpr, KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, WEIGHTING: tl.constexpr,
-    VOTE: tl.constexpr, BALLOT: tl.constexpr, ZERO_SIGN: tl.constexpr, MEMBERS: tl.constexpr,
-    REDUCE: tl.constexpr, DIVISOR: tl.constexpr, DTYPE: tl.constexpr, OUT_KIND: tl.constexpr,
-    HAS_BASE: tl.constexpr, ADDS_BASE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr, KEEP: tl.constexpr, TIE: tl.constexpr, CROSS: tl.constexpr, GAIN: tl.constexpr,
+    WEIGHTING: tl.constexpr, VOTE: tl.constexpr, BALLOT: tl.constexpr, ZERO_SIGN: tl.constexpr,
+    MEMBERS: tl.constexpr, REDUCE: tl.constexpr, DIVISOR: tl.constexpr, DTYPE: tl.constexpr,
+    OUT_KIND: tl.constexpr, HAS_BASE: tl.constexpr, ADDS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = start + tl.arange(0, BLOCK)
     inside = i < tl.load(row + N)
@@ -83,34 +85,34 @@ def _combine_block(
     if K > 0:
         for k in tl.static_range(K):
             t = _rescaled_entry(
-                row, reals, wholes, k, base, shared, first, i, inside,
-                KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
+                row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                KEEP, TIE, CROSS, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
             )  # fmt: skip
             held = held + (t,)  # noqa: RUF005  (the compiler knows no unpacking)
-        if WEIGHTING != WEIGHTING_MODEL:
+        if WEIGHTING == WEIGHTING_NEARNESS or WEIGHTING == WEIGHTING_ALONE:  # noqa: SIM109
             for k in tl.static_range(K):
-                weight = tl.load(reals + k * REALS + WEIGHT)
-                relations = stages.add_relation(relations, k, held[k], weight, floor, WEIGHTING)
+                own = tl.load(reals + k * REALS + WEIGHT)
+                relations = stages.add_relation(relations, k, held[k], own, floor, WEIGHTING)
         if VOTE != VOTE_NONE:
             for k in tl.static_range(K):
-                weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                weight = weight_of(row, reals, k, relations, i, inside, WEIGHTING, ALIGNED, MASKED)
                 votes = stages.vote(votes, stages.cast_ballot(held[k], weight, BALLOT), VOTE)
     else:
-        if WEIGHTING != WEIGHTING_MODEL:
+        if WEIGHTING == WEIGHTING_NEARNESS or WEIGHTING == WEIGHTING_ALONE:  # noqa: SIM109
             for k in range(n_models):
                 t = _rescaled_entry(
-                    row, reals, wholes, k, base, shared, first, i, inside,
-                    KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
+                    row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                    KEEP, TIE, CROSS, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
                 )  # fmt: skip
-                weight = tl.load(reals + k * REALS + WEIGHT)
-                relations = stages.add_relation(relations, k, t, weight, floor, WEIGHTING)
+                own = tl.load(reals + k * REALS + WEIGHT)
+                relations = stages.add_relation(relations, k, t, own, floor, WEIGHTING)
         if VOTE != VOTE_NONE:
             for k in range(n_models):
                 t = _rescaled_entry(
-                    row, reals, wholes, k, base, shared, first, i, inside,
-                    KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
+                    row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                    KEEP, TIE, CROSS, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
                 )  # fmt: skip
-                weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                weight = weight_of(row, reals, k, relations, i, inside, WEIGHTING, ALIGNED, MASKED)
                 votes = stages.vote(votes, stages.cast_ballot(t, weight, BALLOT), VOTE)
     sign = stages.elected(votes, tl.load(tensor + MAJORITY), ZERO_SIGN)
     if REDUCE == REDUCE_MAX_ABS:
@@ -120,17 +122,17 @@ def _combine_block(
     divisor = tl.zeros([BLOCK], tl.float32)
     if K > 0:
         for k in tl.static_range(K):
-            weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+            weight = weight_of(row, reals, k, relations, i, inside, WEIGHTING, ALIGNED, MASKED)
             reduced, divisor = _join(
                 reduced, divisor, held[k], sign, weight, VOTE, BALLOT, MEMBERS, REDUCE, DIVISOR
             )
     else:
         for k in range(n_models):
             t = _rescaled_entry(
-                row, reals, wholes, k, base, shared, first, i, inside,
-                KEEP, TIE, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
+                row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                KEEP, TIE, CROSS, GAIN, DTYPE, ALIGNED, MASKED, BLOCK,
             )  # fmt: skip
-            weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+            weight = weight_of(row, reals, k, relations, i, inside, WEIGHTING, ALIGNED, MASKED)
             reduced, divisor = _join(
                 reduced, divisor, t, sign, weight, VOTE, BALLOT, MEMBERS, REDUCE, DIVISOR
             )
@@ -155,6 +157,7 @@ def combine_kernel(
     K: tl.constexpr,  # n_models, whose entries stay in registers; 0: a loop that reads them again
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
+    CROSS: tl.constexpr,
     GAIN: tl.constexpr,
     WEIGHTING: tl.constexpr,
     VOTE: tl.constexpr,
@@ -182,11 +185,11 @@ def combine_kernel(
     whole = begin + (end - begin) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
         _combine_block(
-            row, tensor, reals, wholes, start, n_models, K, KEEP, TIE, GAIN, WEIGHTING, VOTE, BALLOT,
+            row, tensor, reals, wholes, start, n_models, K, KEEP, TIE, CROSS, GAIN, WEIGHTING, VOTE, BALLOT,
             ZERO_SIGN, MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, False, BLOCK,
         )  # fmt: skip
     if whole < end:
         _combine_block(
-            row, tensor, reals, wholes, whole, n_models, K, KEEP, TIE, GAIN, WEIGHTING, VOTE, BALLOT,
+            row, tensor, reals, wholes, whole, n_models, K, KEEP, TIE, CROSS, GAIN, WEIGHTING, VOTE, BALLOT,
             ZERO_SIGN, MEMBERS, REDUCE, DIVISOR, DTYPE, OUT_KIND, HAS_BASE, ADDS_BASE, ALIGNED, True, BLOCK,
         )  # fmt: skip

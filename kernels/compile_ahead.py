@@ -35,6 +35,7 @@ from tvfast.kernels.table import Kind
 
 from tvfast.program import (
     Ballot,
+    Cross,
     Divisor,
     DType,
     Gain,
@@ -53,8 +54,9 @@ ARCHITECTURES = (80, 90)
 _FIELDS = {
     "keep": Keep,
     "tie": Tie,
+    "cross": Cross,
     "gain": Gain,
-    "weighting": (Weighting.MODEL, Weighting.ALONE),
+    "weighting": (Weighting.MODEL, Weighting.SCORE, Weighting.ALONE),
     "vote": Vote,
     "ballot": Ballot,
     "zero_sign": ZeroSign,

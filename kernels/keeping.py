@@ -7,6 +7,8 @@ import triton.language as tl
 from tvfast.kernels import stages
 from tvfast.kernels.lanes import MIXED, load
 from tvfast.kernels.stages import (
+    CROSS_NONE,
+    CROSS_WINNER,
     KEEP_ALL,
     KEEP_BAND,
     KEEP_BAND_BY_RANK,
@@ -16,10 +18,13 @@ from tvfast.kernels.stages import (
     KEEP_SCORE,
     KEEP_VARIANCE,
     TIE_GE,
+    WEIGHTING_SCORE,
     draws,
     in_band,
     in_band_ties,
+    mapped_score,
     tie_ranks,
+    unless_lost,
 )
 from tvfast.kernels.table import (
     BASE,
@@ -33,6 +38,7 @@ from tvfast.kernels.table import (
     LIMIT_STEP,
     LO,
     LO_CUT,
+    MAP,
     MASK,
     MODEL,
     MODEL_DTYPE,
@@ -45,6 +51,7 @@ from tvfast.kernels.table import (
     REALS,
     SCORE,
     SCORE_DTYPE,
+    WEIGHT,
     WHOLES,
 )
 
@@ -91,6 +98,33 @@ def score_of(row, k, i, inside, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
     """score_k, float32 [n]; scores have a dtype of their own, so it is always read."""
     view = row + HEADER + k * MODEL_FIELDS
     return load(tl.load(view + SCORE), tl.load(view + SCORE_DTYPE), i, inside, MIXED, ALIGNED, MASKED)
+
+
+@triton.jit
+def _map_real(row, k, NUMBER: tl.constexpr):
+    bits = tl.load(row + HEADER + k * MODEL_FIELDS + MAP + NUMBER).to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def share_of(row, k, i, inside, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """s_k, float32 [n]: the score read through its map."""
+    score = score_of(row, k, i, inside, ALIGNED, MASKED)
+    return tl.abs(mapped_score(score, _map_real(row, k, 0), _map_real(row, k, 1), _map_real(row, k, 2)))
+
+
+@triton.jit
+def weight_of(
+    row, reals, k, relations, i, inside,
+    WEIGHTING: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """w_k: a scalar, or float32 [n]."""
+    weight = tl.load(reals + k * REALS + WEIGHT)
+    if WEIGHTING == WEIGHTING_SCORE:
+        weight = weight * share_of(row, k, i, inside, ALIGNED, MASKED)
+    else:
+        weight = stages.weight_of(relations, k, weight, WEIGHTING)
+    return weight
 
 
 @triton.jit
@@ -158,11 +192,32 @@ def banded(magnitude, index, reals, wholes, TIE: tl.constexpr):
 
 
 @triton.jit
+def crossed_score(
+    row, reals, wholes, k, n_models, index, i, inside,
+    TIE: tl.constexpr, CROSS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """s_k, and -1 where another model takes the entry's place; reads the scores of all models then."""
+    own = share_of(row, k, i, inside, ALIGNED, MASKED)
+    if CROSS != CROSS_NONE:
+        lost = i < 0
+        for j in range(n_models):
+            other = share_of(row, j, i, inside, ALIGNED, MASKED)
+            if CROSS == CROSS_WINNER:
+                takes = other >= own
+            else:
+                takes = banded(other, index, reals + j * REALS, wholes + j * WHOLES, TIE)
+            lost = lost | (takes & (k != j))
+        own = unless_lost(own, lost)
+    return own
+
+
+@triton.jit
 def keep(
     row,  # int64 fields of one entry
     reals,  # [K, REALS] float32
     wholes,  # [K, WHOLES] int64
     k,
+    n_models,
     tau,  # d_k
     shared,  # from `shared_of`
     rank,  # from `rank_of`
@@ -171,6 +226,7 @@ def keep(
     inside,
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
+    CROSS: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -185,8 +241,8 @@ def keep(
     elif KEEP == KEEP_BAND:
         kept = banded(tl.abs(tau), index, real, whole, TIE)
     elif KEEP == KEEP_SCORE:
-        score = score_of(row, k, i, inside, ALIGNED, MASKED)
-        kept = banded(tl.abs(score), index, real, whole, TIE)
+        score = crossed_score(row, reals, wholes, k, n_models, index, i, inside, TIE, CROSS, ALIGNED, MASKED)
+        kept = banded(score, index, real, whole, TIE)
     elif KEEP == KEEP_VARIANCE:
         kept = banded(shared, index, real, whole, TIE)
     elif KEEP == KEEP_RANDOM:
@@ -210,6 +266,7 @@ def kept_entry(
     reals,
     wholes,
     k,
+    n_models,
     base,
     shared,
     first,
@@ -217,6 +274,7 @@ def kept_entry(
     inside,
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
+    CROSS: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -226,8 +284,9 @@ def kept_entry(
     tau = model_of(row, k, i, inside, DTYPE, ALIGNED, MASKED) - base
     rank = rank_of(row, k, i, inside, KEEP)
     kept = keep(
-        row, reals, wholes, k, tau, shared, rank, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, MASKED, BLOCK
-    )
+        row, reals, wholes, k, n_models, tau, shared, rank, first, i, inside,
+        KEEP, TIE, CROSS, DTYPE, ALIGNED, MASKED, BLOCK,
+    )  # fmt: skip
     return tl.where(kept, tau, 0.0)
 
 

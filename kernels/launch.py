@@ -15,7 +15,7 @@ from tvfast.kernels.sums import LIMBS, WINDOWS
 from tvfast.kernels.table import Kind, Launch, device_scalars
 from tvfast.kernels.totals import total
 
-from tvfast.program import Ballot, Keep, Program, TensorScalars, Tie, Vote
+from tvfast.program import Ballot, Cross, Keep, Program, TensorScalars, Tie, Vote, Weighting
 
 MOST_HELD = 8
 """Models whose entries stay in registers; with more, kernels read them again where they need them twice."""
@@ -45,6 +45,7 @@ def keep_constants(program: Program, kind: Kind) -> dict[str, Any]:
     return {
         "KEEP": int(program.keep),
         "TIE": int(program.tie if program.keep in _READ_TIES else Tie.GE),
+        "CROSS": int(program.cross if program.keep is Keep.SCORE else Cross.NONE),
         "DTYPE": kind.dtype,
         "HAS_BASE": kind.subtracts,
         "ALIGNED": kind.aligned,
@@ -137,7 +138,7 @@ def measure_constants(program: Program, kind: Kind, n_models: int, wants: int) -
         "S": triton.next_power_of_2(2 * n_models + n_models * n_models + n_dots),
         "C": triton.next_power_of_2(3 * n_models + 3 + n_alone),
         "GAIN": int(program.gain) if votes else 0,
-        "WEIGHTING": int(program.weighting) if weighted else 0,
+        "WEIGHTING": int(program.weighting if weighted else Weighting.MODEL),
         "VOTE": int(program.vote) if votes else 0,
         "BALLOT": int(program.ballot) if votes else 0,
         "BLOCK": block_of(n_models),

@@ -18,8 +18,9 @@ from tvfast.kernels.keeping import (
     rescaled,
     score_of,
     shared_of,
+    weight_of,
 )
-from tvfast.kernels.stages import VOTE_NONE, WEIGHTING_MODEL
+from tvfast.kernels.stages import VOTE_NONE, WEIGHTING_ALONE, WEIGHTING_NEARNESS
 from tvfast.kernels.sums import NO_WINDOW, add_sums, take
 from tvfast.kernels.table import (
     FLOOR,
@@ -55,30 +56,34 @@ def _count(counts, slot, flags, C: tl.constexpr):
 
 @triton.jit
 def _tau_and_kept(
-    row, reals, wholes, k, base, shared, first, i, inside,
-    KEEP: tl.constexpr, TIE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    row, reals, wholes, k, n_models, base, shared, first, i, inside,
+    KEEP: tl.constexpr, TIE: tl.constexpr, CROSS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """m_k, d_k and kept_k; entries outside the tensor are +0 and not kept."""
     model = model_of(row, k, i, inside, DTYPE, ALIGNED, True)
     tau = model - base
     rank = rank_of(row, k, i, inside, KEEP)
     kept = keep(
-        row, reals, wholes, k, tau, shared, rank, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, True, BLOCK
-    )
+        row, reals, wholes, k, n_models, tau, shared, rank, first, i, inside,
+        KEEP, TIE, CROSS, DTYPE, ALIGNED, True, BLOCK,
+    )  # fmt: skip
     return model, tau, kept & inside
 
 
 @triton.jit
 def _number_present(
     row, reals, wholes, n_models, base, shared, first, i, inside,
-    KEEP: tl.constexpr, TIE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr, TIE: tl.constexpr, CROSS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many models have an entry that is kept and not zero; float32 [n]."""
     found = tl.zeros([BLOCK], tl.float32)
     for k in range(n_models):
         _, tau, kept = _tau_and_kept(
-            row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
-        )
+            row, reals, wholes, k, n_models, base, shared, first, i, inside,
+            KEEP, TIE, CROSS, DTYPE, ALIGNED, BLOCK,
+        )  # fmt: skip
         found += stages.one_if_present(tl.where(kept, tau, 0.0))
     return found
 
@@ -86,17 +91,18 @@ def _number_present(
 @triton.jit
 def _relations(
     row, tensor, reals, wholes, n_models, base, shared, first, i, inside,
-    KEEP: tl.constexpr, TIE: tl.constexpr, GAIN: tl.constexpr, WEIGHTING: tl.constexpr,
+    KEEP: tl.constexpr, TIE: tl.constexpr, CROSS: tl.constexpr, GAIN: tl.constexpr, WEIGHTING: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `stages.weight_of` asks of all models' t_k; float32 [n]."""
     relations = tl.zeros([BLOCK], tl.float32)
-    if WEIGHTING != WEIGHTING_MODEL:
+    if WEIGHTING == WEIGHTING_NEARNESS or WEIGHTING == WEIGHTING_ALONE:  # noqa: SIM109
         floor = tl.load(tensor + FLOOR)
         for k in range(n_models):
             _, tau, kept = _tau_and_kept(
-                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
-            )
+                row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                KEEP, TIE, CROSS, DTYPE, ALIGNED, BLOCK,
+            )  # fmt: skip
             rank = rank_of(row, k, i, inside, KEEP)
             t = rescaled(reals, k, tl.where(kept, tau, 0.0), rank, GAIN)
             weight = tl.load(reals + k * REALS + WEIGHT)
@@ -122,6 +128,7 @@ def measure_kernel(
     C: tl.constexpr,  # kept, non-zero, non-finite [K] each; base, elected, conflict; alone [K]; padded
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
+    CROSS: tl.constexpr,
     GAIN: tl.constexpr,
     WEIGHTING: tl.constexpr,
     VOTE: tl.constexpr,
@@ -156,19 +163,21 @@ def measure_kernel(
         shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, True)
         relations = _relations(
             row, tensors + entry * TENSOR_REALS, reals, wholes, n_models, base, shared, first, i, inside,
-            KEEP, TIE, GAIN, WEIGHTING, DTYPE, ALIGNED, BLOCK,
+            KEEP, TIE, CROSS, GAIN, WEIGHTING, DTYPE, ALIGNED, BLOCK,
         )  # fmt: skip
         if ALONE & WANTS:
             n_present = _number_present(
-                row, reals, wholes, n_models, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
-            )
+                row, reals, wholes, n_models, base, shared, first, i, inside,
+                KEEP, TIE, CROSS, DTYPE, ALIGNED, BLOCK,
+            )  # fmt: skip
         votes = tl.zeros([BLOCK], tl.float32)
         positive = i < 0
         negative = i < 0
         for k in range(n_models):
             model, tau, kept = _tau_and_kept(
-                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
-            )
+                row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                KEEP, TIE, CROSS, DTYPE, ALIGNED, BLOCK,
+            )  # fmt: skip
             value = tl.where(kept, tau, 0.0)
             if L1_BEFORE & WANTS:
                 windows, highs, lows, nonfinites = take(
@@ -181,8 +190,8 @@ def measure_kernel(
             if GRAM & WANTS:
                 for j in range(k + 1):
                     _, other_tau, other_kept = _tau_and_kept(
-                        row, reals, wholes, j, base, shared, first, i, inside,
-                        KEEP, TIE, DTYPE, ALIGNED, BLOCK,
+                        row, reals, wholes, j, n_models, base, shared, first, i, inside,
+                        KEEP, TIE, CROSS, DTYPE, ALIGNED, BLOCK,
                     )  # fmt: skip
                     other = tl.where(other_kept, other_tau, 0.0)
                     windows, highs, lows, nonfinites = take(
@@ -212,7 +221,7 @@ def measure_kernel(
                 negative = negative | (value < 0)
                 if VOTE != VOTE_NONE:
                     t = rescaled(reals, k, value, rank_of(row, k, i, inside, KEEP), GAIN)
-                    weight = stages.weight_of(relations, k, tl.load(reals + k * REALS + WEIGHT), WEIGHTING)
+                    weight = weight_of(row, reals, k, relations, i, inside, WEIGHTING, ALIGNED, True)
                     votes = stages.vote(votes, stages.cast_ballot(t, weight, BALLOT), VOTE)
         if COUNTS & WANTS:
             base = addend_of(row, base, i, inside, DTYPE, HAS_BASE, ADDS_BASE, ALIGNED, True)
@@ -239,6 +248,7 @@ def planes_kernel(
     n_models,
     KEEP: tl.constexpr,
     TIE: tl.constexpr,
+    CROSS: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -263,8 +273,9 @@ def planes_kernel(
         shared = shared_of(row, base, i, inside, n_models, KEEP, DTYPE, ALIGNED, True)
         for k in range(n_models):
             _, _, kept = _tau_and_kept(
-                row, reals, wholes, k, base, shared, first, i, inside, KEEP, TIE, DTYPE, ALIGNED, BLOCK
-            )
+                row, reals, wholes, k, n_models, base, shared, first, i, inside,
+                KEEP, TIE, CROSS, DTYPE, ALIGNED, BLOCK,
+            )  # fmt: skip
             flags = tl.reshape(kept.to(tl.int64), [BLOCK // 64, 64])
             # Distinct powers of two modulo 2^64: the sum is their bitwise or.
             words = tl.sum(flags << tl.arange(0, 64).to(tl.int64)[None, :], axis=1)

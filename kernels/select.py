@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from tvfast.kernels.keeping import base_of, model_of, score_of, variance
+from tvfast.kernels.keeping import base_of, model_of, share_of, variance
 from tvfast.kernels.lanes import magnitude_bits
 from tvfast.kernels.stages import KEEP_BAND, KEEP_SCORE
 from tvfast.kernels.table import GROUP, POSITION, TILE, N, find_entry
@@ -36,7 +36,7 @@ def _keys(
     i = start + tl.arange(0, BLOCK)
     inside = i < n
     if KEEP == KEEP_SCORE:
-        value = score_of(row, model, i, inside, ALIGNED, MASKED)
+        value = share_of(row, model, i, inside, ALIGNED, MASKED)
     else:
         base = base_of(row, i, inside, DTYPE, HAS_BASE, ALIGNED, MASKED)
         if KEEP == KEEP_BAND:

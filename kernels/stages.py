@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 from tvfast.kernels.lanes import fused_add
 
-from tvfast.program import Ballot, Divisor, Gain, Keep, Members, Reduce, Tie, Vote, Weighting, ZeroSign
+from tvfast.program import (
+    Ballot,
+    Cross,
+    Divisor,
+    Gain,
+    Keep,
+    Members,
+    Reduce,
+    Tie,
+    Vote,
+    Weighting,
+    ZeroSign,
+)
 
 KEEP_ALL = tl.constexpr(int(Keep.ALL))
 KEEP_BAND = tl.constexpr(int(Keep.BAND))
@@ -22,7 +34,9 @@ KEEP_BAND_BY_RANK = tl.constexpr(int(Keep.BAND_BY_RANK))
 KEEP_MASK = tl.constexpr(int(Keep.MASK))
 TIE_GE = tl.constexpr(int(Tie.GE))
 TIE_INDEX = tl.constexpr(int(Tie.INDEX))
-WEIGHTING_MODEL = tl.constexpr(int(Weighting.MODEL))
+CROSS_NONE = tl.constexpr(int(Cross.NONE))
+CROSS_WINNER = tl.constexpr(int(Cross.WINNER))
+WEIGHTING_SCORE = tl.constexpr(int(Weighting.SCORE))
 WEIGHTING_NEARNESS = tl.constexpr(int(Weighting.NEARNESS))
 WEIGHTING_ALONE = tl.constexpr(int(Weighting.ALONE))
 GAIN_MODEL = tl.constexpr(int(Gain.MODEL))
@@ -110,6 +124,22 @@ def rescale(entry, gain, prob, prob_step, rank, GAIN: tl.constexpr):
     else:
         t = tl.div_rn(entry, prob + rank.to(tl.float32) * prob_step)
     return t
+
+
+# scores
+
+
+@triton.jit
+def mapped_score(score, scale, shift, floor):
+    """max(score * scale + shift, floor); NaN is above the floor."""
+    mapped = score * scale + shift
+    return tl.where(mapped < floor, floor, mapped)
+
+
+@triton.jit
+def unless_lost(score, lost):
+    """A score that no band holds where another model's entry takes this one's place."""
+    return tl.where(lost, -1.0, score)
 
 
 # weights

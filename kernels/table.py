@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tvfast.program import Entry, ModelScalars, TensorScalars, View
+from tvfast.program import Entry, ModelScalars, ScoreMap, TensorScalars, View
 
 _INT64_MAX = 2**63 - 1
+_AS_STORED = ScoreMap(scale=1.0, shift=-0.0, floor=-math.inf)
+"""Leaves every score as it is stored: the product and the sum are exact, and no score is below."""
 
 TILE = tl.constexpr(1 << 14)
 """Elements of one program instance: many, so that the search for the entry is rare. Not tuned on a device."""
@@ -33,7 +37,8 @@ SCORE = tl.constexpr(2)
 SCORE_DTYPE = tl.constexpr(3)
 MASK = tl.constexpr(4)
 RANK = tl.constexpr(5)
-MODEL_FIELDS = tl.constexpr(6)
+MAP = tl.constexpr(6)  # bits of float32: scale, shift and floor of the scores
+MODEL_FIELDS = tl.constexpr(9)
 
 # float32 scalars of a tensor, then those of a model.
 SCALE = tl.constexpr(0)
@@ -138,6 +143,11 @@ def kind_of(entry: Entry) -> Kind:
     )
 
 
+def _map_bits(entry: Entry, k: int) -> tuple[int, ...]:
+    own = entry.score_maps[k] if entry.score_maps else _AS_STORED
+    return struct.unpack("<3i", struct.pack("<3f", own.scale, own.shift, own.floor))
+
+
 def _fields(entry: Entry, ranks: Tensor | None) -> list[int]:
     fields = [
         entry.n_elements,
@@ -151,7 +161,7 @@ def _fields(entry: Entry, ranks: Tensor | None) -> list[int]:
         score = entry.scores[k] if entry.scores else None
         mask = entry.masks[k].address if entry.masks else 0
         rank = 0 if ranks is None else ranks[k].data_ptr()
-        fields += [*_address(model), *_address(score), mask, rank]
+        fields += [*_address(model), *_address(score), mask, rank, *_map_bits(entry, k)]
     return fields
 
 

@@ -236,7 +236,7 @@ programs = st.builds(
     reduce=st.sampled_from(Reduce),
     divisor=st.sampled_from(Divisor),
 )
-# Stages on scores, which only backends with `maps_scores` have; cases of them have score maps.
+# Stages on scores; cases of them have score maps.
 scoring_programs = st.builds(
     replace,
     programs,
@@ -373,8 +373,10 @@ def cases(
     return Case(draw(choose), drawn, [draw(tensor_scalars(part, exact)) for part in drawn])
 
 
-scoring_cases = cases(choose=scoring_programs).flatmap(scored)
-"""Cases of the stages on scores."""
+def scoring_cases(**options: Any) -> st.SearchStrategy[Case]:
+    """Cases of the stages on scores."""
+    return cases(choose=scoring_programs, **options).flatmap(scored)
+
 
 near_cases = cases(choose=near_programs, counts=st.just(2))
 """Cases of two models that are weighted by how near they are."""

@@ -12,17 +12,24 @@ namespace tvfast::gpu {
 
 namespace {
 
+constexpr bool reads_scores(const Program& program) {
+  return program.keep == Keep::SCORE || program.weighting == Weighting::SCORE;
+}
+
 // How a quad is merged. Fixed programs become constants in the kernel; every other one runs the
-// same text on a program read at run time.
+// same text on a program read at run time, with every model's scores in registers if it reads them.
 template <Program fixed, Ends tested>
 struct Fixed {
+  static_assert(tested == Ends::BOTH ||
+                (fixed.cross == Cross::NONE && fixed.weighting == Weighting::MODEL));
   static constexpr Ends kEnds = tested;
-  static constexpr bool kAtRunTime = false, kCounts = false;
+  static constexpr bool kAtRunTime = false, kScores = reads_scores(fixed), kCounts = false;
   static __device__ constexpr Program get(const Program&) { return fixed; }
 };
+template <bool with_scores>
 struct AtRunTime {
   static constexpr Ends kEnds = Ends::BOTH;
-  static constexpr bool kAtRunTime = true, kCounts = false;
+  static constexpr bool kAtRunTime = true, kScores = with_scores, kCounts = false;
   static __device__ const Program& get(const Program& program) { return program; }
 };
 
@@ -77,6 +84,18 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
       for (int e = 0; e < kQuad; ++e) t[k][e] = t[k][e] - base[e];
     }
   }
+  constexpr bool kHeld = Choice::kScores && Choice::kEnds == Ends::BOTH;
+  F score[kHeld ? kModels : 1][kQuad];
+  U lost[kQuad] = {};
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kModels; ++k)
+      if (k < n_models) load_scores(merge.models[k], quad, score[k]);
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e)
+      lost[e] =
+          lost_entries<kModels>(program, merge.scalars.models, n_models, quad.index + e, score, e);
+  }
   KeptBy by;
   if (program.keep == Keep::VARIANCE) {
 #pragma unroll
@@ -96,21 +115,40 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
   }
   if constexpr (Choice::kEnds == Ends::BOTH) {
 #pragma unroll
-    for (int k = 0; k < kModels; ++k)
-      if (k < n_models)
-        keep_and_rescale(program, merge.scalars.models[k], merge.models[k], quad, by, t[k]);
+    for (int k = 0; k < kModels; ++k) {
+      if (k >= n_models) break;
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int e = 0; e < kQuad; ++e)
+          by.score[e] = unless_lost(score[k][e], (lost[e] >> k & 1u) != 0);
+      }
+      keep_and_rescale(program, merge.scalars.models[k], merge.models[k], quad, by, t[k]);
+    }
+  }
+  if constexpr (Choice::kEnds == Ends::LOWER && Choice::kScores) {
+#pragma unroll
+    for (int k = 0; k < kModels; ++k) {
+      if (k >= n_models) break;
+      load_scores(merge.models[k], quad, by.score);
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e)
+        t[k][e] = keep_from_end(program, merge.scalars.ends[k], mixed_for(program, quad, e),
+                                by.score[e], t[k][e]) *
+                  merge.scalars.models[k].gain;
+    }
   }
 #pragma unroll
   for (int e = 0; e < kQuad; ++e) {
-    if constexpr (Choice::kEnds == Ends::LOWER) {
-      const U mixed = program.tie == Tie::HASH ? mixed_index(scaled_index(quad.index + e)) : 0u;
+    if constexpr (Choice::kEnds == Ends::LOWER && !Choice::kScores) {
+      const U mixed = mixed_for(program, quad, e);
 #pragma unroll
       for (int k = 0; k < kModels; ++k)
         if (k < n_models) {
           if (Choice::kCounts && e < quad.n)
             merge.tally.count(k, t[k][e], merge.scalars.ends[k].lo);
-          t[k][e] = keep_from_end(program.tie, merge.scalars.ends[k], mixed, t[k][e]) *
-                    merge.scalars.models[k].gain;
+          t[k][e] =
+              keep_from_end(program, merge.scalars.ends[k], mixed, magnitude(t[k][e]), t[k][e]) *
+              merge.scalars.models[k].gain;
         }
     }
     F relation = 0.0f;
@@ -122,7 +160,9 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
                                   merge.scalars.tensor.divisor_floor);
     }
     const auto weight = [&](int k) {
-      return weight_of(program, relation, k, merge.scalars.models[k].weight);
+      F own_score = 1.0f;
+      if constexpr (kHeld) own_score = score[k][e];
+      return weight_of(program, relation, k, merge.scalars.models[k].weight, own_score);
     };
     F sign = zero;
     if (program.vote != Vote::NONE) {
@@ -141,7 +181,7 @@ TVFAST_STAGE void merge_quad(const Merge<kModels>& merge, const Quad& quad, Load
 }
 
 // The same for any number of models, whose entries are read again where they are needed again.
-template <class Load>
+template <class Choice, class Load>
 TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Load&& load,
                                      F* result) {
   const Program& program = merge.program;
@@ -160,6 +200,10 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
   if (program.keep == Keep::VARIANCE) variance_quad(merge.n_models, load_tau, by.variance);
   const auto load_kept = [&](int k, F* t) {
     load_tau(k, t);
+    if constexpr (Choice::kScores) {
+      if (program.keep == Keep::SCORE)
+        load_crossed(program, merge.all_scalars, merge.models, merge.n_models, k, quad, by.score);
+    }
     keep_and_rescale(program, merge.all_scalars[k], merge.models[k], quad, by, t);
   };
   F sign[kQuad] = {zero, zero, zero, zero}, t[kQuad], relations[kQuad] = {};
@@ -172,15 +216,18 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
                                     merge.scalars.tensor.divisor_floor);
     }
   }
-  const auto weight = [&](int k, int e) {
-    return weight_of(program, relations[e], k, merge.all_scalars[k].weight);
+  const auto load_weight = [&](int k, F* weight) {
+    load_weights<Choice::kScores>(program, relations, k, merge.all_scalars[k], merge.models[k],
+                                  quad, weight);
   };
+  F weight[kQuad];
   if (program.vote != Vote::NONE) {
     F votes[kQuad] = {};
     for (int k = 0; k < merge.n_models; ++k) {
       load_kept(k, t);
+      load_weight(k, weight);
 #pragma unroll
-      for (int e = 0; e < kQuad; ++e) votes[e] = add_vote(program, votes[e], t[e], weight(k, e));
+      for (int e = 0; e < kQuad; ++e) votes[e] = add_vote(program, votes[e], t[e], weight[e]);
     }
 #pragma unroll
     for (int e = 0; e < kQuad; ++e) sign[e] = elected(votes[e], zero);
@@ -190,8 +237,9 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
   for (int e = 0; e < kQuad; ++e) reduced[e] = nothing(program);
   for (int k = 0; k < merge.n_models; ++k) {
     load_kept(k, t);
+    load_weight(k, weight);
 #pragma unroll
-    for (int e = 0; e < kQuad; ++e) join(program, reduced[e], t[e], weight(k, e), sign[e]);
+    for (int e = 0; e < kQuad; ++e) join(program, reduced[e], t[e], weight[e], sign[e]);
   }
 #pragma unroll
   for (int e = 0; e < kQuad; ++e)
@@ -201,7 +249,7 @@ TVFAST_STAGE void merge_quad_of_many(const Merge<0>& merge, const Quad& quad, Lo
 template <class Choice, int kModels, bool exact, class Load>
 TVFAST_STAGE void merge_any(const Merge<kModels>& merge, const Quad& quad, Load&& load, F* result) {
   if constexpr (kModels == 0) {
-    merge_quad_of_many(merge, quad, load, result);
+    merge_quad_of_many<Choice>(merge, quad, load, result);
   } else {
     merge_quad<Choice, kModels, exact>(merge, quad, load, result);
   }
@@ -278,7 +326,10 @@ constexpr int blocks_per_multiprocessor() {
 #else
   constexpr int kFewer = 0;
 #endif
-  if (Choice::kAtRunTime) return kModels == 8 ? 1 : kBlocksPerMultiprocessor / 2;
+  constexpr int kHalf = kBlocksPerMultiprocessor / 2;
+  if (Choice::kAtRunTime) return kModels == 8 || (kModels == 0 && Choice::kScores) ? 1 : kHalf;
+  // Scores are twice the bytes of 16-bit weights: as many are on their way with fewer threads.
+  if (Choice::kScores && kModels != 1) return kModels == 2 ? kBlocksPerMultiprocessor - 1 : kHalf;
   if (!exact) return kBlocksPerMultiprocessor - 1 - kFewer;
   if (kModels == 4) return kBlocksPerMultiprocessor - 1;
   return kModels == 3 && Choice::kEnds == Ends::LOWER ? kBlocksPerMultiprocessor - kFewer
@@ -355,15 +406,20 @@ CombineKernel for_model_count(int n_models) {
   }
 }
 
+template <bool scores>
 CombineKernel for_any_program(int n_models) {
-  if (n_models <= 4) return combine_kernel<AtRunTime, 4, false>;
-  if (n_models <= 8) return combine_kernel<AtRunTime, 8, false>;
-  return combine_kernel<AtRunTime, 0, false>;
+  if (n_models <= 4) return combine_kernel<AtRunTime<scores>, 4, false>;
+  if (n_models <= 8) return combine_kernel<AtRunTime<scores>, 8, false>;
+  return combine_kernel<AtRunTime<scores>, 0, false>;
 }
 
 constexpr Program kSum{};
 constexpr Program kFusedSum{.reduce = Reduce::FUSED_SUM};
 constexpr Program kFusedMean{.reduce = Reduce::FUSED_SUM, .divisor = Divisor::WEIGHT};
+
+constexpr Program kMeanByScore{.divisor = Divisor::WEIGHT, .weighting = Weighting::SCORE};
+
+constexpr Program masked_by_score(Tie tie) { return {.keep = Keep::SCORE, .tie = tie}; }
 
 constexpr Program ties(Tie tie, Divisor divisor) {
   return {.keep = Keep::BAND,
@@ -378,6 +434,7 @@ constexpr Program ties(Tie tie, Divisor divisor) {
 Program canonical(Program p) {
   if (p.keep == Keep::ALL || p.keep == Keep::MASK || p.keep == Keep::RANDOM || uses_ranks(p.keep))
     p.tie = Tie::GE;
+  if (p.keep != Keep::SCORE) p.cross = Cross::NONE;
   if (p.vote == Vote::NONE) {
     p.ballot = Ballot::RAW;
     p.zero_sign = ZeroSign::PLUS;
@@ -421,13 +478,17 @@ CombineKernel choose(const Program& program, Ends ends, int n_models) {
     otherwise(if_fixed<kSum, Ends::BOTH>(p, ends, n_models));
     otherwise(if_fixed<kFusedSum, Ends::BOTH>(p, ends, n_models));
     otherwise(if_fixed<kFusedMean, Ends::BOTH>(p, ends, n_models));
+    otherwise(if_fixed<kMeanByScore, Ends::BOTH>(p, ends, n_models));
   } else if (p.keep == Keep::BAND) {
     otherwise(if_fixed<ties(Tie::GE, Divisor::WEIGHT), Ends::LOWER>(p, ends, n_models));
     otherwise(if_fixed<ties(Tie::GE, Divisor::COUNT), Ends::LOWER>(p, ends, n_models));
     otherwise(if_fixed<ties(Tie::HASH, Divisor::WEIGHT), Ends::LOWER>(p, ends, n_models));
     otherwise(if_fixed<ties(Tie::HASH, Divisor::COUNT), Ends::LOWER>(p, ends, n_models));
+  } else if (p.keep == Keep::SCORE) {
+    otherwise(if_fixed<masked_by_score(Tie::GE), Ends::LOWER>(p, ends, n_models));
+    otherwise(if_fixed<masked_by_score(Tie::HASH), Ends::LOWER>(p, ends, n_models));
   }
-  otherwise(for_any_program(n_models));
+  otherwise(reads_scores(p) ? for_any_program<true>(n_models) : for_any_program<false>(n_models));
   return found;
 }
 

@@ -17,6 +17,7 @@ struct Chunk {
   F lo[kChunk], hi[kChunk];
   std::int32_t model[kChunk];  // -1: none, or answered
   DeviceView view[kChunk];     // what the keys are made of, for all but variances
+  DeviceScoreMap map[kChunk];  // where they are scores
   QueryState* state[kChunk];
   std::uint32_t* keys[kChunk];
   Count room[kChunk];                                  // 0 once it is full
@@ -74,6 +75,7 @@ TVFAST_STAGE bool open_chunk(const DeviceSelection& s, QueryRange range, const D
       QueryState& state = s.states[query.place];
       if (state.open != 0) chunk.model[c] = query.model;
       chunk.view[c] = keep == Keep::SCORE ? models[query.model].score : models[query.model].model;
+      chunk.map[c] = models[query.model].map;
       chunk.lo[c] = from_bits(state.lo);
       chunk.hi[c] = from_bits(state.hi);
       chunk.state[c] = &state;
@@ -93,14 +95,17 @@ TVFAST_STAGE bool open_chunk(const DeviceSelection& s, QueryRange range, const D
 template <Keep keep>
 TVFAST_STAGE void collect_again(const DeviceTable& table, const TileSpan& span, const Chunk& chunk,
                                 int c) {
+  const DeviceEntry& entry = table.entries[span.entry];
+  const DeviceModel* models = table.models + std::int64_t{span.entry} * table.n_models;
+  // One at a time: four would take registers from the counting of every tile.
   const auto for_each_inside = [&](auto&& fn) {
-    for_each_ranked<keep>(table, span, chunk.model[c], [&](std::int64_t, int n, const F* x) {
-#pragma unroll
-      for (int e = 0; e < kQuad; ++e) {
-        const F a = magnitude(x[e]);
-        if (e < n && a > chunk.lo[c] && a < chunk.hi[c]) fn(bits(a));
-      }
-    });
+#pragma unroll 1
+    for (std::int64_t i = span.begin + threadIdx.x; i < span.end; i += kThreads) {
+      F x[kQuad];
+      load_ranked<keep>(entry, models, table.n_models, chunk.model[c], i, 1, false, x);
+      const F a = magnitude(x[0]);
+      if (a > chunk.lo[c] && a < chunk.hi[c]) fn(bits(a));
+    }
   };
   U n_own = 0, n_all;
   for_each_inside([&](std::uint32_t) { ++n_own; });
@@ -197,7 +202,7 @@ TVFAST_STAGE void count_loaded(const DeviceEntry& entry, const DeviceModel* mode
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) {
     if (chunk.model[c] < 0) continue;
-    if (keep == Keep::SCORE) load_quad(chunk.view[c], i, n, whole, x);
+    if (keep == Keep::SCORE) load_scores(chunk.view[c], chunk.map[c], i, n, whole, x);
     if (keep == Keep::BAND) {
       load_quad(chunk.view[c], i, n, whole, x);
       if (subtracts) {

@@ -1,5 +1,7 @@
 #include "device_table.hpp"
 
+#include <limits>
+
 #include "packing.hpp"
 #include "policy.hpp"
 
@@ -18,6 +20,14 @@ int head_of(const void* data, DType dtype, std::size_t n_bytes) {
 bool is_quads(const View& view, int head) {
   return view.data != nullptr &&
          head_of(view.data, view.dtype, 4 * size_of(view.dtype)) == head % 4;
+}
+
+// Leaves every score as it is stored: the product and the sum are exact, and no score is below.
+constexpr ScoreMap kAsStored{1.0f, -0.0f, -std::numeric_limits<float>::infinity()};
+
+DeviceScoreMap to_map(const Entry& entry, int k) {
+  const ScoreMap& map = entry.score_maps.empty() ? kAsStored : entry.score_maps[k];
+  return {map.scale, map.shift, map.floor};
 }
 
 struct Arrangement {
@@ -77,9 +87,10 @@ PackedTable::PackedTable(const Table& table, const std::vector<const std::uint32
                        entry.origin().data != nullptr});
     for (int k = 0; k < n_models_; ++k) {
       const std::size_t at = models.size();
-      models.push_back(
-          {to_view(entry.models[k]), entry.scores.empty() ? DeviceView{} : to_view(entry.scores[k]),
-           entry.masks.empty() ? nullptr : entry.masks[k], ranks.empty() ? nullptr : ranks[at]});
+      models.push_back({to_view(entry.models[k]),
+                        entry.scores.empty() ? DeviceView{} : to_view(entry.scores[k]),
+                        to_map(entry, k), entry.masks.empty() ? nullptr : entry.masks[k],
+                        ranks.empty() ? nullptr : ranks[at]});
     }
   }
   n_tiles_ = first_tiles.back();

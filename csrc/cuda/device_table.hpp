@@ -21,8 +21,15 @@ struct DeviceView {
   std::int32_t quads;  // whether four elements from `head` on are one aligned load
 };
 
+// How a stored score is read, as `ScoreMap`, before its magnitude is taken. Without initial values,
+// for shared memory.
+struct DeviceScoreMap {
+  float scale, shift, floor;
+};
+
 struct DeviceModel {
   DeviceView model, score;
+  DeviceScoreMap map;
   const std::uint64_t* mask;
   const std::uint32_t* ranks;  // of the row, for the stages that rank
 };

@@ -17,6 +17,7 @@ struct Quad {
 // What the keep stage needs of a quad besides the task vector.
 struct KeptBy {
   F variance[kQuad];
+  F score[kQuad];  // crossed
   U ranks[kQuad];
 };
 
@@ -78,6 +79,55 @@ TVFAST_STAGE void variance_quad(int n_models, LoadTau&& load_tau, F* variance) {
   for (int e = 0; e < kQuad; ++e) variance[e] = static_cast<F>(spread[e] / n_models);
 }
 
+TVFAST_STAGE void load_scores(const DeviceModel& model, const Quad& quad, F* score) {
+  load_scores(model.score, model.map, quad.i, quad.n, quad.whole, score);
+}
+
+// s_k of a quad, -1 where another model takes the place of model k's entry. The arrays are of all
+// models.
+TVFAST_STAGE void load_crossed(const Program& program, const ModelScalars* scalars,
+                               const DeviceModel* models, int n_models, int k, const Quad& quad,
+                               F* score) {
+  load_scores(models[k], quad, score);
+  if (program.cross == Cross::NONE) return;
+#pragma unroll 1
+  for (int j = 0; j < n_models; ++j) {
+    if (j == k) continue;
+    F other[kQuad];
+    load_scores(models[j], quad, other);
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) {
+      const M lost = program.cross == Cross::WINNER
+                         ? other[e] >= score[e]
+                         : banded(other[e], scalars[j], program.tie, quad.index + e);
+      score[e] = unless_lost(score[e], lost);
+    }
+  }
+}
+
+// The models whose entry another model takes the place of, a bit for each; score[k][e] is s_k.
+template <int kModels>
+TVFAST_STAGE U lost_entries(const Program& program, const ModelScalars* scalars, int n_models,
+                            std::uint64_t index, const F (*score)[kQuad], int e) {
+  U lost = 0, inside = 0;
+  if (program.cross == Cross::NONE) return lost;
+#pragma unroll
+  for (int k = 0; k < kModels; ++k) {
+    if (k >= n_models) break;
+    if (program.cross == Cross::EXCLUDE_OTHERS) {
+      if (banded(score[k][e], scalars[k], program.tie, index)) inside |= 1u << k;
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < kModels; ++j)
+      if (j != k && j < n_models && score[j][e] >= score[k][e]) lost |= 1u << k;
+  }
+#pragma unroll
+  for (int k = 0; k < kModels; ++k)
+    if ((inside & ~(1u << k)) != 0) lost |= 1u << k;
+  return lost;
+}
+
 TVFAST_STAGE void load_ranks(const DeviceModel& model, const Quad& quad, U* ranks) {
 #pragma unroll
   for (int e = 0; e < kQuad; ++e) ranks[e] = e < quad.n ? model.ranks[quad.i + e] : 0u;
@@ -103,11 +153,8 @@ TVFAST_STAGE void keep_quad(const Program& program, const ModelScalars& s, const
       break;
     }
     case Keep::SCORE: {
-      F score[kQuad];
-      load_quad(model.score, quad.i, quad.n, quad.whole, score);
 #pragma unroll
-      for (int e = 0; e < kQuad; ++e)
-        kept[e] = banded(magnitude(score[e]), s, program.tie, quad.index + e);
+      for (int e = 0; e < kQuad; ++e) kept[e] = banded(by.score[e], s, program.tie, quad.index + e);
       break;
     }
     case Keep::VARIANCE: {
@@ -173,15 +220,27 @@ TVFAST_STAGE constexpr bool uses_relation(Weighting weighting) {
   return weighting == Weighting::NEARNESS || weighting == Weighting::ALONE;
 }
 
-// w_k of an element. Scores do not get here.
-TVFAST_STAGE F weight_of(const Program& program, F relation, int k, F weight) {
+// w_k of an element; `score` is s_k where scores weigh.
+TVFAST_STAGE F weight_of(const Program& program, F relation, int k, F weight, F score) {
   switch (program.weighting) {
-    case Weighting::MODEL:
-    case Weighting::SCORE: return weight;
+    case Weighting::MODEL: return weight;
+    case Weighting::SCORE: return weight * score;
     case Weighting::NEARNESS: return k == 0 ? 1.0f - relation : relation;
     case Weighting::ALONE: return weight_alone(relation, weight);
   }
   return weight;
+}
+
+// w_k of a quad; `scores`: they may weigh.
+template <bool scores = true>
+TVFAST_STAGE void load_weights(const Program& program, const F* relations, int k,
+                               const ModelScalars& s, const DeviceModel& model, const Quad& quad,
+                               F* weight) {
+  F score[kQuad] = {};
+  if (scores && program.weighting == Weighting::SCORE) load_scores(model, quad, score);
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e)
+    weight[e] = weight_of(program, relations[e], k, s.weight, score[e]);
 }
 
 TVFAST_STAGE F cast_ballot(const Program& program, F t, F weight) {

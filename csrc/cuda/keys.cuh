@@ -20,7 +20,7 @@ template <Keep keep>
 TVFAST_STAGE void load_ranked(const DeviceEntry& entry, const DeviceModel* models, int n_models,
                               int model, std::int64_t i, int n, bool whole, F* x) {
   if constexpr (keep == Keep::SCORE) {
-    load_quad(models[model].score, i, n, whole, x);
+    load_scores(models[model].score, models[model].map, i, n, whole, x);
     return;
   }
   const bool subtracts = entry.subtracts;

@@ -130,6 +130,15 @@ TVFAST_STAGE void load_quad(const DeviceView& view, std::int64_t i, int n, bool 
   for (int e = 0; e < kQuad; ++e) x[e] = e < n ? load_one(view, i + e) : 0.0f;
 }
 
+// s_k of those elements, before other models' scores rule any out.
+TVFAST_STAGE void load_scores(const DeviceView& view, const DeviceScoreMap& map, std::int64_t i,
+                              int n, bool whole, F* score) {
+  load_quad(view, i, n, whole, score);
+#pragma unroll
+  for (int e = 0; e < kQuad; ++e)
+    score[e] = magnitude(mapped_score(score[e], map.scale, map.shift, map.floor));
+}
+
 TVFAST_STAGE void store_quad(void* out, int dtype, std::int64_t i, int n, bool whole, const F* x) {
   if (whole) {
     if (dtype == static_cast<int>(DType::F32)) {

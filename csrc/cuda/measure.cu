@@ -61,6 +61,8 @@ TVFAST_STAGE void load_kept(const Measured& m, int k, const Quad& quad, TauQuad&
   if (m.program.keep == Keep::VARIANCE)
     variance_quad(
         m.n_models, [&](int other, F* tau) { load_tau(m, other, quad, tau); }, by.variance);
+  if (m.program.keep == Keep::SCORE)
+    load_crossed(m.program, m.scalars, m.models, m.n_models, k, quad, by.score);
   if (uses_ranks(m.program.keep)) load_ranks(m.models[k], quad, by.ranks);
   keep_quad(m.program, m.scalars[k], m.models[k], quad, by, t.tau, t.is_kept);
 #pragma unroll
@@ -277,6 +279,8 @@ TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::in
         TauQuad t;
         load_kept(m, k, quad, t);
         const ModelScalars& s = m.scalars[k];
+        F weight[kQuad] = {};
+        if (voted && pass == 1) load_weights(m.program, relations, k, s, m.models[k], quad, weight);
 #pragma unroll
         for (int e = 0; e < kQuad; ++e) {
           positive[e] = positive[e] || t.kept[e] > 0.0f;
@@ -286,8 +290,7 @@ TVFAST_STAGE void measure_entry(const Measured& m, const TileSpan& span, std::in
           if (pass == 0) {
             relations[e] = add_relation(m.program, relations[e], k, own, s.weight, m.divisor_floor);
           } else {
-            votes[e] =
-                add_vote(m.program, votes[e], own, weight_of(m.program, relations[e], k, s.weight));
+            votes[e] = add_vote(m.program, votes[e], own, weight[e]);
           }
         }
       }

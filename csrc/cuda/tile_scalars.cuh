@@ -37,12 +37,18 @@ struct TileScalars<0> {
   TensorScalars tensor;
 };
 
-TVFAST_STAGE F keep_from_end(Tie tie, const LowerEnd& end, U mixed, F tau) {
-  const F a = magnitude(tau);
-  return masked(tie == Tie::HASH ? from_end_hashed(a, end.lo, end.above_lo,
-                                                   tie_hash(mixed, end.multiplier) > end.lo_last)
-                                 : from_end(a, end.lo),
-                tau);
+// The mixed index of an element, where ties are hashed.
+TVFAST_STAGE U mixed_for(const Program& program, const Quad& quad, int e) {
+  return program.tie == Tie::HASH ? mixed_index(scaled_index(quad.index + e)) : 0u;
+}
+
+// d_k where kept, otherwise +0; `a` is what the band is of: a NaN of |d_k| is inside by itself.
+TVFAST_STAGE F keep_from_end(const Program& program, const LowerEnd& end, U mixed, F a, F tau) {
+  M kept = program.tie == Tie::HASH ? from_end_hashed(a, end.lo, end.above_lo,
+                                                      tie_hash(mixed, end.multiplier) > end.lo_last)
+                                    : from_end(a, end.lo);
+  if (program.keep == Keep::SCORE) kept = kept | is_nan(tau);
+  return masked(kept, tau);
 }
 
 }  // namespace tvfast::gpu

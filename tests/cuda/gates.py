@@ -9,6 +9,7 @@ are more kernels than the budget.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -22,7 +23,11 @@ REGISTERS_OF_MULTIPROCESSOR = 65536
 THREADS_OF_MULTIPROCESSOR = {"sm_86": 1536, "sm_89": 1536}  # 2048 of others
 
 _FIXED = r"combine_kernel<tvfast::gpu::\(anonymous namespace\)::(?:Fixed|Guessed)<.*>, (?:\(int\))?{}, "
+_SCORED = _FIXED.replace("<.*>", r"<.*(?:\(tvfast::Keep\)2|\(tvfast::Weighting\)1).*>")
 OCCUPANCIES = (
+    (re.compile(_SCORED.format("1")), 0.5, 0.5),
+    (re.compile(_SCORED.format("2")), 0.375, 0.375),
+    (re.compile(_SCORED.format("[348]")), 0.25, 0.25),
     (re.compile(_FIXED.format("[12]")), 0.5, 0.5),
     (re.compile(_FIXED.format("3")), 0.375, 0.5),
     (re.compile(_FIXED.format("4")), 0.375, 0.375),
@@ -32,7 +37,8 @@ OCCUPANCIES = (
 )
 """Kernels whose time is that of memory, and the share of a multiprocessor's threads that must fit below sm_90
 and from it on. A thread of a merge of K models has 16 (K + 1) bytes on their way: of 4 models, three
-eighths of the threads have 60 KiB, more than latency times bandwidth asks for on an H200."""
+eighths of the threads have 60 KiB, more than latency times bandwidth asks for on an H200; a quarter has as
+much where each model brings float32 scores. The first kind that fits a name counts."""
 
 FUSING = re.compile(r"\(tvfast::Reduce\)2|AtRunTime|kron|factored")
 """Kernels with a stage that is a fused multiply-add, or may be at run time."""
@@ -59,9 +65,10 @@ class Usage:
     def faults(self) -> Iterator[str]:
         if self.stack_bytes:
             yield f"{self.stack_bytes} bytes of stack"
-        for kind, before, later in OCCUPANCIES:
+        found = (one for one in OCCUPANCIES if one[0].search(self.name))
+        for _, before, later in itertools.islice(found, 1):
             least = before if int(self.architecture.removeprefix("sm_")) < 90 else later
-            if kind.search(self.name) and self.occupancy < least:
+            if self.occupancy < least:
                 yield f"occupancy {self.occupancy:.1%}, expected at least {least:.1%}"
 
 

@@ -94,7 +94,7 @@ def some_queries(rng: np.random.Generator, parts: Sequence[Part], keep: Keep, n:
 def test_groups_shards_and_several_tiles(limited: Any, keep: Keep) -> None:
     rng = np.random.default_rng(int(keep))
     dtype = DTYPES[int(keep) % 3]
-    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype, mapped=False)
+    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype)
     parts[0].models[0][-20:] = bit_values(rng, 20, dtype)
     parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
     check_all(limited, parts, keep, some_queries(rng, parts, keep, 2))
@@ -150,7 +150,7 @@ def test_samples_that_mislead(emulated: Any, order: str) -> None:
 def test_the_order_of_blocks_and_threads(emulated: Any, seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVFAST_SIMT_SEED", seed)
     rng = np.random.default_rng(5)
-    parts = grouped(rng, 2, [900, 40, 17_000], torch.bfloat16, mapped=False)
+    parts = grouped(rng, 2, [900, 40, 17_000], torch.bfloat16)
     emulated.limits = (0, 300, 100)
     check_all(emulated, parts, Keep.BAND, some_queries(rng, parts, Keep.BAND, 3))
 

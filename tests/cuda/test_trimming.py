@@ -75,7 +75,7 @@ def check(backend: Any, case: Case, queries: Sequence[RankQuery], guesses: bool)
 def test_trimming_without_the_host(emulated: Any, keep: Keep, tie: Tie) -> None:
     rng = np.random.default_rng(int(tie))
     dtype = DTYPES[int(keep) % 3]
-    parts = grouped(rng, 3, [90, 300, 500, 70], dtype, mapped=False)
+    parts = grouped(rng, 3, [90, 300, 500, 70], dtype)
     parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
     parts[1].models[2][:7] = math.nan
     parts[1].models[2][7:9] = math.inf

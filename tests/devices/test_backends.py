@@ -1,10 +1,11 @@
-"""The Triton kernels in their interpreter: bit for bit the reference at float32."""
+"""The kernels for GPUs: bit for bit the reference at float32."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,13 +28,15 @@ from tests.strategies import (
     grid_values,
     near_programs,
     placed,
+    scoring_cases,
     table_of,
 )
 from tvfast import merge, methods
-from tvfast.errors import ArgumentError, BackendError
+from tvfast.errors import ArgumentError
 from tvfast.ops.raw import Backend, Wants
 from tvfast.program import (
     Ballot,
+    Cross,
     Divisor,
     Gain,
     Keep,
@@ -42,6 +45,7 @@ from tvfast.program import (
     Program,
     RankQuery,
     Reduce,
+    ScoreMap,
     TensorScalars,
     Tie,
     Vote,
@@ -53,8 +57,9 @@ _SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _STAGES = {
     "keep": Keep,
     "tie": Tie,
+    "cross": Cross,
     "gain": Gain,
-    "weighting": (Weighting.MODEL, Weighting.ALONE),  # of NEARNESS are only two models
+    "weighting": (Weighting.MODEL, Weighting.SCORE, Weighting.ALONE),  # of NEARNESS are only two models
     "vote": Vote,
     "ballot": Ballot,
     "zero_sign": ZeroSign,
@@ -69,9 +74,20 @@ def pairs_of(program: Program) -> set[object]:
 
 
 def few_rows_case() -> Case:
-    """The case of the product with rows of 150: the interpreter takes long for each row that it sorts."""
+    """The case of the product with rows of 150: the interpreter takes long for each row that it sorts.
+
+    The scores of its first entry are read through maps, those of the second as they are.
+    """
     case = product_case()
-    return replace(case, parts=[replace(case.parts[0], row=150), case.parts[1]])
+    maps = tuple(ScoreMap(scale=2.0**k, shift=-1 / 64, floor=1 / 128) for k in range(3))
+    return replace(case, parts=[replace(case.parts[0], row=150, score_maps=maps), case.parts[1]])
+
+
+def programs_on_scores(program: Program) -> Iterator[Program]:
+    """A program, and those that differ from it in what they read of scores."""
+    for cross in Cross if program.keep is Keep.SCORE else [Cross.NONE]:
+        for weighting in Weighting:
+            yield replace(program, cross=cross, weighting=weighting)
 
 
 def combine_of(backend: Backend) -> Callable[[Program], None]:
@@ -111,11 +127,12 @@ def test_every_combination_of_stages(gpu: Backend, keep: Keep) -> None:
     check = combine_of(gpu)
     programs = {canonical(program) for program in every_program() if program.keep is keep}
     for program in sorted(programs, key=str):
-        check(program)
+        for one in programs_on_scores(program):
+            check(one)
 
 
-@settings(max_examples=20, suppress_health_check=_SHARED)
-@given(case=cases(most_parts=2, widest=130))
+@settings(max_examples=30, suppress_health_check=_SHARED)
+@given(case=cases(most_parts=2, widest=130) | scoring_cases(most_parts=2, widest=130))
 def test_random_tables(gpu: Backend, case: Case) -> None:
     assert_same_bits(combined(gpu, case), combined(REFERENCE, case), case.program)
 
@@ -128,6 +145,49 @@ def test_weights_by_nearness(gpu: Backend, case: Case) -> None:
         one.measure(case.table(), case.program, case.scalars, Wants.VOTES) for one in (gpu, REFERENCE)
     )
     assert [one.elected for one in found] == [one.elected for one in expected]
+
+
+@pytest.mark.parametrize("n_models", [1, 4, 8, 9])
+def test_scores_of_any_number_of_models(gpu: Backend, n_models: int) -> None:
+    rng = np.random.default_rng(n_models)
+    n = 70
+    models = [grid_values(rng, n, torch.bfloat16) for _ in range(n_models)]
+    scores = [bit_values(rng, n, DTYPES[k % 3]) if k == 1 else grid_values(rng, n, torch.float32)
+              for k in range(n_models)]  # fmt: skip
+    maps = tuple(ScoreMap(scale=0.3 * (k + 1), shift=1e-3, floor=0.05) for k in range(n_models))
+    part = Part(models, grid_values(rng, n, torch.bfloat16), scores=scores, score_maps=maps)
+    own = [ModelScalars(weight=0.3 - 0.1 * k, lo=0.1, lo_cut=2**31, key=k) for k in range(n_models)]
+    scalars = [TensorScalars(models=own, scale=0.7)]
+    for cross, weighting, vote, tie in (
+        (Cross.NONE, Weighting.SCORE, Vote.MASS, Tie.GE),
+        (Cross.WINNER, Weighting.SCORE, Vote.NONE, Tie.HASH),
+        (Cross.EXCLUDE_OTHERS, Weighting.MODEL, Vote.MASS, Tie.INDEX),
+    ):
+        program = Program(
+            keep=Keep.SCORE, tie=tie, cross=cross, weighting=weighting, vote=vote, divisor=Divisor.WEIGHT
+        )
+        case = Case(program, [part], scalars)
+        assert_same_bits(combined(gpu, case), combined(REFERENCE, case), program)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merges_by_score_in_packets_and_quads(gpu: Backend, dtype: torch.dtype) -> None:
+    """Fisher merging, and masks that the lower end of a band decides; over several tiles."""
+    rng = np.random.default_rng(9)
+    n = 2**14 + 203
+    tensors = [grid_values(rng, n, dtype) for _ in range(4)]
+    tensors[1][-40:] = bit_values(rng, 40, dtype)
+    scores = [placed(grid_values(rng, n, torch.float32), lead) for lead in (0, 1, 2)]
+    maps = tuple(ScoreMap(scale=4.0, shift=0.125 * k, floor=1e-6) for k in range(3))
+    own = [ModelScalars(weight=0.5 + k, lo=0.25, lo_cut=2**30, key=k) for k in range(3)]
+    part = Part(tensors[1:], tensors[0], dtype, scores=scores, score_maps=maps, offset=2**32 - 5)
+    for program in (
+        Program(weighting=Weighting.SCORE, divisor=Divisor.WEIGHT),
+        Program(keep=Keep.SCORE),
+        Program(keep=Keep.SCORE, tie=Tie.HASH),
+    ):
+        case = Case(program, [part], [TensorScalars(models=own, scale=0.7, divisor_floor=0.0)])
+        assert_same_bits(combined(gpu, case), combined(REFERENCE, case), program)
 
 
 @pytest.mark.parametrize("n_models", [8, 9, 17])
@@ -233,9 +293,11 @@ def test_measures_and_planes_of_every_keep_stage(gpu: Backend, keep: Keep) -> No
     case = few_rows_case()
     for number, tie in enumerate(Tie if keep in (Keep.BAND, Keep.SCORE, Keep.VARIANCE) else [Tie.HASH]):
         vote, gain = list(Vote)[(number + keep) % 3], list(Gain)[number % 2]
-        weighting = (Weighting.MODEL, Weighting.ALONE)[number % 2]
-        ballot = list(Ballot)[number % 2]
-        program = Program(keep=keep, tie=tie, vote=vote, gain=gain, ballot=ballot, weighting=weighting)
+        weighting = (Weighting.MODEL, Weighting.SCORE, Weighting.ALONE)[number]
+        program = Program(
+            keep=keep, tie=tie, cross=list(Cross)[number], weighting=weighting,
+            vote=vote, gain=gain, ballot=Ballot.WEIGHTED if number else Ballot.RAW,
+        )  # fmt: skip
         found = gpu.measure(case.table(), program, case.scalars, EVERYTHING)
         expected = REFERENCE.measure(case.table(), program, case.scalars, EVERYTHING)
         assert [asked(one, EVERYTHING) for one in found] == [asked(one, EVERYTHING) for one in expected]
@@ -289,7 +351,7 @@ def test_measures_of_many_models_and_several_tiles(gpu: Backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_thresholds_and_places(gpu: Backend, keep: Keep, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(7)
-    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype, mapped=False)
+    parts = grouped(rng, 2, [90, 1, 0, 70, 2**14 + 300, 64], dtype)
     parts[0].models[0][-20:] = bit_values(rng, 20, dtype)
     parts = [*parts[1:], parts[0].shard(40, 90), parts[0].shard(0, 40)]
     sizes = [sum(part.n for part in parts if part.group == group) for group in (0, 1)]
@@ -338,22 +400,53 @@ def test_the_checks_of_every_backend(gpu: Backend) -> None:
     test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(gpu)
 
 
-@pytest.mark.parametrize("name", [n for n in methods.STAGED if not methods.METHODS[n].needs_scores])
+@pytest.mark.parametrize("name", methods.STAGED)
 def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(17, 15, generator=generator).bfloat16()
     most = methods.METHODS[name].n_models[1]
     n_models = 3 if most is None else min(3, most)
     models = [(base + 0.1 * torch.randn(17, 15, generator=generator)).bfloat16() for _ in range(n_models)]
-    found = merge(base, models, name)
+    scores = None
+    if methods.METHODS[name].needs_scores:
+        scores = [torch.randn(17, 15, generator=generator).square() for _ in models]
+    found = merge(base, models, name, scores=scores)
     monkeypatch.setenv("TVFAST_BACKEND", "reference")
-    assert_same_bits([found], [merge(base, models, name)], name)
+    assert_same_bits([found], [merge(base, models, name, scores=scores)], name)
 
 
-def test_scores_go_to_a_backend_that_reads_them(gpu: Backend) -> None:
-    base, scores = torch.zeros(5), torch.arange(5.0)
-    with pytest.raises(BackendError, match="no kernel for mapped scores"):
-        merge(base, [base + 1], "sta", stats=[scores])
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("sta", {"scope": "model", "normalization": "minmax", "cross": "winner"}),
+        (
+            "sta",
+            {"normalization": "l1", "cross": "exclude_others", "tie": "index", "density": [0.3, 0.1, 0.5]},
+        ),
+        ("sta", {"threshold": 0.4, "normalization": "rank"}),
+        ("sta_forget", {"source": "model", "scale": 0.5}),
+        ("fisher", {"dialect": "mergelm"}),
+    ],
+    ids=str,
+)
+def test_methods_on_scores(
+    gpu: Backend, method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"a": (9, 20), "b": (7,)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    n_models = 1 if method == "sta_forget" else 3
+    models = [
+        {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        for _ in range(n_models)
+    ]
+    scores = [
+        {name: torch.randn(t.shape, generator=generator).square() for name, t in base.items()} for _ in models
+    ]
+    found = merge(base, models, method, scores=scores, **parameters)
+    monkeypatch.setenv("TVFAST_BACKEND", "reference")
+    expected = merge(base, models, method, scores=scores, **parameters)
+    assert_same_bits(list(found.values()), list(expected.values()), method)
 
 
 def test_wants_have_the_bits_of_the_kernels(gpu: Backend) -> None:

@@ -146,7 +146,7 @@ def test_random_tables_equal_the_reference(native: Backend, case: Case) -> None:
 
 
 @settings(max_examples=40)
-@given(case=scoring_cases)
+@given(case=scoring_cases())
 def test_stages_on_scores_equal_the_reference(native: Backend, case: Case) -> None:
     assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
     wants = Wants.COUNTS | Wants.VOTES

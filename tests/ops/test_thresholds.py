@@ -64,10 +64,8 @@ def test_ten_thousand_cases_equal_kthvalue(backend: Backend, seed: int) -> None:
         assert_exact(threshold, tau, query.k)
 
 
-def grouped(
-    rng: np.random.Generator, n_models: int, sizes: Sequence[int], dtype: torch.dtype, *, mapped: bool = True
-) -> list[Part]:
-    """Two interleaved groups, the entries of each end to end; scores are read through maps if `mapped`."""
+def grouped(rng: np.random.Generator, n_models: int, sizes: Sequence[int], dtype: torch.dtype) -> list[Part]:
+    """Two interleaved groups, the entries of each end to end; scores are read through maps."""
     parts, filled = [], [0, 0]
     for i, n in enumerate(sizes):
         group = i % 2
@@ -75,7 +73,7 @@ def grouped(
         maps = tuple(ScoreMap(scale=2.0**k, shift=-1 / 32 * i, floor=1 / 64) for k in range(n_models))
         parts.append(
             Part(tensors[1 : n_models + 1], tensors[0], scores=tensors[n_models + 1 :],
-                 score_maps=maps if mapped else (),
+                 score_maps=maps,
                  group=group, group_offset=filled[group])
         )  # fmt: skip
         filled[group] += n

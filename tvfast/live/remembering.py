@@ -28,12 +28,10 @@ class RememberingBackend:
 
     backend: Backend
     name: str = field(init=False)
-    maps_scores: bool = field(init=False)
     _answers: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.backend.name
-        self.maps_scores = bool(getattr(self.backend, "maps_scores", False))
 
     def why_not(self, table: WorkTable) -> str | None:
         return self.backend.why_not(table)

@@ -44,7 +44,6 @@ class CppBackend(CppProducts):
     """The C++ kernels at one instruction set."""
 
     name = "cpp"
-    maps_scores = True
 
     def __init__(self, isa: str = "", tile: int = 0) -> None:
         super().__init__(isa)

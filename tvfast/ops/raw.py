@@ -36,11 +36,7 @@ class Wants(IntFlag):
 
 
 class Backend(Protocol):
-    """What every backend implements; `docs/architecture.md` gives the contract.
-
-    One whose attribute `maps_scores` is true reads `Entry.score_maps`, and with them `Cross` and
-    `Weighting.SCORE`; others never see a table that has maps, or summaries to make them of.
-    """
+    """What every backend implements; `docs/architecture.md` gives the contract."""
 
     name: str
 
@@ -209,14 +205,7 @@ def backend_for(table: WorkTable) -> Backend:
         ArgumentError: `TVFAST_BACKEND` names no backend.
         BackendError: the forced backend cannot run, or none can; every reason is given.
     """
-    scored = any(entry.score_maps or entry.score_summaries for entry in table.entries)
-
-    def why_not(backend: Backend) -> str | None:
-        if scored and not getattr(backend, "maps_scores", False):
-            return "it has no kernel for mapped scores, crossed scores or weights by score"
-        return backend.why_not(table)
-
-    return _first(why_not)
+    return _first(lambda backend: backend.why_not(table))
 
 
 def product_backend_for(work: WorkTable | Sequence[Operand]) -> ProductBackend:

@@ -90,7 +90,6 @@ class Reference(ReferenceProducts):
     """`Backend` in torch; `n_threads` is not read: torch has its own setting."""
 
     name = "reference"
-    maps_scores = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
