@@ -41,6 +41,13 @@ def test_stack_and_low_occupancy_are_faults() -> None:
     assert list(on_80.faults()) == []
 
 
+def test_merges_by_score_have_an_occupancy_of_their_own() -> None:
+    scored = _FIXED.replace("(tvfast::Keep)1", "(tvfast::Keep)2")
+    assert scored != _FIXED
+    assert list(Usage("sm_90", scored, 128, 0, 0).faults()) == []
+    assert list(Usage("sm_90", scored, 136, 0, 0).faults()) == ["occupancy 12.5%, expected at least 25.0%"]
+
+
 @pytest.mark.parametrize(
     ("registers", "occupancy"), [(4, 1.0), (32, 1.0), (33, 0.75), (64, 0.5), (65, 0.375), (255, 0.125)]
 )

@@ -1,4 +1,4 @@
-"""Checkpoints merged by Triton kernels on a double of a device: the CPU's bytes, within planned scratch."""
+"""Checkpoints merged by kernels for GPUs on a double of a device: the CPU's bytes, within planned scratch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tvfast
-from tests.engine.devices import merge_on, recipe, small_units, write_family
+from tests.engine.devices import (
+    merge_on,
+    recipe,
+    scored_recipe,
+    small_units,
+    write_family,
+    write_statistics,
+)
 from tests.engine.double import HostDouble
 from tvfast.engine import device_plan
 from tvfast.ops.raw import Backend
@@ -47,4 +55,39 @@ def test_triton_merges_checkpoints_on_a_device(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
     assert device.n_drains == 1, "scratch was planned"
     assert device.peak_scratch > 0
+    assert report.device_peak_bytes <= report.planned_device_peak_bytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a double is memory of the CPU")
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize(
+    ("method", "parameters", "own"),
+    [
+        ("sta", {"density": 0.3}, {"cross": "winner", "tie": "index"}),
+        ("sta", {"density": 0.2}, {"scope": "model", "normalization": "minmax"}),
+        ("sta_forget", {"density": 0.3}, {"source": "model"}),
+        ("fisher", {}, {}),
+    ],
+    ids=["sta", "sta-model", "sta_forget", "fisher"],
+)
+def test_scores_are_read_on_a_device(
+    tmp_path: Path,
+    gpu: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    parameters: dict[str, Any],
+    own: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 0)
+    root = write_family(tmp_path / "family", SHAPES)
+    write_statistics(root, SHAPES)
+    config = scored_recipe(root, method, parameters, **own)
+    with monkeypatch.context() as patch:
+        patch.delenv("TVFAST_BACKEND")
+        tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
+    device = HostDouble(gpu, limit_scratch=True)
+    report = merge_on(device, config, tmp_path / "out")
+    expected = (tmp_path / "cpu" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    assert device.n_drains == 1, "scratch was planned"
     assert report.device_peak_bytes <= report.planned_device_peak_bytes

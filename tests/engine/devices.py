@@ -17,6 +17,8 @@ from tvfast.engine import device as devices
 from tvfast.engine import device_plan, memory
 from tvfast.engine import plan as planning
 from tvfast.engine.memory import Block, Slot
+from tvfast.statistics import Document, Record, StatisticsWriter
+from tvfast.statistics.tensors import array_of
 
 MEMBERS = ("base", "ft1", "ft2", "ft3")
 SHAPES = {
@@ -47,6 +49,28 @@ def write_family(root: Path, shapes: dict[str, tuple[int, ...]] | None = None) -
         (root / member).mkdir(parents=True)
         save_file(tensors, root / member / "model.safetensors", {"format": "pt"})
     return root
+
+
+def write_statistics(root: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Importances and Fisher of every model of a family: few values, so that thresholds have ties."""
+    drawn = torch.Generator().manual_seed(12)
+    for member in MEMBERS[1:]:
+        with StatisticsWriter(root / f"{member}.stats", Document()) as writer:
+            for name, shape in shapes.items():
+                sums = torch.randint(0, 40, shape, generator=drawn).float() / 8
+                for kind in ("weight", "fisher"):
+                    array = array_of(sums, name, summary=True)
+                    writer.add(Record(name, kind, shape, {"sum": array}, {"samples": 4}))
+
+
+def scored_recipe(root: Path, method: str, parameters: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """A recipe in which every model has its statistics; of the first model where it is the source itself."""
+    found = recipe(root, method, parameters, **own)
+    models = found["models"][:1] if own.get("source") == "model" else found["models"]
+    found["models"] = [{**one, "stats": f"{one['model']}.stats"} for one in models]
+    if method == "fisher":
+        del found["base_model"]
+    return found
 
 
 def recipe(root: Path, method: str, parameters: dict[str, Any], **own: Any) -> dict[str, Any]:

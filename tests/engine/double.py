@@ -323,7 +323,7 @@ class Deferred:
         views = (
             view
             for entry in table.entries
-            for view in (entry.base, *entry.models, *entry.masks)
+            for view in (entry.base, *entry.models, *entry.scores, *entry.masks)
             if view is not None
         )
         return [self.device.ring_bytes(view) for view in views]

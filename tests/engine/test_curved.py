@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tvfast
+from tests.conftest import load
+from tests.engine.devices import using
+from tests.engine.double import HostDouble
 from tvfast.curvature import Gaussian, collect, merge
 from tvfast.errors import ArgumentError, MergeError, RecipeError, SolveError, StatisticsError
 
@@ -227,3 +230,18 @@ def test_stats_of_a_slice(family: Path, tmp_path: Path) -> None:
     for name, shrink in (("up.weight", 0.1), ("down.weight", 1.0)):
         expected = merge(models[0], models[1:], stats, "regmean", weights=WEIGHTS, shrink=shrink, report=[])
         assert torch.equal(weights(tmp_path / "out")[name], expected[name])
+
+
+def test_a_device_that_is_named_is_refused_and_one_that_is_found_is_left_alone(
+    family: Path, tmp_path: Path
+) -> None:
+    config = recipe(family, "mats")
+    with using(HostDouble(load("cpp-scalar"))) as device:
+        with pytest.raises(ArgumentError, match=r"cuda:0: method 'mats' solves equations on the CPU only"):
+            tvfast.merge_checkpoints(config, tmp_path / "out", device="cuda")
+        assert not (tmp_path / "out").exists()
+        report = tvfast.merge_checkpoints(config, tmp_path / "out", device="auto")
+    assert report.device == "cpu"
+    assert report.device_why.startswith("cuda:0: method 'mats' solves equations on the CPU only: ")
+    assert "Pass" not in report.device_why
+    assert not any(device.counts.values())

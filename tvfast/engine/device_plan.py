@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from tvfast.engine.arrange import Part, block_bytes
@@ -95,6 +96,7 @@ def needs(parts: Iterable[Part]) -> tuple[int, int]:
         task, k = part.task, len(part.task.models)
         if task.method is None:
             continue
+        k = max(k, len(task.method.score_operands(task.scores)))  # a model may be an operand twice
         ring += part.operand_bytes + part.result_bytes + 2 * ALIGNMENT * (len(task.inputs) + 2)
         if task.method.plane_bytes(part.n, k):
             ring += plane_bytes(part.n, k) + k * ALIGNMENT
@@ -105,20 +107,23 @@ def needs(parts: Iterable[Part]) -> tuple[int, int]:
 
 
 def plan_device(
-    single: Sequence[Task], whole: Sequence[Task], traits: Traits, device_memory: int | None
+    single: Sequence[Task],
+    groups: Sequence[Sequence[Task]],
+    traits: Traits,
+    device_memory: int | None,
 ) -> DevicePlan:
     """A ring for four units, or for two of the largest tensor that must be measured, if they fit.
 
     Args:
         single: tensors that are measured each by itself.
-        whole: tensors that are ranked together.
+        groups: tensors that are ranked together.
         device_memory: bound in bytes; None: nine tenths of what is free.
 
     Raises:
         ArgumentError: `device_memory` is less than the smallest possible, which is named.
     """
     limit = traits.free_bytes * 9 // 10 if device_memory is None else min(device_memory, traits.free_bytes)
-    merged = [task for task in (*single, *whole) if task.method is not None and task.n_elements]
+    merged = [task for task in chain(single, *groups) if task.method is not None and task.n_elements]
     ring = scratch = 0
     for task in merged:
         least, own = needs([least_piece(task)])
@@ -134,8 +139,7 @@ def plan_device(
         )
     wanted = UNITS_IN_RING * UNIT_BYTES
     candidates = [[task] for task in single if task.method is not None and count_passes([task]) > 1]
-    if whole:
-        candidates.append(list(whole))
+    candidates += map(list, groups)
     sizes = (needs(Part(task, 0, task.n_elements) for task in tasks) for tasks in candidates)
     for together, own in sorted(set(sizes), key=sum):
         if max(ring, together) + max(scratch, own) <= limit:

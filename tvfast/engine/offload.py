@@ -33,7 +33,7 @@ from tvfast.engine.placement import (
 )
 from tvfast.engine.source import StreamSource
 from tvfast.errors import BackendError
-from tvfast.methods.base import ProgramMethod
+from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.raw import Backend
 from tvfast.program import DType, Entry, Program, TensorScalars, View, WorkTable
@@ -124,7 +124,8 @@ class Offload:
     ) -> None:
         """Fill the results of tensors that the device holds; `meanwhile` runs while they are on their way.
 
-        Where the backend finds no memory for its scratch, half of them are tried, and a single one in pieces.
+        Where the backend finds no memory for its scratch, half of them are tried, and a single one in pieces;
+        so are those that are ranked together, which must be of one method.
         """
         entries = [job.entry for job in jobs]
         dtypes = output_dtypes(entries)
@@ -134,8 +135,8 @@ class Offload:
         try:
             computed = self._merge_placed(jobs, placement, dtypes, region, uploaded)
         except OutOfDeviceMemory:
-            if len(jobs) == 1:
-                self.merge_in_pieces(jobs[0], region, n_threads)
+            if len(jobs) == 1 or any(job.method.group_of(job.entry.name) is not None for job in jobs):
+                self.merge_in_pieces(jobs, region, n_threads)
                 return
             middle = len(jobs) // 2
             for half in (jobs[:middle], jobs[middle:]):
@@ -159,7 +160,8 @@ class Offload:
 
         def merge() -> None:
             for (method, n_models), indices in alike.items():
-                own = [replace(jobs[index].entry, group=group) for group, index in enumerate(indices)]
+                own = [replace(jobs[index].entry) for index in indices]
+                share_groups(method, own)
                 table = self._on_device(
                     own, n_models, placement.of(indices), [dtypes[index] for index in indices]
                 )
@@ -208,10 +210,12 @@ class Offload:
 
     # -- tensors that the device does not hold ------------------------------------------------------------
 
-    def merge_in_pieces(self, job: Job, region: Region, n_threads: int) -> None:
-        """Measure a tensor on the host; combine it on the device, some pieces in flight."""
-        table = WorkTable([job.entry], len(job.entry.models))
-        program, scalars = job.method.resolve(TableStatistics(self._host, table, None, n_threads))
+    def merge_in_pieces(self, jobs: Sequence[Job], region: Region, n_threads: int) -> None:
+        """Measure tensors of one method on the host; combine them on the device, some pieces in flight."""
+        method, entries = jobs[0].method, [replace(job.entry) for job in jobs]
+        share_groups(method, entries)
+        table = WorkTable(entries, len(entries[0].models))
+        program, scalars = method.resolve(TableStatistics(self._host, table, None, n_threads))
         self.combine_in_pieces(table, program, scalars, region)
 
     def combine_in_pieces(

@@ -20,7 +20,7 @@ class Placement:
     """Positions of arrays in the ring.
 
     Attributes:
-        inputs: [entry][base, if there is one, then models, then scores].
+        inputs: [entry][of `inputs_of`].
         outputs: [entry].
         end: the first byte behind them.
     """
@@ -37,8 +37,20 @@ class Placement:
 
 
 def inputs_of(entry: Entry) -> tuple[View, ...]:
-    """What is read, the base first."""
-    return (*(() if entry.base is None else (entry.base,)), *entry.models, *entry.scores)
+    """The arrays that are read, the base first; one that is an operand twice is there once."""
+    views = (*(() if entry.base is None else (entry.base,)), *entry.models, *entry.scores)
+    return tuple({id(view): view for view in views}.values())
+
+
+def with_inputs(entry: Entry, inputs: Sequence[View]) -> Entry:
+    """The entry over other arrays in place of its `inputs_of`."""
+    there = {id(view): new for view, new in zip(inputs_of(entry), inputs, strict=True)}
+    return replace(
+        entry,
+        base=None if entry.base is None else there[id(entry.base)],
+        models=tuple(there[id(view)] for view in entry.models),
+        scores=tuple(there[id(view)] for view in entry.scores),
+    )
 
 
 def n_bytes(view: View) -> int:
@@ -96,11 +108,9 @@ def placed_table(
     found = []
     for index, entry in enumerate(entries):
         places = zip(placement.inputs[index], inputs_of(entry), strict=True)
-        views = [view(at, v.n_elements, v.dtype) for at, v in places]
-        base = None if entry.base is None else views.pop(0)
-        models, scores = tuple(views[: len(entry.models)]), tuple(views[len(entry.models) :])
+        there = with_inputs(entry, [view(at, v.n_elements, v.dtype) for at, v in places])
         out = view(placement.outputs[index], entry.n_elements, outputs[index]) if outputs else None
-        found.append(replace(entry, base=base, models=models, scores=scores, out=out))
+        found.append(replace(there, out=out))
     return WorkTable(found, n_models)
 
 
@@ -142,10 +152,7 @@ def piece(entry: Entry, start: int, n: int) -> Entry:
         return View(view.address + start * ITEM_BYTES[view.dtype], n, view.dtype)
 
     return replace(
-        entry,
-        base=None if entry.base is None else cut(entry.base),
-        models=tuple(map(cut, entry.models)),
-        scores=tuple(map(cut, entry.scores)),
+        with_inputs(entry, list(map(cut, inputs_of(entry)))),
         out=None if entry.out is None else cut(entry.out),
         offset=entry.offset + start,
     )

@@ -31,6 +31,7 @@ from tvfast.engine.units import (
     not_on_device,
     smallest_bytes,
     whole_bytes,
+    whole_parts,
 )
 from tvfast.errors import ArgumentError, RecipeError
 from tvfast.methods.base import Method
@@ -173,15 +174,15 @@ def make_plan(
         device_why: for those who read the plan.
 
     Raises:
-        ArgumentError: `memory` or `device_memory` is less than the smallest possible, which is named.
+        ArgumentError: `memory` or `device_memory` is less than the smallest possible, which is named; or a
+            device is given, and a method that does not run there.
         RecipeError: a method ranks the whole model, and its numbers differ between tensors.
     """
     threads = n_threads or len(os.sched_getaffinity(0))
     groups, single = _split_by_scope(binding.tasks)
-    if device and (reason := _only_on_the_cpu(binding.tasks)):
-        device, device_why = None, reason
-    whole = [task for group in groups for task in group]
-    on_device = plan_device(single, whole, device, device_memory) if device else None
+    if device:
+        _check_runs_there(binding.tasks, device)
+    on_device = plan_device(single, groups, device, device_memory) if device else None
     budget = _budget(groups, single, threads, memory, on_device, beside=binding.vocabulary_bytes)
     arena, n_workers = budget.arena, budget.n_workers
     if on_device:
@@ -252,7 +253,10 @@ def _budget(
         n_workers = min(n_workers, MOST_WORKERS)
         streamed = True  # where the device proves to have less memory than it said
     largest = max((block_bytes(Part(t, 0, t.n_elements)) for t in measured), default=0)
-    largest = max([largest, *(group_bytes(group) for group in groups if not _is_whole_model(group))])
+    layers = [group for group in groups if not _is_whole_model(group)]
+    if device:
+        layers = [group for group in layers if not device.holds(whole_parts(group))]
+    largest = max([largest, *map(group_bytes, layers)])
     known = beside + TENSOR_BYTES * (
         sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
     )
@@ -311,16 +315,20 @@ def _is_whole_model(group: Sequence[Task]) -> bool:
     return group[0].method is not None and group[0].method.whole_model
 
 
-def _only_on_the_cpu(tasks: Iterable[Task]) -> str:
-    """Why a merge is not for a device, or nothing: kernels there read no scores, and solve nothing."""
+def _check_runs_there(tasks: Iterable[Task], device: Traits) -> None:
+    """Raise unless every task is of the stage algebra.
+
+    Raises:
+        ArgumentError: a method works on whole tensors with torch, whose sums have another order on a device.
+    """
     for task in tasks:
-        if task.tensor is not None or (task.method is not None and task.method.info.needs_scores):
-            method = _method(task)
-            assert method is not None
-            if task.tensor is not None and not task.tensor.statistics:
-                return f"method {method.info.name!r} merges whole tensors, which only the CPU does here"
-            return f"method {method.info.name!r} reads statistics, which only the CPU does"
-    return ""
+        if task.tensor is not None:
+            does = "solves equations" if task.tensor.statistics else "merges whole tensors"
+            raise ArgumentError(
+                f"{device.name}: method {task.tensor.method.info.name!r} {does} on the CPU only: elsewhere "
+                "their last bits would differ, and the bytes of a merge are the same everywhere. "
+                "Pass --device cpu."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class Run:
                 offload.merge(jobs, region, lambda: self._check_finite(loaded), n_threads)
             else:
                 self._check_finite(loaded)
-                offload.merge_in_pieces(jobs[0], region, n_threads)
+                offload.merge_in_pieces(jobs, region, n_threads)
 
     def _merge(self, loaded: Loaded, n_threads: int) -> None:
         """Parts in memory: copy what is copied, merge what has the same method together."""

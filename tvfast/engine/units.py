@@ -88,16 +88,23 @@ class Room:
 
 def grouped_unit(group: Sequence[Task], room: Room, *, together: bool) -> Unit:
     """What is ranked together: on the device at once, or streamed; `together` on the host if that fits."""
-    parts = tuple(Part(task, 0, task.n_elements) for task in group)
-    if together and group_bytes(group) <= room.arena:
-        return _together(parts, group_bytes(group), room)
-    chunk = max(room.whole_chunk, *(least_chunk_bytes(task) for task in group))
-    return _in_chunks(parts, chunk, room.device)
+    if together:
+        return _measured_together(whole_parts(group), room, room.whole_chunk)
+    return _in_chunks(whole_parts(group), _chunk_bytes(group, room.whole_chunk), room.device)
+
+
+def whole_parts(tasks: Sequence[Task]) -> tuple[Part, ...]:
+    """Every task as one part."""
+    return tuple(Part(task, 0, task.n_elements) for task in tasks)
 
 
 def group_bytes(group: Sequence[Task]) -> int:
     """What all tensors of a group take in host memory together."""
-    return sum(block_bytes(Part(task, 0, task.n_elements)) for task in group)
+    return sum(map(block_bytes, whole_parts(group)))
+
+
+def _chunk_bytes(tasks: Sequence[Task], usual: int) -> int:
+    return max(usual, *map(least_chunk_bytes, tasks))
 
 
 def cut_into_units(tasks: Sequence[Task], room: Room) -> Iterator[Unit]:
@@ -123,7 +130,7 @@ def cut_into_units(tasks: Sequence[Task], room: Room) -> Iterator[Unit]:
             pieces: Iterable[Part] = _pieces(task, room.unit)
         elif count_passes([task]) > 1 and not own.fits(room):
             yield from flush()
-            yield _measured_alone(whole, room)
+            yield _measured_together((whole,), room, room.chunk)
             continue
         else:
             pieces = (whole,)
@@ -165,15 +172,17 @@ def _together(parts: tuple[Part, ...], n_bytes: int, room: Room) -> Unit:
     return Unit(parts, 0, n_bytes, 1, needs(parts)[0], True)
 
 
-def _measured_alone(whole: Part, room: Room) -> Unit:
-    """A tensor that is measured before it is written, and is larger than a unit, or than the device."""
-    size, device = block_bytes(whole), room.device
-    resident = device is not None and device.holds([whole])
-    if size <= (room.most if resident else room.arena):
+def _measured_together(parts: tuple[Part, ...], room: Room, chunk_bytes: int) -> Unit:
+    """Tensors that are measured, together, before any is written, however large."""
+    size, device = sum(map(block_bytes, parts)), room.device
+    chunk = _chunk_bytes([part.task for part in parts], chunk_bytes)
+    resident = device is not None and device.holds(parts)
+    passes_through = resident and CHUNKS_IN_FLIGHT * chunk <= room.arena
+    if size <= (room.most if passes_through else room.arena):
         if device is None or resident:
-            return _together((whole,), size, room)
-        return Unit((whole,), 0, size, 1, _ring_of_pieces(room.unit, device))
-    return _in_chunks((whole,), max(room.chunk, least_chunk_bytes(whole.task)), device)
+            return _together(parts, size, room)
+        return Unit(parts, 0, size, 1, _ring_of_pieces(room.unit, device))
+    return _in_chunks(parts, chunk, device)
 
 
 def _in_chunks(parts: tuple[Part, ...], chunk_bytes: int, device: DevicePlan | None) -> Unit:
