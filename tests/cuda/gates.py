@@ -22,7 +22,7 @@ MOST_KERNELS = 200
 REGISTERS_OF_MULTIPROCESSOR = 65536
 THREADS_OF_MULTIPROCESSOR = {"sm_86": 1536, "sm_89": 1536}  # 2048 of others
 
-_FIXED = r"combine_kernel<tvfast::gpu::\(anonymous namespace\)::(?:Fixed|Guessed)<.*>, (?:\(int\))?{}, "
+_FIXED = r"combine_kernel<tvfast::gpu::(?:Fixed|Guessed)<.*>, (?:\(int\))?{}, "
 _SCORED = _FIXED.replace("<.*>", r"<.*(?:\(tvfast::Keep\)2|\(tvfast::Weighting\)1).*>")
 OCCUPANCIES = (
     (re.compile(_SCORED.format("1")), 0.5, 0.5),

@@ -7,7 +7,7 @@ import pytest
 from tests.cuda.gates import Usage, code_faults, short, usages
 
 _FIXED = (
-    "void tvfast::gpu::(anonymous namespace)::combine_kernel<tvfast::gpu::(anonymous namespace)::Fixed<"
+    "void tvfast::gpu::(anonymous namespace)::combine_kernel<tvfast::gpu::Fixed<"
     "tvfast::Program{(tvfast::Keep)1, (tvfast::Reduce)0}, (tvfast::gpu::Ends)0>, 3, true>"
     "(tvfast::gpu::DeviceTable, tvfast::gpu::DeviceScalars, tvfast::Program)"
 )
