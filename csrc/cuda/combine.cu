@@ -129,21 +129,17 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_multiprocessor<Choice, k
     Tally tally;
     const Merge<kModels> merge{program, tile_scalars,   all_scalars, entry,
                                models,  table.n_models, tally};
-    const auto one_quad = [&](std::int64_t i, int n, bool whole) {
-      merge_loaded<Choice, kModels, exact>(merge, i, n, whole);
-    };
+    bool packed = false;
     if constexpr (kPackets<Choice, kModels>) {
-      if (entry.form == Form::PACKED_BF16) {
+      packed = entry.form == Form::PACKED_BF16 || entry.form == Form::PACKED_F16;
+      if (entry.form == Form::PACKED_BF16)
         merge_packets<Choice, kModels, exact, DType::BF16>(merge, span);
-      } else if (entry.form == Form::PACKED_F16) {
+      if (entry.form == Form::PACKED_F16)
         merge_packets<Choice, kModels, exact, DType::F16>(merge, span);
-      } else {
-        for_each_quad(entry, span, one_quad);
-      }
-    } else {
-      for_each_quad(entry, span, one_quad);
     }
-    for_each_edge(span, one_quad);
+    for_each(entry, span, !packed, [&](std::int64_t i, int n, bool whole) {
+      merge_loaded<Choice, kModels, exact>(merge, i, n, whole);
+    });
     if constexpr (Choice::kCounts) add_tally(trial, first_model, table.n_models, tally, counts);
   }
 }
@@ -161,10 +157,14 @@ CombineKernel for_model_count(int n_models) {
   }
 }
 
+// With more than four models, a program that reads scores reads them again where it needs them
+// again: held in registers, they are three times the text of everything else.
 template <bool scores>
 CombineKernel for_any_program(int n_models) {
   if (n_models <= 4) return combine_kernel<AtRunTime<scores>, 4, false>;
-  if (n_models <= 8) return combine_kernel<AtRunTime<scores>, 8, false>;
+  if constexpr (!scores) {
+    if (n_models <= 8) return combine_kernel<AtRunTime<scores>, 8, false>;
+  }
   return combine_kernel<AtRunTime<scores>, 0, false>;
 }
 

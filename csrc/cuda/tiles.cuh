@@ -82,6 +82,29 @@ static __device__ __forceinline__ void for_each_edge(const TileSpan& span, Fn&& 
   }
 }
 
+// Both, or the elements around alone: fn's text is in the kernel once, which is what long texts
+// need.
+template <class Fn>
+static __device__ __forceinline__ void for_each(const DeviceEntry& entry, const TileSpan& span,
+                                                bool quads, Fn&& fn) {
+  const bool whole = entry.form != Form::SINGLES;
+  const int before = static_cast<int>(span.body - span.begin);
+  const int after = static_cast<int>(span.end - span.body_end);
+  const int at = static_cast<int>(threadIdx.x);
+  std::int64_t i = quads ? span.body + kQuad * at : span.body_end;
+  bool around = at < before + after;
+#pragma unroll 1
+  while (i < span.body_end || around) {
+    const bool inside = i < span.body_end;
+    if (!inside) {
+      i = at < before ? span.begin + at : span.body_end + (at - before);
+      around = false;
+    }
+    fn(i, inside ? kQuad : 1, inside && whole);
+    i = inside ? i + kQuad * static_cast<int>(blockDim.x) : span.body_end;
+  }
+}
+
 // A tile cut at multiples of kTile from element 0, which bit planes need: their words are not
 // shared by two tiles.
 static __device__ __forceinline__ TileSpan whole_words_of(const DeviceTable& table,
