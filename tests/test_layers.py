@@ -216,15 +216,23 @@ LAYERS = {
     "tvfast.engine.torch_device": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops.raw", "tvfast.engine"), outside=("torch",)
     ),
+    "tvfast._preparing": Layer(
+        inside=("tvfast.errors", "tvfast.checkpoint", "tvfast.recipe", "tvfast.engine"),
+        exactly=("tvfast",),
+    ),
     "tvfast.checkpoints": Layer(
         inside=(
             "tvfast.errors",
             "tvfast.checkpoint",
             "tvfast.recipe",
             "tvfast.engine",
+            "tvfast._preparing",
         ),
-        exactly=("tvfast",),
+        # It loads the latter where a merge has several ranks.
+        exactly=("tvfast.distributed",),
     ),
+    # Implements the engine's `Communicator`; no tensor goes through it.
+    "tvfast.distributed": Layer(inside=("tvfast.errors", "tvfast.engine"), outside=("torch",)),
     # Single matrices through torch; files as merges read them.
     "tvfast.extraction": Layer(
         inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.engine"), outside=("torch",)

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tvfast
-from tvfast.checkpoint.layout import Layout, make_layout
+from tvfast._preparing import (
+    Config,
+    Limits,
+    Prepared,
+    Setting,
+    destination,
+    foreseen,
+    loaded,
+    prepare,
+)
 from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
-from tvfast.engine.arguments import check_choices, check_device, check_integer, check_progress, path_of
-from tvfast.engine.binding import Binding, bind
+from tvfast.engine.arguments import check_choices, check_device, check_progress, path_of
+from tvfast.engine.communicator import Alone, Communicator
 from tvfast.engine.companions import companions
-from tvfast.engine.device import NOMINAL, Choice, Device, Traits, choose
-from tvfast.engine.inputs import FileState
-from tvfast.engine.opening import open_models
+from tvfast.engine.device import NOMINAL
+from tvfast.engine.joint import RankWork, check_agreement, open_staging, publish
 from tvfast.engine.output import check_report_folder
-from tvfast.engine.plan import Plan, make_plan
-from tvfast.engine.run import Progress, Run, Silence, Unfinished
+from tvfast.engine.plan import Plan
+from tvfast.engine.run import Outcome, Progress, Run, Silence, Unfinished
 from tvfast.engine.stages import Stages
 from tvfast.engine.staging import Staging
-from tvfast.errors import ArgumentError, RecipeError
 from tvfast.recipe import Recipe, load_recipe
 
 __all__ = ["Plan", "Progress", "Recipe", "Report", "load_recipe", "merge_checkpoints", "plan"]
-
-Config = str | os.PathLike[str] | Mapping[str, Any] | Recipe
-"""A recipe: the path of its YAML file, the mapping that such a file holds, or a loaded one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Report:
         planned_device_peak_bytes: what the plan promised.
         shards: files with weights.
         warnings: of recipe and files.
+        ranks: what each of several ranks did; the numbers above are their sums, memory that of this one.
     """
 
     out: str
@@ -76,6 +79,7 @@ class Report:
     planned_device_peak_bytes: int
     shards: tuple[str, ...]
     warnings: tuple[str, ...]
+    ranks: tuple[RankWork, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -109,9 +113,9 @@ def plan(
         BackendError: the device is not here, or no backend can run there.
     """
     check_device(device, device_memory, NOMINAL)
-    limits = _Limits(memory, device_memory, threads)
+    setting = Setting(destination(device), Limits(memory, device_memory, threads), seed)
     with Stages("out") as stages:
-        return _foreseen(_loaded(config), _destination(device), limits, seed, stages).plan
+        return foreseen(loaded(config), setting, stages).plan
 
 
 def merge_checkpoints(
@@ -129,6 +133,7 @@ def merge_checkpoints(
     nonfinite: str | None = None,
     report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    distributed: bool = False,
 ) -> Report:
     """Merge checkpoints on disk into a new one, in one pass over the disk where the method allows.
 
@@ -151,7 +156,10 @@ def merge_checkpoints(
         nonfinite: "error" refuses NaN and infinity in an input, "propagate" lets them through; None: the
             recipe's, or "error".
         report: a folder for `report.json`.
-        progress: is told of the work.
+        progress: is told of the work; with several ranks, that of rank 0 of everybody's.
+        distributed: every process of a `torchrun` calls this with the same arguments, and does a share of the
+            work; `out` and the inputs are on directories that all of them see. Imports torch. Does not change
+            the result.
 
     Returns:
         What was done.
@@ -163,6 +171,7 @@ def merge_checkpoints(
         BackendError: the device is not here, or no backend can run there.
         OutputError: `out` cannot be used or written.
         MergeError: the merge cannot go on; finished work stays for `resume`.
+        RankError: another rank failed, is lost, or was asked for another merge.
 
     Notes:
         The same bytes for any number of threads and any memory. Inputs are never written.
@@ -170,19 +179,32 @@ def merge_checkpoints(
     check_device(device, device_memory)
     check_choices(nonfinite, resume, overwrite)
     check_progress(progress)
-    job = _Job(
-        out=path_of(out, "out"),
-        to=_destination(device),
-        limits=_Limits(memory, device_memory, threads),
-        resume=resume,
-        overwrite=overwrite,
-        seed=seed,
-        nonfinite=nonfinite,
-        progress=progress or Silence(),
-    )
-    return _merge(
-        _loaded(config), job, None if report is None else path_of(report, "report"), dry_run=dry_run
-    )
+    with _joined(distributed) as ranks:
+        job = _Job(
+            out=path_of(out, "out"),
+            setting=Setting(
+                destination(device, ranks if ranks.size > 1 else None),
+                Limits(memory, device_memory, threads),
+                seed,
+                ranks,
+            ),
+            resume=resume,
+            overwrite=overwrite,
+            nonfinite=nonfinite,
+            progress=progress or Silence(),
+        )
+        return _merge(
+            loaded(config), job, None if report is None else path_of(report, "report"), dry_run=dry_run
+        )
+
+
+def _joined(distributed: bool) -> AbstractContextManager[Communicator]:
+    """The ranks of this merge."""
+    if not distributed:
+        return nullcontext(Alone())
+    from tvfast.distributed import join
+
+    return join()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,26 +212,37 @@ class _Job:
     """As in `merge_checkpoints`."""
 
     out: str
-    to: _Destination
-    limits: _Limits
+    setting: Setting
     resume: bool
     overwrite: bool
-    seed: int | None
     nonfinite: str | None
     progress: Progress
+
+    @property
+    def ranks(self) -> Communicator:
+        return self.setting.ranks
+
+    def agreed(self, prepared: Prepared, dry_run: bool) -> dict[str, Any]:
+        """What every rank must have been asked for."""
+        options = {"overwrite": self.overwrite, "resume": self.resume, "dry_run": dry_run}
+        nonfinite = self.nonfinite or prepared.recipe.nonfinite
+        return {**prepared.identity(), **options, "out": os.path.realpath(self.out), "nonfinite": nonfinite}
 
 
 def _merge(recipe: Recipe, job: _Job, report_folder: str | None, *, dry_run: bool) -> Report:
     """Everything after the arguments are checked."""
     began = time.perf_counter()
     with Stages(job.out) as stages:
-        prepared = _foreseen(recipe, job.to, job.limits, job.seed, stages)
+        prepared = foreseen(recipe, job.setting, stages)
+        check_agreement(job.ranks, job.agreed(prepared, dry_run))
         if report_folder is not None:
             check_report_folder(report_folder, prepared.inputs)
         # Made twice, because they would take memory while tensors are merged: a file that cannot be copied is
         # refused before hours of work.
         companions(recipe, prepared.binding)
-        if dry_run:
+        if dry_run and job.ranks.rank:
+            done = _Done()
+        elif dry_run:
             Staging.check(
                 job.out,
                 prepared.plan.layout,
@@ -240,8 +273,9 @@ def _merge(recipe: Recipe, job: _Job, report_folder: str | None, *, dry_run: boo
         planned_device_peak_bytes=planned.device.peak_bytes if planned.device else 0,
         shards=tuple(shard.name for shard in planned.layout.shards),
         warnings=(*planned.warnings, *done.warnings),
+        ranks=done.ranks,
     )
-    if report_folder is not None:
+    if report_folder is not None and not job.ranks.rank:
         Path(report_folder).mkdir(parents=True, exist_ok=True)
         (Path(report_folder) / "report.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
     return result
@@ -257,12 +291,15 @@ class _Done:
     finished_before: bool = False
     device_peak_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    ranks: tuple[RankWork, ...] = ()
 
 
-def _merge_prepared(prepared: _Prepared, job: _Job, stages: Stages | None = None) -> _Done:
+def _merge_prepared(prepared: Prepared, job: _Job, stages: Stages | None = None) -> _Done:
     """Merge into a staging area and publish what is there."""
     done = _Done()
-    with Staging.open(
+    ranks = job.ranks
+    with open_staging(
+        ranks,
         job.out,
         prepared.plan.layout,
         prepared.identity(),
@@ -275,211 +312,53 @@ def _merge_prepared(prepared: _Prepared, job: _Job, stages: Stages | None = None
         if not staging.finished:
             if stages is not None and prepared.recipe.stages:
                 prepared = _with_stages(prepared.recipe, job, stages, done)
-            run = Run(
-                prepared.plan,
-                staging,
-                prepared.files,
-                propagate=(job.nonfinite or prepared.recipe.nonfinite) == "propagate",
-                progress=job.progress,
-                device=prepared.device,
-            )
-            outcome = run.execute()
+            outcome, done.ranks = _run(prepared.rest(staging), job, staging)
             done.read_bytes += outcome.read_bytes
             done.written_bytes += outcome.written_bytes
             done.warnings += outcome.notes
             done.device_peak_bytes = max(done.device_peak_bytes, outcome.device_peak_bytes)
-            for name, data in companions(prepared.recipe, prepared.binding).items():
-                staging.add_file(name, data)
-            staging.commit()
-        if stages is not None and prepared.recipe.stages:
+        if stages is not None and prepared.recipe.stages and not ranks.rank:
             stages.clear()
         done.warnings += tuple(staging.warnings)
     return done
 
 
-def _with_stages(recipe: Recipe, job: _Job, stages: Stages, done: _Done) -> _Prepared:
+def _run(prepared: Prepared, job: _Job, staging: Staging) -> tuple[Outcome, tuple[RankWork, ...]]:
+    """Merge this rank's share, and publish the whole when all are there."""
+    run = Run(
+        prepared.plan,
+        staging,
+        prepared.files,
+        propagate=(job.nonfinite or prepared.recipe.nonfinite) == "propagate",
+        progress=job.ranks.progress(job.progress),
+        device=prepared.device,
+    )
+    solves = any(part.task.tensor for unit in prepared.plan.units for part in unit.parts)
+    with job.ranks.watching(run.stop, steady=not solves):
+        outcome = run.execute()
+    return publish(job.ranks, staging, outcome, lambda: companions(prepared.recipe, prepared.binding))
+
+
+def _with_stages(recipe: Recipe, job: _Job, stages: Stages, done: _Done) -> Prepared:
     """Merge every earlier stage beside the output, where they stay until that is done; the last one on them.
 
     A stage that an earlier run has finished is verified and taken.
     """
-    if not job.resume:
+    if not job.resume and not job.ranks.rank:
         stages.clear()
     real: dict[str, Checkpoint] = {}
     for stage in recipe.stages:
         assert stage.name is not None
         folder = stages.folder_of(stage.name)
         own = replace(job, out=folder, resume=True, overwrite=False, progress=Unfinished(job.progress))
-        prepared = _prepare(stage, job.to, job.limits, job.seed, real, stages.identities)
+        prepared = prepare(stage, job.setting, real, stages.identities)
         made = _merge_prepared(prepared, own)
         done.read_bytes += made.read_bytes
         done.written_bytes += made.written_bytes
         done.device_peak_bytes = max(done.device_peak_bytes, made.device_peak_bytes)
         done.warnings += (*prepared.plan.warnings, *made.warnings)
         real[stage.name] = open_checkpoint(folder)
-    return _prepare(recipe, job.to, job.limits, job.seed, real, stages.identities)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A recipe with the headers of all its files; `identities` are those of models that stages make."""
-
-    recipe: Recipe
-    checkpoints: dict[str, Checkpoint]
-    binding: Binding
-    plan: Plan
-    seed: int
-    device: Device | None
-    identities: Mapping[str, list[dict[str, Any]]]
-
-    @property
-    def inputs(self) -> list[str]:
-        """Directories and files that are read and must not be written to."""
-        found = [checkpoint.directory or checkpoint.path for checkpoint in self.checkpoints.values()]
-        found += [checkpoint.adapter for checkpoint in self.checkpoints.values() if checkpoint.adapter]
-        found += self.binding.statistics
-        return found if self.binding.tokenizer is None else [*found, self.binding.tokenizer]
-
-    @property
-    def files(self) -> dict[str, FileState]:
-        """Every file that tensors are read from, as it was when its header was."""
-        headers = [header for checkpoint in self.checkpoints.values() for header in checkpoint.headers]
-        headers += [file.header for file in self.binding.statistics.values()]
-        return {header.path: FileState(header.n_bytes, header.mtime_ns) for header in headers}
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to continue another.
-
-        Whether NaN may pass is not part of it: a run that met one can go on with permission.
-        """
-        return {
-            "version": tvfast.__version__,
-            "recipe": hashlib.sha256(self.recipe.text.encode()).hexdigest(),
-            "seed": self.seed,
-            **({"vocabulary": list(self.binding.vocabulary)} if self.binding.vocabulary else {}),
-            "inputs": {
-                **{model: self._identity_of(model) for model in self.checkpoints},
-                **{path: file.identity() for path, file in self.binding.statistics.items()},
-            },
-        }
-
-    def _identity_of(self, model: str) -> list[dict[str, Any]]:
-        """Of a stage's result, what it is made of, and its adapter."""
-        checkpoint = self.checkpoints[model]
-        path, adapter = self.recipe.parts_of(model)
-        made = self.identities.get(path)
-        if made is None:
-            return checkpoint.identity()
-        return made if adapter is None else made + checkpoint.identity()[len(checkpoint.headers) - 1 :]
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """As in `merge_checkpoints`."""
-
-    memory: int | None
-    device_memory: int | None
-    threads: int
-
-    def __post_init__(self) -> None:
-        check_integer("threads", self.threads, 0, "0 for all cores, or more")
-        if self.memory is not None:
-            check_integer("memory", self.memory, 1, "a positive number of bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class _Destination:
-    """Where a merge is to run; `traits` None: on the host."""
-
-    traits: Traits | None
-    why: str
-    device: Device | None = None
-    optional: bool = False  # the host does where the device's memory is too little
-
-
-def _destination(device: str) -> _Destination:
-    """
-    Raises:
-        BackendError: the device is not here, or no backend can run there.
-    """
-    if device in NOMINAL:
-        return _Destination(NOMINAL[device], NOMINAL[device].description)
-    choice: Choice = choose(device)
-    traits = choice.device.traits if choice.device else None
-    return _Destination(traits, choice.why, choice.device, optional=device == "auto")
-
-
-def _loaded(config: Config) -> Recipe:
-    return config if isinstance(config, Recipe) else load_recipe(config)
-
-
-def _foreseen(
-    recipe: Recipe, to: _Destination, limits: _Limits, seed: int | None, stages: Stages
-) -> _Prepared:
-    """A recipe with those that it needs, all of them checked before anything is merged."""
-    plans: list[tuple[str, Plan]] = []
-    for stage in recipe.stages:
-        assert stage.name is not None
-        prepared = _prepare(stage, to, limits, seed, stages.foreseen, stages.identities)
-        stages.foresee(
-            stage.name,
-            prepared.binding,
-            prepared.plan.layout,
-            companions(stage, prepared.binding),
-            prepared.identity(),
-        )
-        plans.append((stage.name, prepared.plan))
-    found = _prepare(recipe, to, limits, seed, stages.foreseen, stages.identities)
-    return replace(found, plan=replace(found.plan, stages=tuple(plans)))
-
-
-def _prepare(
-    recipe: Recipe,
-    to: _Destination,
-    limits: _Limits,
-    seed: int | None,
-    known: Mapping[str, Checkpoint],
-    identities: Mapping[str, list[dict[str, Any]]],
-) -> _Prepared:
-    """
-    Args:
-        known: checkpoints of models that are results of stages.
-    """
-    if seed is not None:
-        check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
-    checkpoints = open_models(recipe, known)
-    binding = bind(recipe, checkpoints, seed=seed)
-    layout: Layout = make_layout(
-        [tensor for task in binding.tasks for tensor in task.described], recipe.shard_bytes, {}
-    )
-    planned, device = _planned(binding, layout, to, limits)
-    seed = recipe.seed if seed is None else seed
-    return _Prepared(recipe, checkpoints, binding, planned, seed, device, identities)
-
-
-def _planned(
-    binding: Binding, layout: Layout, to: _Destination, limits: _Limits
-) -> tuple[Plan, Device | None]:
-    """The plan, and the device that it is for."""
-
-    def planned(traits: Traits | None, why: str) -> Plan:
-        return make_plan(
-            binding,
-            layout,
-            memory=limits.memory,
-            n_threads=limits.threads,
-            device=traits,
-            device_memory=limits.device_memory,
-            device_why=why,
-        )
-
-    try:
-        return planned(to.traits, to.why), to.device
-    except RecipeError:
-        raise
-    except ArgumentError as error:
-        if to.traits is None or not to.optional:
-            raise
-        return planned(None, str(error).split(". Pass")[0].removesuffix(".")), None
+    return prepare(recipe, job.setting, real, stages.identities)
 
 
 def _resident_peak() -> int:

@@ -67,5 +67,9 @@ class OutputError(MergeError):
     """The output directory cannot be used, or written."""
 
 
+class RankError(MergeError):
+    """A rank of a merge by several failed, is lost, or was asked for another merge than the others."""
+
+
 class PeerError(TvfastError, ImportError):
     """A library that an integration accelerates is missing, or of a version that it does not know."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -88,9 +89,12 @@ def run(options: argparse.Namespace) -> int:
                 nonfinite=options.nonfinite,
                 report=options.report,
                 progress=progress,
+                distributed=_is_rank(),
             )
         finally:
             progress.finish()
+    if _is_rank() and os.environ["RANK"] != "0":
+        return 0  # rank 0 tells of all
     for warning in report.warnings:
         print(f"tvfast: warning: {' '.join(warning.split())}", file=sys.stderr)
     found = report.as_json()
@@ -136,13 +140,26 @@ def as_text(found: dict[str, Any]) -> str:
         f"{bytes_as_text(found['read_bytes'])} read in {passes}.\n"
         f"{seconds_as_text(seconds)}, {rate / 1e9:.2f} GB/s, "
         f"peak memory {bytes_as_text(found['peak_bytes'])}{_device_peak(found)}.\n"
+        f"{''.join(map(_rank_line, found['ranks']))}"
         f"Merged on {found['device']}: {found['device_why']}."
     )
+
+
+def _is_rank() -> bool:
+    """Whether `torchrun` started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _device_peak(found: dict[str, Any]) -> str:
     peak = found["device_peak_bytes"]
     return f", {bytes_as_text(peak)} on {found['device']}" if peak else ""
+
+
+def _rank_line(work: dict[str, Any]) -> str:
+    return (
+        f"{work['host']}: {bytes_as_text(work['read_bytes'])} read, "
+        f"{bytes_as_text(work['written_bytes'])} written in {seconds_as_text(work['seconds'])}.\n"
+    )
 
 
 def device(text: str) -> str:

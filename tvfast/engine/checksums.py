@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from tvfast.checkpoint.layout import Shard
+from tvfast.engine.journal import Coverage
 from tvfast.engine.memory import Arena, Block
+from tvfast.errors import MergeError, OutputError
 from tvfast.ops.host import crc32c, crc32c_combine
 
 _BUFFER_BYTES = 4 * 2**20
@@ -52,6 +55,29 @@ def combined(parts: Iterable[tuple[int, int | None]]) -> int | None:
         if crc is None:
             return None
         total = crc32c_combine(total, crc, n_bytes)
+    return total
+
+
+def shard_checksum(shard: Shard, path: str, coverage: Coverage) -> int:
+    """The crc32c of a finished shard's file, from those of what was written to it.
+
+    Raises:
+        MergeError: bytes are missing.
+        OutputError: what has no checksum yet cannot be read.
+    """
+    start = len(shard.header)
+    gap = coverage.first_gap(start, shard.n_bytes)
+    if gap is not None:
+        raise MergeError(
+            f"{shard.name}: byte {gap} and more have not been merged, so the output is not complete. "
+            "Run again with --resume."
+        )
+    pieces = [(0, start, None), *coverage.pieces(start, shard.n_bytes)]
+    unknown = [Range(path, offset, n_bytes) for offset, n_bytes, crc in pieces if crc is None]
+    computed = iter(checksums(unknown))
+    total = combined((n_bytes, next(computed) if crc is None else crc) for _, n_bytes, crc in pieces)
+    if total is None:
+        raise OutputError(f"{path}: cannot be read back. Run again with --resume.")
     return total
 
 

@@ -132,8 +132,11 @@ class Choice:
     why: str
 
 
-def choose(name: str) -> Choice:
+def choose(name: str, local_rank: int = 0) -> Choice:
     """The device that `--device` names: "auto", "cpu", "cuda" or "cuda:1".
+
+    Args:
+        local_rank: which GPU is meant where no number is given: one for each rank of a machine.
 
     Raises:
         BackendError: it was named, and is not here or cannot run.
@@ -145,7 +148,7 @@ def choose(name: str) -> Choice:
         lacking = no_driver()
         if lacking:
             raise BackendError(f"{asked}{lacking}. Pass --device cpu, or run `tvfast doctor`.")
-        found = find("cuda" if name == "auto" else name)
+        found = find(f"cuda:{local_rank}" if name in ("auto", "cuda") else name)
     except TvfastError as error:
         if asked:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import struct
 import threading
@@ -52,19 +54,20 @@ def unpack(raw: bytes) -> list[Record]:
 
 
 class Journal:
-    """The file of records. `append` may be called from any thread."""
+    """The file of records, for one process at a time. `append` may be called from any thread."""
 
     def __init__(self, path: str) -> None:
         """Opens or makes the file; what follows the last whole record is cut off.
 
         Raises:
-            OutputError: the file cannot be made, read or cut.
+            OutputError: the file cannot be made, read or cut, or another process has it.
         """
         self._path = path
         self._lock = threading.Lock()
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._claim()
             self._identity = _identity(os.fstat(self._fd))
             with open(path, "rb") as file:
                 self.records = unpack(file.read())
@@ -73,6 +76,45 @@ class Journal:
         except OSError as error:
             self.close()
             raise output_error(error, "open the journal", path) from error
+
+    def _claim(self) -> None:
+        """Raise if another process has the file; where the filesystem has no locks, nobody is asked.
+
+        Raises:
+            OutputError: a rank of an earlier run still writes.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self.close()
+                raise OutputError(
+                    f"{self._path}: a process of an earlier run still writes here. Wait until it ends, or "
+                    "stop it, then run again with --resume."
+                ) from error
+
+    def take_over(self, prefix: str) -> None:
+        """Add to `records` those of other journals beside this one, which end here.
+
+        Args:
+            prefix: of the others' names.
+
+        Raises:
+            OutputError: one cannot be read or removed, or a process still writes to it.
+        """
+        folder = os.path.dirname(self._path)
+        try:
+            paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.startswith(prefix)]
+            others = [Journal(path) for path in sorted(paths)]
+            for other in others:
+                other.close()
+            self.records += [record for other in others for record in other.records]
+            if others:
+                self.rewrite(self.records)
+            for path in paths:
+                os.unlink(path)
+        except OSError as error:
+            raise output_error(error, "take over the ranks' journals", folder) from error
 
     def append(self, record: Record) -> None:
         """Adds one record, or leaves the file as it was.

@@ -74,6 +74,19 @@ STREAM_MODELS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several ranks does.
+
+    Attributes:
+        parts: what it writes, in the order of the output.
+        per_host: ranks that share the cores and the memory of this machine.
+    """
+
+    parts: tuple[Part, ...]
+    per_host: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a merge will do. Sizes are bytes.
 
@@ -162,6 +175,7 @@ def make_plan(
     device: Traits | None = None,
     device_memory: int | None = None,
     device_why: str = "",
+    share: Share | None = None,
 ) -> Plan:
     """Divide the work into units that fit the memory.
 
@@ -172,25 +186,33 @@ def make_plan(
         device: where to merge; None: on the host.
         device_memory: bound of what is allocated there, bytes; None: nine tenths of what is free.
         device_why: for those who read the plan.
+        share: of one of several ranks; None: everything.
 
     Raises:
         ArgumentError: `memory` or `device_memory` is less than the smallest possible, which is named; or a
             device is given, and a method that does not run there.
         RecipeError: a method ranks the whole model, and its numbers differ between tensors.
     """
-    threads = n_threads or len(os.sched_getaffinity(0))
-    groups, single = _split_by_scope(binding.tasks)
+    per_host = share.per_host if share else 1
+    threads = n_threads or max(1, len(os.sched_getaffinity(0)) // per_host)
+    tasks: Sequence[Task] = binding.tasks
+    parts = share.parts if share else whole_parts(tasks)
+    if share:
+        tasks = list({part.task.name: part.task for part in parts}.values())
+    groups, single = _split_by_scope(tasks)
+    in_groups = {task.name for group in groups for task in group}
     if device:
-        _check_runs_there(binding.tasks, device)
+        _check_runs_there(tasks, device)
     on_device = plan_device(single, groups, device, device_memory) if device else None
-    budget = _budget(groups, single, threads, memory, on_device, beside=binding.vocabulary_bytes)
+    beside = binding.vocabulary_bytes + (TORCH_BYTES if share else 0)
+    budget = _budget(groups, single, threads, memory, on_device, beside, per_host)
     arena, n_workers = budget.arena, budget.n_workers
     if on_device:
         room = Room.beside(on_device, device_plan.UNIT_BYTES, n_workers, arena, single)
     else:
         room = Room.on_host(UNIT_BYTES, n_workers, arena)
     units = [grouped_unit(group, room, together=not _is_whole_model(group)) for group in groups]
-    units += cut_into_units(single, room)
+    units += cut_into_units([part for part in parts if part.task.name not in in_groups], room)
     if on_device:
         held = sum(round_up(unit.ring_bytes, ALIGNMENT) for unit in units)
         on_device = on_device.shrunk(max(held, ALIGNMENT), not_on_device(units, on_device))
@@ -204,8 +226,8 @@ def make_plan(
         arena_bytes=arena,
         peak_bytes=budget.fixed + min(arena, sum(u.n_bytes for u in units)),
         read_bytes=sum(unit.input_bytes * unit.n_passes + unit.sampled_bytes for unit in units)
-        + sum(task.gather.sampled_bytes for task in binding.tasks if task.gather),
-        write_bytes=layout.n_bytes,
+        + sum(task.gather.sampled_bytes for task in tasks if task.gather),
+        write_bytes=sum(part.output_bytes for part in parts) if share else layout.n_bytes,
         reasons=tuple(_reasons(units, arena)),
         warnings=binding.warnings,
         device=on_device,
@@ -229,18 +251,21 @@ def _budget(
     memory: int | None,
     device: DevicePlan | None = None,
     beside: int = 0,
+    per_host: int = 1,
 ) -> _Budget:
     """As many workers as memory allows; one more than threads keeps cores busy while one waits for the disk.
 
     Args:
-        beside: bytes that the binding holds.
+        beside: bytes that are held besides.
+        per_host: processes that share the free memory.
 
     Raises:
         ArgumentError: even one worker needs more than `memory`.
     """
     whole = [task for group in groups for task in group]
     least = max(
-        [smallest_bytes(t) for t in single] + [CHUNKS_IN_FLIGHT * least_chunk_bytes(t) for t in whole]
+        [smallest_bytes(t) for t in single] + [CHUNKS_IN_FLIGHT * least_chunk_bytes(t) for t in whole],
+        default=0,
     )
     measured = [t for t in single if count_passes([t]) > 1]
     tensors = sorted(whole_bytes(t) for t in single if t.tensor is not None)
@@ -262,7 +287,7 @@ def _budget(
     )
     n_models = max((len(task.models) for task in (*single, *whole)), default=0)
     selection = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
-    free = _free_memory() // 2
+    free = _free_memory() // (2 * per_host)
     while True:
         together = sum(tensors[-n_workers:])
         wanted = max((n_workers + 1) * unit, least, largest + 2 * unit, together)

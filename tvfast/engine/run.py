@@ -171,6 +171,10 @@ class Run:
         notes = tuple(self._notes[name] for name in sorted(self._notes))
         return Outcome(self._read_bytes, self._written_bytes, seconds, notes, device_peak_bytes)
 
+    def stop(self, error: BaseException) -> None:
+        """Let the run end with `error` as soon as its workers have left their kernels; from any thread."""
+        self._fail(error)
+
     # -- workers ------------------------------------------------------------------------------------
 
     def _work(self) -> None:

@@ -212,6 +212,18 @@ class ShardFiles:
                 del self._open[shard]
             self._sync_and_close(shard, file)
 
+    def sync_written(self) -> None:
+        """Waits until what was written here is on the disk, and closes the files. No write may be under way.
+
+        Raises:
+            OutputError: data could not be written.
+        """
+        with self._lock:
+            files = list(self._open.items())
+            self._open.clear()
+        for shard, file in files:
+            self._sync_and_close(shard, file)
+
     def close(self) -> None:
         """Closes all descriptors; may be called twice. No write may be under way."""
         with self._lock:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from tvfast.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
 from tvfast.engine import commit
-from tvfast.engine.checksums import Range, checksums, combined
+from tvfast.engine.checksums import Range, checksums, shard_checksum
 from tvfast.engine.durable import output_error, sync_file, sync_folder, write_file
 from tvfast.engine.journal import Coverage, Journal, Record
 from tvfast.engine.locking import FolderLock
@@ -39,7 +39,7 @@ from tvfast.engine.output import (
 from tvfast.engine.shards import ShardFiles
 from tvfast.errors import ArgumentError, MergeError, OutputError
 
-_JOURNAL_NAME = "journal"
+_JOURNAL_NAME, _OF_RANK = "journal", "-"
 
 
 class Staging:
@@ -68,6 +68,7 @@ class Staging:
         self._guard = threading.Lock()
         self._lock: FolderLock | None = None
         self._journal: Journal | None = None
+        self._found: frozenset[Record] = frozenset()
         self._companions: list[str] = []
 
     @classmethod
@@ -102,6 +103,34 @@ class Staging:
         except BaseException:
             staging.abandon()
             raise
+        return staging
+
+    @classmethod
+    def join(
+        cls,
+        out: str,
+        layout: Layout,
+        identity: Mapping[str, Any],
+        rank: int,
+        found: Sequence[Record],
+        *,
+        finished: bool,
+    ) -> Staging:
+        """The part of another rank in what rank 0 has opened: a journal of its own, neither lock nor commit.
+
+        Args:
+            found: what rank 0 has found there.
+            finished: there is nothing to do.
+
+        Raises:
+            OutputError: `out` is not what rank 0 has opened, or not to be written to.
+        """
+        staging = cls(os.path.realpath(out), layout, full_identity(identity, layout))
+        staging.adopt(found)
+        staging._found = frozenset(found)
+        staging.finished = finished
+        if not finished:
+            staging._journal = Journal(os.path.join(staging._folder, f"{_JOURNAL_NAME}{_OF_RANK}{rank}"))
         return staging
 
     @classmethod
@@ -265,6 +294,7 @@ class Staging:
         self._make_files_folder()
         self._shards.prepare(spare_bytes)
         self._journal = Journal(os.path.join(self._folder, _JOURNAL_NAME))
+        self._journal.take_over(_JOURNAL_NAME + _OF_RANK)
         self._verify(self._journal.records)
 
     def _make_files_folder(self) -> None:
@@ -323,6 +353,25 @@ class Staging:
             self._open_journal().append(record)
             self._coverage[shard].add(record)
 
+    def new_records(self) -> list[Record]:
+        """What this process has finished, or at first: what it has found finished."""
+        with self._guard:
+            return [r for coverage in self._coverage for r in coverage.records if r not in self._found]
+
+    def sync(self) -> None:
+        """Waits until what this process has written is on the disk.
+
+        Raises:
+            OutputError: the system could not write it.
+        """
+        self._shards.sync_written()
+
+    def adopt(self, records: Iterable[Record]) -> None:
+        """Counts as finished what another rank has written and brought to the disk."""
+        with self._guard:
+            for record in records:
+                self._coverage[record.shard].add(record)
+
     def _check_range(self, shard: int, offset: int, n_bytes: int) -> None:
         if n_bytes and not self._is_inside(Record(shard, offset, n_bytes, 0)):
             raise ArgumentError(f"bytes [{offset}, {offset + n_bytes}) are no data of shard {shard}.")
@@ -375,7 +424,10 @@ class Staging:
         if self.finished:
             return
         self._open_journal()
-        crcs = [self._shard_checksum(shard) for shard in range(len(self._layout.shards))]
+        crcs = [
+            shard_checksum(shard, self._shards.path(number), self._coverage[number])
+            for number, shard in enumerate(self._layout.shards)
+        ]
         self._shards.sync()
         *shards, last = [shard.name for shard in self._layout.shards]
         if self._layout.index is not None:
@@ -397,24 +449,6 @@ class Staging:
         self._shut_journal()
         self._complete()
         self.finished = True
-
-    def _shard_checksum(self, number: int) -> int:
-        shard = self._layout.shards[number]
-        start = len(shard.header)
-        gap = self._coverage[number].first_gap(start, shard.n_bytes)
-        if gap is not None:
-            raise MergeError(
-                f"{shard.name}: byte {gap} and more have not been merged, so the output is not complete. "
-                "Run again with --resume."
-            )
-        path = self._shards.path(number)
-        pieces = [(0, start, None), *self._coverage[number].pieces(start, shard.n_bytes)]
-        unknown = [Range(path, offset, n_bytes) for offset, n_bytes, crc in pieces if crc is None]
-        computed = iter(checksums(unknown))
-        total = combined((n_bytes, next(computed) if crc is None else crc) for _, n_bytes, crc in pieces)
-        if total is None:
-            raise OutputError(f"{path}: cannot be read back. Run again with --resume.")
-        return total
 
     def _complete(self) -> None:
         commit.publish(self.out, self._folder, self._manifest)

@@ -107,7 +107,7 @@ def _chunk_bytes(tasks: Sequence[Task], usual: int) -> int:
     return max(usual, *map(least_chunk_bytes, tasks))
 
 
-def cut_into_units(tasks: Sequence[Task], room: Room) -> Iterator[Unit]:
+def cut_into_units(wanted: Sequence[Part], room: Room) -> Iterator[Unit]:
     """Neighbours together up to a size; what can be cut is, what cannot is held whole or streamed."""
     parts: list[Part] = []
     used = _Used()
@@ -119,15 +119,15 @@ def cut_into_units(tasks: Sequence[Task], room: Room) -> Iterator[Unit]:
         parts.clear()
         used = _Used()
 
-    for task in tasks:
-        whole = Part(task, 0, task.n_elements)
+    for whole in wanted:
+        task = whole.task
         if task.tensor is not None:
             yield from flush()
             yield Unit((whole,), 0, whole_bytes(task), 1)
             continue
         own = _Used.of(whole)
         if count_passes([task]) == 1 and own.host > room.unit:
-            pieces: Iterable[Part] = _pieces(task, room.unit)
+            pieces: Iterable[Part] = _pieces(whole, room.unit)
         elif count_passes([task]) > 1 and not own.fits(room):
             yield from flush()
             yield _measured_together((whole,), room, room.chunk)
@@ -201,10 +201,10 @@ def _ring_of_pieces(piece_bytes: int, device: DevicePlan) -> int:
     return min(device.ring_bytes, PIECES_IN_FLIGHT * round_up(piece_bytes, ALIGNMENT))
 
 
-def _pieces(task: Task, unit_bytes: int) -> Iterator[Part]:
-    """Equal pieces of a tensor that needs no statistics."""
-    n = elements_within(task, unit_bytes)
-    return (Part(task, start, min(n, task.n_elements - start)) for start in range(0, task.n_elements, n))
+def _pieces(part: Part, unit_bytes: int) -> Iterator[Part]:
+    """Equal pieces of a tensor that needs no statistics, or of a part of one."""
+    n, end = elements_within(part.task, unit_bytes), part.start + part.n
+    return (Part(part.task, start, min(n, end - start)) for start in range(part.start, end, n))
 
 
 def least_chunk_bytes(task: Task) -> int:

@@ -1,0 +1,112 @@
+"""Ranks as processes: forked from one that has imported torch, so that each starts in milliseconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "tvfast.distributed", "tests.distributed.ranks"]
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run_rank(arguments: Sequence[str], variables: Mapping[str, str], log: str) -> None:
+    from tvfast.cli.main import main
+
+    os.environ.update(variables)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"))
+    sys.exit(main(arguments))
+
+
+@dataclass
+class Rank:
+    """A process, and the file that gets what it prints."""
+
+    process: multiprocessing.process.BaseProcess
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+
+class Job:
+    """The ranks of one merge, without an agent: rank 0 has the store. Leaving the context kills what is left.
+
+    Args:
+        arguments: of `tvfast`; a sequence for each rank, or one for all.
+        variables: of each rank's environment, by rank, beside those of `torchrun`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[object] | Mapping[int, Sequence[object]],
+        size: int,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        common = {
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            **(variables or {}),
+        }
+        self.ranks: list[Rank] = []
+        self.began = time.monotonic()
+        for rank in range(size):
+            own = arguments[rank] if isinstance(arguments, Mapping) else arguments
+            log = folder / f"rank{rank}.log"
+            process = _context.Process(
+                target=_run_rank,
+                args=(list(map(str, own)), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log)),
+            )
+            process.start()
+            self.ranks.append(Rank(process, log))
+
+    def wait(self, seconds: float = 60.0) -> list[int | None]:
+        """Exit statuses; None: still running after so many seconds since the start."""
+        for rank in self.ranks:
+            rank.process.join(max(0.0, self.began + seconds - time.monotonic()))
+        return [rank.process.exitcode for rank in self.ranks]
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            rank.signal(signal.SIGKILL)
+            rank.process.join()
+
+
+def merged(folder: Path, arguments: Sequence[object], size: int, **variables: str) -> Job:
+    """A job that must succeed."""
+    with Job(folder, arguments, size, variables) as job:
+        statuses = job.wait()
+    assert statuses == [0] * size, "\n".join(rank.output for rank in job.ranks)
+    return job
