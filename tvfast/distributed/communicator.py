@@ -18,9 +18,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-from torch.distributed import DistError
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from tvfast.distributed.heartbeats import Beat, Heartbeats
 from tvfast.engine.run import Progress
@@ -62,9 +60,17 @@ def join() -> Group:
     timeout = _seconds("TVFAST_RANK_TIMEOUT", TIMEOUT_S)
     stall = _seconds("TVFAST_STALL_TIMEOUT", STALL_S)
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    except (ValueError, DistError, RuntimeError) as error:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            port,
+            size,
+            is_master=rank == 0 and not _of_agent(),
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+        )
+    except (ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())[:300]
         raise RankError(
             f"the store of the job at {where} cannot be reached within {timeout:g} s: {text}. Check "
@@ -72,7 +78,21 @@ def join() -> Group:
         ) from error
     global _merges
     _merges += 1
-    return Group(PrefixStore(f"tvfast-{_merges}", store), rank, size, timeout_s=timeout, stall_s=stall)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = PrefixStore(f"tvfast-{attempt}-{_merges}", store)
+    return Group(own, rank, size, timeout_s=timeout, stall_s=stall)
+
+
+def _of_agent() -> bool:
+    """Whether torchrun itself has the store; otherwise rank 0 has."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ArgumentError(f"{name} is {text!r}; expected a number, as torchrun sets it.")
+    return int(text)
 
 
 def _seconds(name: str, default: float) -> float:
@@ -122,14 +142,18 @@ class Group:
         self._own: Progress | None = None
         self._n_gathered = 0
         self._leaving = threading.Event()
-        self._monitor = threading.Thread(target=self._watch, name="tvfast-ranks", daemon=True)
+        self._answered = time.monotonic()
+        self._threads = [
+            threading.Thread(target=target, name="tvfast-ranks", daemon=True)
+            for target in (self._watch, self._watch_store)
+        ]
 
     # -- Communicator -------------------------------------------------------------------------------
 
     def gather(self, value: Any, *, to_all: bool = True) -> list[Any]:
         topic = f"value-{self._n_gathered}"
         self._n_gathered += 1
-        self._store.set(f"{topic}-{self.rank}", json.dumps(value))
+        self._asked(lambda: self._store.set(f"{topic}-{self.rank}", json.dumps(value)))
         if self.rank and not to_all:
             return []
         keys = [f"{topic}-{rank}" for rank in range(self.size)]
@@ -171,7 +195,9 @@ class Group:
     # -- life ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> Group:
-        self._monitor.start()
+        self._answered = time.monotonic()
+        for thread in self._threads:
+            thread.start()
         try:
             self._hosts = self.gather(socket.gethostname())
         except BaseException as error:
@@ -190,15 +216,16 @@ class Group:
                 self._announce(f"{self.describe(self.rank)} failed: {_reason(error)}")
         finally:
             self._leaving.set()
-            self._monitor.join(timeout=self._timeout_s)
-            with suppress(DistError, RuntimeError):
+            for thread in self._threads:
+                thread.join(timeout=self._timeout_s)
+            with suppress(RuntimeError):
                 self._beat.left = True
                 self._store.set(f"beat-{self.rank}", self._beat.pack())
                 self._wait_for_readers()
 
     def _wait_for_readers(self) -> None:
         """The store ends with rank 0, unless the agent of torchrun has it."""
-        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if self.rank or _of_agent():
             return
         keys = [f"beat-{rank}" for rank in range(1, self.size)]
         deadline = time.monotonic() + (self._grace_s if self._error is None else 2.0)
@@ -216,7 +243,7 @@ class Group:
         """
         try:
             return question()
-        except (DistError, RuntimeError) as error:
+        except RuntimeError as error:
             if self._error is not None:
                 raise self._error from None
             raise self._no_store(error) from error
@@ -240,11 +267,19 @@ class Group:
                     self._fail(RankError(self._store.get(_FAILURE).decode()))
                     return
                 self._look_after_others()
-            except (DistError, RuntimeError) as error:
+                self._answered = time.monotonic()
+            except RuntimeError as error:
                 if not self._leaving.is_set():
                     self._fail(self._no_store(error))
                 return
             self._leaving.wait(interval)
+
+    def _watch_store(self) -> None:
+        """A store whose process is stopped, or whose host is gone, lets those who ask wait for ever."""
+        while not self._leaving.wait(min(1.0, self._timeout_s / 8)):
+            if time.monotonic() - self._answered > self._timeout_s and self._error is None:
+                self._fail(self._no_store(TimeoutError(f"silent for {self._timeout_s:g} s")))
+                return
 
     def _look_after_others(self) -> None:
         for rank in self._watched.ranks:
@@ -261,7 +296,7 @@ class Group:
 
     def _announce(self, text: str) -> None:
         """Write down why the merge ends; the first to do so is right."""
-        with suppress(DistError, RuntimeError):
+        with suppress(RuntimeError):
             self._store.compare_set(_FAILURE, "", text)
 
     def _fail(self, error: RankError) -> None:
