@@ -5,6 +5,6 @@ import os
 # A lost rank is one message of ours; the store's client would print the stack of every question beside it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from tvfast.distributed.communicator import Group, join  # noqa: E402
+from tvfast.distributed.communicator import Group, join
 
 __all__ = ["Group", "join"]
