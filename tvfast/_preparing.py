@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import tvfast
@@ -19,7 +20,8 @@ from tvfast.engine.device import NOMINAL, Choice, Device, Traits, choose
 from tvfast.engine.inputs import FileState
 from tvfast.engine.joint import share_of
 from tvfast.engine.opening import open_models
-from tvfast.engine.plan import Plan, Share, make_plan
+from tvfast.engine.partition import partition
+from tvfast.engine.plan import Plan, Share, Work, make_plan
 from tvfast.engine.stages import Stages
 from tvfast.engine.staging import Staging
 from tvfast.errors import ArgumentError, RecipeError
@@ -144,9 +146,14 @@ class Setting:
     ranks: Communicator = field(default_factory=Alone)
 
 
-def foreseen(recipe: Recipe, setting: Setting, stages: Stages) -> Prepared:
-    """A recipe with those that it needs, all of them checked before anything is merged."""
+def foreseen(recipe: Recipe, setting: Setting, stages: Stages, n_ranks: int = 1) -> Prepared:
+    """A recipe with those that it needs, all of them checked before anything is merged.
+
+    Args:
+        n_ranks: how many machines the plan is to tell the work of.
+    """
     plans: list[tuple[str, Plan]] = []
+    works: list[tuple[Work, ...]] = []
     for stage in recipe.stages:
         assert stage.name is not None
         prepared = prepare(stage, setting, stages.foreseen, stages.identities)
@@ -158,8 +165,20 @@ def foreseen(recipe: Recipe, setting: Setting, stages: Stages) -> Prepared:
             prepared.identity(),
         )
         plans.append((stage.name, prepared.plan))
+        works.append(works_of(prepared, n_ranks))
     found = prepare(recipe, setting, stages.foreseen, stages.identities)
-    return replace(found, plan=replace(found.plan, stages=tuple(plans)))
+    works.append(works_of(found, n_ranks))
+    ranks = tuple(reduce(Work.then, of_rank) for of_rank in zip(*works, strict=True))
+    return replace(found, plan=replace(found.plan, stages=tuple(plans), ranks=ranks))
+
+
+def works_of(prepared: Prepared, n_ranks: int) -> tuple[Work, ...]:
+    """What each of several ranks would do, on a machine of its own."""
+    if n_ranks == 1:
+        return (prepared.plan.work,)
+    binding, layout = prepared.binding, prepared.plan.layout
+    shares = [Share(parts, per_host=1) for parts in partition(binding.tasks, n_ranks)]
+    return tuple(planned(binding, layout, prepared.setting, share)[0].work for share in shares)
 
 
 def prepare(

@@ -23,7 +23,7 @@ from tvfast._preparing import (
     prepare,
 )
 from tvfast.checkpoint.reading import Checkpoint, open_checkpoint
-from tvfast.engine.arguments import check_choices, check_device, check_progress, path_of
+from tvfast.engine.arguments import check_choices, check_device, check_integer, check_progress, path_of
 from tvfast.engine.communicator import Alone, Communicator
 from tvfast.engine.companions import companions
 from tvfast.engine.device import NOMINAL
@@ -94,6 +94,7 @@ def plan(
     device_memory: int | None = None,
     threads: int = 0,
     seed: int | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """What a merge would read, write and need; reads headers only.
 
@@ -104,6 +105,7 @@ def plan(
         memory: bound of the resident memory, bytes; None: chosen by what the machine has free.
         threads: 0: all cores that the process may use.
         seed: key of random draws; None: the recipe's, or 0.
+        ranks: processes that share the work, each on a machine of its own; `Plan.ranks` tells of each.
 
     Raises:
         RecipeError, UnknownNameError: the recipe.
@@ -113,9 +115,10 @@ def plan(
         BackendError: the device is not here, or no backend can run there.
     """
     check_device(device, device_memory, NOMINAL)
+    check_integer("ranks", ranks, 1, "at least one")
     setting = Setting(destination(device), Limits(memory, device_memory, threads), seed)
     with Stages("out") as stages:
-        return foreseen(loaded(config), setting, stages).plan
+        return foreseen(loaded(config), setting, stages, ranks).plan
 
 
 def merge_checkpoints(

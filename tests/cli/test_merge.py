@@ -28,8 +28,8 @@ from tests.cli.families import (
     shapes,
     tvfast,
 )
+from tvfast.cli.estimate import CPU_GB_S, HOST_GB_S, JOIN_S, LINK_GB_S, READ_GB_S, START_S, WRITE_GB_S
 from tvfast.cli.main import main
-from tvfast.cli.plan import CPU_GB_S, HOST_GB_S, LINK_GB_S
 
 WEIGHTS = {"ft1": {"weight": 1.0}, "ft2": {"weight": 0.5}, "ft3": {"weight": -0.25}}
 
@@ -332,17 +332,25 @@ def test_plan_estimates_time_from_the_disk(
     found = plan("--disk", "0.5")
     n_bytes = found["read_bytes"] + found["write_bytes"]
     assert found["read_bytes"] == 4 * sum(t.numel() * t.element_size() for t in family.base.values())
-    assert found["estimate"]["seconds"] == pytest.approx(n_bytes / 0.5e9)
+    assert found["estimate"]["seconds"] == pytest.approx(START_S + n_bytes / 0.5e9)
     assert found["estimate"]["limited_by"] == "disk"
-    assert plan("--disk", "0.5", "--ranks", "2")["estimate"]["seconds"] == pytest.approx(n_bytes / 1e9)
-    shared = plan("--disk", "0.5", "--ranks", "8", "--network", "1")["estimate"]
-    assert (shared["limited_by"], shared["seconds"]) == ("network", pytest.approx(n_bytes / 1e9))
+    several = plan("--disk", "0.5", "--ranks", "8", "--network", "0.1")
+    shared = several["estimate"]
+    moved = sum(rank["read_bytes"] + rank["write_bytes"] for rank in several["ranks"])
+    assert (shared["limited_by"], shared["seconds"]) == (
+        "network",
+        pytest.approx(START_S + JOIN_S + moved / 0.1e9),
+    )
     slow = plan("--disk", "1000", "--threads", "1")["estimate"]
-    assert (slow["limited_by"], slow["seconds"]) == ("cpu", pytest.approx(n_bytes / 1e9 / CPU_GB_S["ties"]))
+    beside = found["read_bytes"] / READ_GB_S + found["write_bytes"] / WRITE_GB_S
+    assert (slow["limited_by"], slow["seconds"]) == (
+        "cpu",
+        pytest.approx(START_S + (n_bytes / CPU_GB_S["ties"] + beside) / 1e9),
+    )
     linked = plan("--disk", "1000", "--device", "h100", "--threads", "16")["estimate"]
     assert (linked["limited_by"], linked["seconds"]) == (
         "h100",
-        pytest.approx(n_bytes / 1e9 / LINK_GB_S["h100"]),
+        pytest.approx(START_S + n_bytes / 1e9 / LINK_GB_S["h100"]),
     )
     assert linked["terms_s"] == pytest.approx(
         {
@@ -352,7 +360,10 @@ def test_plan_estimates_time_from_the_disk(
         }
     )
     checked = plan("--disk", "1000", "--device", "h100", "--threads", "1")["estimate"]
-    assert (checked["limited_by"], checked["seconds"]) == ("cpu", pytest.approx(n_bytes / 1e9 / HOST_GB_S))
+    assert (checked["limited_by"], checked["seconds"]) == (
+        "cpu",
+        pytest.approx(START_S + n_bytes / 1e9 / HOST_GB_S),
+    )
     assumed = plan()["estimate"]
     assert any("2 GB/s" in one and "--disk" in one for one in assumed["assumed"])
     assert {row["name"] for row in found["tensor_methods"]} == set(shapes())
@@ -361,6 +372,25 @@ def test_plan_estimates_time_from_the_disk(
     text = capsys.readouterr().out
     assert f"({found['peak_bytes']} bytes)" in text
     assert "assuming disk 2 GB/s" in text
+
+
+def test_plan_tells_of_every_rank(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write(tmp_path, recipe(family, "ties", models=WEIGHTS)))
+    assert main(["plan", config, "--json", "--ranks", "2", "--disk", "0.5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ranks, rates = found["ranks"], found["estimate"]
+    assert sum(rank["read_bytes"] for rank in ranks) == found["read_bytes"]
+    assert sum(rank["write_bytes"] for rank in ranks) == package.plan(config).layout.n_bytes - len(
+        package.plan(config).layout.shards[0].header
+    )
+    longest = max(rank["read_bytes"] + rank["write_bytes"] for rank in ranks)
+    assert rates["seconds"] == pytest.approx(START_S + JOIN_S + longest / 0.5e9)
+    assert rates["tensor_collectives"] == 0
+    assert all(rank["peak_bytes"] > found["peak_bytes"] for rank in ranks)  # torch comes with ranks
+    assert main(["plan", config, "--ranks", "2"]) == 0
+    assert "ranks     2, each reads" in capsys.readouterr().out
+    assert main(["plan", config, "--ranks", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"][0]["read_bytes"] == found["read_bytes"]
 
 
 def test_every_method_has_a_rate() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from tvfast.checkpoint.layout import Layout
@@ -87,6 +87,34 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What one rank has to do. Sizes are bytes.
+
+    Attributes:
+        read_bytes, write_bytes: over all passes.
+        peak_bytes: bound of the resident memory of its process.
+        n_units: of work.
+        by_method: what goes in and out of the kernels of each method once.
+    """
+
+    read_bytes: int
+    write_bytes: int
+    peak_bytes: int
+    n_units: int
+    by_method: Mapping[str, int]
+
+    def then(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(
+            self.read_bytes + other.read_bytes,
+            self.write_bytes + other.write_bytes,
+            max(self.peak_bytes, other.peak_bytes),
+            self.n_units + other.n_units,
+            dict(Counter(self.by_method) + Counter(other.by_method)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a merge will do. Sizes are bytes.
 
@@ -102,6 +130,7 @@ class Plan:
         device: how the memory of a GPU is divided; None: everything is merged on the host.
         device_why: what the device is, or why there is none.
         stages: names and plans of what has to be merged before; other attributes are of the last stage.
+        ranks: what each of several ranks has to do, stages included.
     """
 
     binding: Binding
@@ -118,6 +147,7 @@ class Plan:
     device: DevicePlan | None = None
     device_why: str = ""
     stages: tuple[tuple[str, Plan], ...] = ()
+    ranks: tuple[Work, ...] = ()
 
     @property
     def tensors(self) -> tuple[tuple[str, tuple[int, ...], str, str], ...]:
@@ -130,6 +160,15 @@ class Plan:
     def n_passes(self) -> int:
         """The most often that a tensor is read."""
         return max((unit.n_passes for unit in self.units), default=0)
+
+    @property
+    def work(self) -> Work:
+        """All of it, done by one rank."""
+        by_method: Counter[str] = Counter()
+        for unit in self.units:
+            for part in unit.parts:
+                by_method[describe(_method(part.task)).split()[0]] += part.input_bytes + part.output_bytes
+        return Work(self.read_bytes, self.write_bytes, self.peak_bytes, len(self.units), dict(by_method))
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `tvfast plan --json`."""
@@ -148,6 +187,7 @@ class Plan:
             "methods": [{"tensors": n, "method": method} for method, n in counts.items()],
             "shards": [{"name": shard.name, "bytes": shard.n_bytes} for shard in self.layout.shards],
             "warnings": list(self.warnings),
+            "ranks": [asdict(work) for work in self.ranks],
             **({"stages": [{"name": n, **plan.as_json()} for n, plan in self.stages]} if self.stages else {}),
         }
 

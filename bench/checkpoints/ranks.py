@@ -1,0 +1,196 @@
+"""Merges by several ranks against one, and `tvfast plan` against both; print a table and write it as JSON.
+
+    python -m bench.checkpoints.ranks --family FOLDER [--method ties] [--rounds 5] [--out bench/results]
+
+FOLDER is what `python -m bench.checkpoints.family FOLDER --preset 1.2b` writes. Inputs are in the page cache.
+Ranks are processes with the variables of torchrun, so that its own start is not in the figures. Asked are,
+with exit status 1 otherwise:
+
+- two ranks of one thread take at most 1.15 times as long as one rank of two threads, from the first header
+  to the last rename (`seconds` of the report: torch is loaded before that);
+- each rank reads at most its part of the bytes and 5 % more;
+- `tvfast plan` is within 25 % of every run from start to exit. Its disk does what `cat` and `cp` of the
+  same files do in the same round, and all ranks share it (`--network`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bench.checkpoints.limits import warm_limit
+from bench.checkpoints.rows import ROWS, MethodRow
+from bench.checkpoints.running import ROOT, RunError, remove, shards, total_bytes, tvfast, warm
+from bench.checkpoints.suite import Place, working_in
+from bench.environment import environment, load_average
+from bench.suite import write
+from bench.timing import Summary
+
+METHODS = ("task_arithmetic", "ties", "della")
+SHAPES = ((1, 1), (1, 2), (2, 1))
+"""(ranks, threads of each)."""
+
+MOST_SLOWER, MOST_READ, MOST_ERROR = 1.15, 1.05, 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class RanksRun:
+    """One merge: from start to exit of all ranks, and what the report says."""
+
+    wall_s: float
+    merge_s: float
+    read_bytes: tuple[int, ...]
+
+
+def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> RanksRun:
+    """One merge into an empty place.
+
+    Raises:
+        RunError: a rank fails.
+    """
+    remove(place.out)
+    command = [sys.executable, "-m", "tvfast", "merge", str(place.recipe(row)), str(place.out), "--json"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if n_ranks > 1:
+        size = str(n_ranks)
+        common |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+        common |= {"MASTER_PORT": str(port)}
+    start = time.perf_counter()
+    ranks = [
+        subprocess.Popen(
+            [*command, "--threads", str(threads)],
+            env={**common, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if n_ranks > 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n_ranks)
+    ]
+    said = [rank.communicate() for rank in ranks]
+    wall = time.perf_counter() - start
+    remove(place.out)
+    if any(rank.returncode for rank in ranks):
+        raise RunError("\n".join(errors for _, errors in said))
+    report: dict[str, Any] = json.loads(said[0][0])
+    works = report["ranks"] or [report]
+    return RanksRun(wall, report["seconds"], tuple(work["read_bytes"] for work in works))
+
+
+def predicted_s(place: Place, row: MethodRow, n_ranks: int, threads: int, gb_per_s: float) -> float:
+    """Seconds from start to exit, by the plan."""
+    rate = f"{gb_per_s:.4g}"
+    found = tvfast(
+        *("plan", str(place.recipe(row)), "--json", "--ranks", str(n_ranks), "--threads", str(threads)),
+        *("--device", "cpu", "--disk", rate, "--network", rate),
+    )
+    return float(json.loads(found.stdout)["estimate"]["seconds"])
+
+
+def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
+    """A record for each shape; rounds go through all shapes in turn."""
+    files = place.inputs(row)
+    outputs = shards(place.family / row.inputs()[0])
+    runs: dict[tuple[int, int], list[RanksRun]] = {shape: [] for shape in SHAPES}
+    limits = []
+    for _ in range(rounds):
+        warm(files)
+        limits.append(warm_limit(files, outputs, place.work / "scratch")["seconds"])
+        for shape in SHAPES:
+            warm(files)
+            runs[shape].append(merge(place, row, *shape))
+    gb_per_s = (total_bytes(files) + total_bytes(outputs)) / 1e9 / Summary(tuple(limits)).median
+    records = []
+    for (n_ranks, threads), found in runs.items():
+        wall = Summary(tuple(run.wall_s for run in found))
+        planned = predicted_s(place, row, n_ranks, threads, gb_per_s)
+        records.append(
+            {
+                "row": f"{row.method}, {n_ranks} x {threads}",
+                "method": row.method,
+                "ranks": n_ranks,
+                "threads": threads,
+                "wall_s": wall.record(),
+                "merge_s": Summary(tuple(run.merge_s for run in found)).record(),
+                "disk_gb_per_s": gb_per_s,
+                "planned_s": planned,
+                "planned_error": planned / wall.median - 1,
+                "read_bytes": found[-1].read_bytes,
+                "read_share": max(found[-1].read_bytes) * n_ranks / sum(found[-1].read_bytes),
+            }
+        )
+    return records
+
+
+def judged(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What was asked and is not so."""
+    missed = []
+    for record in records:
+        if record["read_share"] > MOST_READ:
+            missed.append(f"{record['row']}: a rank reads {record['read_share']:.3f} of its part")
+        if abs(record["planned_error"]) > MOST_ERROR:
+            missed.append(f"{record['row']}: the plan is off by {record['planned_error']:+.0%}")
+    for method in dict.fromkeys(record["method"] for record in records):
+        seconds = {
+            (record["ranks"], record["threads"]): record["merge_s"]["median_s"]
+            for record in records
+            if record["method"] == method
+        }
+        ratio = seconds[2, 1] / seconds[1, 2]
+        print(f"{method}: two ranks of one thread take {ratio:.2f} of one rank of two threads")
+        if ratio > MOST_SLOWER:
+            missed.append(f"{method}: two ranks take {ratio:.2f} of one, asked is {MOST_SLOWER}")
+    return missed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 all that is asked is so; 1 something is not; 2 wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="bench.checkpoints.ranks", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--family", type=Path, required=True)
+    parser.add_argument("--method", action="append", choices=[row.method for row in ROWS], help="repeatable")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    options = parser.parse_args(arguments)
+    family = options.family.resolve()
+    if not (family / "family.json").exists():
+        parser.error(f"--family {family}: no family.json there; bench.checkpoints.family writes one")
+    rows = [row for row in ROWS if row.method in (options.method or METHODS)]
+    result: dict[str, Any] = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "what": "ranks",
+        "environment": environment(),
+        "family": json.loads((family / "family.json").read_text()),
+        "load_before": load_average(),
+    }
+    with working_in(family) as work:
+        records = [record for row in rows for record in measured(Place(family, work), row, options.rounds)]
+    result |= {"rows": records, "load_after": load_average()}
+    print("row                     from start to exit   merge     planned   error   largest share read")
+    for record in records:
+        wall, seconds = record["wall_s"]["median_s"], record["merge_s"]["median_s"]
+        print(
+            f"{record['row']:<22} {wall:>9.2f} s {seconds:>15.2f} s {record['planned_s']:>8.2f} s "
+            f"{record['planned_error']:>+7.0%} {record['read_share']:>12.3f}"
+        )
+    missed = judged(records)
+    print(write(result, options.out))
+    print("\n".join(missed) if missed else "all that is asked is so")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
