@@ -345,7 +345,7 @@ def test_plan_estimates_time_from_the_disk(
     beside = found["read_bytes"] / READ_GB_S + found["write_bytes"] / WRITE_GB_S
     assert (slow["limited_by"], slow["seconds"]) == (
         "cpu",
-        pytest.approx(START_S + (n_bytes / CPU_GB_S["ties"] + beside) / 1e9),
+        pytest.approx(START_S + (found["ranks"][0]["by_method"]["ties"] / CPU_GB_S["ties"] + beside) / 1e9),
     )
     linked = plan("--disk", "1000", "--device", "h100", "--threads", "16")["estimate"]
     assert (linked["limited_by"], linked["seconds"]) == (

@@ -37,6 +37,11 @@ class OpenFile(NamedTuple):
     path: str
     n_bytes: int
     mtime_ns: int
+    start: int = 0  # where a section begins
+
+    def section(self, start: int, n_bytes: int) -> OpenFile:
+        """A part that is a file by itself."""
+        return self._replace(start=self.start + start, n_bytes=n_bytes)
 
     def read(self, n_bytes: int, offset: int) -> bytes:
         """Exactly `n_bytes`.
@@ -48,7 +53,7 @@ class OpenFile(NamedTuple):
         missing = n_bytes
         while missing:
             try:
-                part = os.pread(self.descriptor, missing, offset + n_bytes - missing)
+                part = os.pread(self.descriptor, missing, self.start + offset + n_bytes - missing)
             except OSError as error:
                 raise unreadable(self.path, error) from None
             if not part:

@@ -106,6 +106,24 @@ def read_pytorch(path: str) -> Header:
         )
 
 
+def read_tensor(file: OpenFile, name: str) -> Stored:
+    """The tensor that `torch.save` wrote alone; its offset counts from the start of `file`.
+
+    Raises:
+        CheckpointError: as `read_pytorch`.
+    """
+    start = file.read(min(512, file.n_bytes), 0)
+    if not start.startswith(b"PK\x03\x04"):
+        raise _no_zip(file, start)
+    archive = read_archive(file)
+    root = _root(archive, file.path)
+    pickle = _contents(file, archive, f"{root}/data.pkl", MOST_BYTES)
+    view = load_pickle(pickle, f"{file.path}: data.pkl of {shown(name)}")
+    if not isinstance(view, View):
+        raise damaged(f"{file.path}: {shown(name)}", f"holds {described(view)}; expected a tensor")
+    return _Storages(file, archive, root).stored(name, view)
+
+
 @dataclass(slots=True)
 class _Storages:
     """The members that hold tensors' bytes."""

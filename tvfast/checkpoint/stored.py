@@ -44,8 +44,24 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor, contiguous in a file.
+
+    Attributes:
+        path, offset: of its first byte.
+        starts: its first index in every dimension.
+        sizes: its shape.
+    """
+
+    path: str
+    offset: int
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of one file: contiguous, row-major, little-endian.
+    """One tensor of one file: contiguous, row-major, little-endian. Or one in pieces, of several files.
 
     Attributes:
         name: as the checkpoint calls it.
@@ -56,6 +72,8 @@ class Stored:
         shape: possibly empty.
         blocks: factors of codes; None: the bytes are the numbers.
         update: of an adapter, added to the numbers.
+        pieces: disjoint boxes that make up the tensor; `offset` is then a number of the tensor, no place.
+            Empty: it is whole.
     """
 
     name: str
@@ -66,6 +84,7 @@ class Stored:
     shape: tuple[int, ...]
     blocks: Blocks | None = None
     update: LowRank | None = None
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def n_elements(self) -> int:

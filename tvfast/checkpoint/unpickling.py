@@ -78,11 +78,11 @@ def load_pickle(raw: bytes, where: str) -> Any:
     Notes:
         0.3 us an opcode, 40 opcodes a tensor. At most 4 million opcodes; each makes at most one object.
     """
-    return _Machine(raw, where).run()
+    return Machine(raw, where).run()
 
 
-class _Machine:
-    """Stack, marks and memo of one pickle."""
+class Machine:
+    """Stack, marks and memo of one pickle. What names, calls and keys it takes is for subclasses to widen."""
 
     __slots__ = ("marks", "memo", "position", "raw", "stack", "where")
 
@@ -95,7 +95,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        raw, actions = self.raw, _ACTIONS
+        raw, action_of = self.raw, self.action_of
         n_steps = 0
         try:
             while True:
@@ -103,7 +103,7 @@ class _Machine:
                 self.position += 1
                 if opcode == _STOP:
                     return self.stack.pop()
-                action = actions.get(opcode)
+                action = action_of(opcode)
                 if action is None:
                     raise self._unknown(opcode)
                 action(self)
@@ -117,6 +117,9 @@ class _Machine:
             ) from None
         except UnicodeDecodeError:
             raise damaged(self.where, f"a string before byte {self.position} is not UTF-8") from None
+
+    def action_of(self, opcode: int) -> Callable[[Any], None] | None:
+        return _ACTIONS.get(opcode)
 
     def take(self, n_bytes: int) -> bytes:
         start = self.position
@@ -150,10 +153,13 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # nothing else, for a nested tuple can take forever to hash
-            if type(key) is not str and not (type(key) is int and 0 <= key < 2**31):
+            if not self.is_key(key):
                 raise self.malformed(f"a mapping has {described(key)} as a key; expected strings")
             target[key] = value
+
+    def is_key(self, key: object) -> bool:
+        """Nothing else, for a nested tuple can take forever to hash."""
+        return type(key) is str or (type(key) is int and 0 <= key < 2**31)
 
     def named(self, name: str) -> Global:
         if name not in _CALLS and name not in _TYPES and not _MARKERS.fullmatch(name):
@@ -202,7 +208,7 @@ def described(value: object) -> str:
     return f"a {type(value).__name__.lower()}"
 
 
-def _size(machine: _Machine, found: object) -> tuple[int, ...]:
+def _size(machine: Machine, found: object) -> tuple[int, ...]:
     if (
         type(found) is not tuple
         or len(found) > _MOST_DIMENSIONS
@@ -215,7 +221,7 @@ def _size(machine: _Machine, found: object) -> tuple[int, ...]:
     return found
 
 
-def _tensor(machine: _Machine, arguments: tuple[Any, ...], dtype: str | None, extra: object) -> View:
+def _tensor(machine: Machine, arguments: tuple[Any, ...], dtype: str | None, extra: object) -> View:
     storage, first, shape, stride = (arguments[k] for k in range(4))
     if not isinstance(storage, Storage) or type(first) is not int or not 0 <= first < 2**63:
         raise machine.malformed(f"a tensor is made of {described(storage)} from {described(first)} on")
@@ -226,41 +232,41 @@ def _tensor(machine: _Machine, arguments: tuple[Any, ...], dtype: str | None, ex
     return View(storage, first, shape, stride, dtype, flags)
 
 
-def _tensor_v2(machine: _Machine, arguments: tuple[Any, ...]) -> View:
+def _tensor_v2(machine: Machine, arguments: tuple[Any, ...]) -> View:
     return _tensor(machine, arguments, None, arguments[6] if len(arguments) > 6 else None)
 
 
-def _tensor_v3(machine: _Machine, arguments: tuple[Any, ...]) -> View:
+def _tensor_v3(machine: Machine, arguments: tuple[Any, ...]) -> View:
     dtype = arguments[6]
     if not isinstance(dtype, Global):
         raise machine.malformed(f"a tensor's dtype is {described(dtype)}")
     return _tensor(machine, arguments, dtype.name, arguments[7] if len(arguments) > 7 else None)
 
 
-def _parameter(machine: _Machine, arguments: tuple[Any, ...]) -> View:
+def _parameter(machine: Machine, arguments: tuple[Any, ...]) -> View:
     if not isinstance(arguments[0], View):
         raise machine.malformed(f"a parameter is made of {described(arguments[0])}; expected a tensor")
     return arguments[0]
 
 
-def _from_type(machine: _Machine, arguments: tuple[Any, ...]) -> Any:
+def _from_type(machine: Machine, arguments: tuple[Any, ...]) -> Any:
     function, kind, inner = (arguments[k] for k in range(3))
     if not isinstance(kind, Global) or kind.name not in _TYPES:
         raise machine.malformed(f"a tensor is of the type {described(kind)}; expected a plain one")
     return machine.call(function, inner)
 
 
-def _ordered_dict(machine: _Machine, arguments: tuple[Any, ...]) -> dict[str, Any]:
+def _ordered_dict(machine: Machine, arguments: tuple[Any, ...]) -> dict[str, Any]:
     if arguments:
         raise machine.malformed("an OrderedDict is made from arguments; expected an empty one")
     return {}
 
 
-def _shape(machine: _Machine, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+def _shape(machine: Machine, arguments: tuple[Any, ...]) -> tuple[int, ...]:
     return _size(machine, arguments[0])
 
 
-_CALLS: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
+_CALLS: dict[str, Callable[[Machine, tuple[Any, ...]], Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch.Size": _shape,
     "torch._utils._rebuild_tensor": _tensor_v2,
@@ -276,29 +282,29 @@ _MARKERS = re.compile(
 )
 
 
-def _global(machine: _Machine) -> None:
+def _global(machine: Machine) -> None:
     module = machine.line()
     machine.stack.append(machine.named(f"{module}.{machine.line()}"))
 
 
-def _stack_global(machine: _Machine) -> None:
+def _stack_global(machine: Machine) -> None:
     name, module = machine.stack.pop(), machine.stack.pop()
     if type(name) is not str or type(module) is not str:
         raise machine.malformed("a global's name is not a string")
     machine.stack.append(machine.named(f"{module}.{name}"))
 
 
-def _reduce(machine: _Machine) -> None:
+def _reduce(machine: Machine) -> None:
     arguments, function = machine.stack.pop(), machine.stack.pop()
     machine.stack.append(machine.call(function, arguments))
 
 
-def _build(machine: _Machine) -> None:
+def _build(machine: Machine) -> None:
     machine.stack.pop()  # attributes such as `_metadata`, which say nothing about the tensors
     machine.top(dict)
 
 
-def _persistent_id(machine: _Machine) -> None:
+def _persistent_id(machine: Machine) -> None:
     match machine.stack.pop():
         case ("storage", Global(name), str(key), str(), int(n_items)) if n_items >= 0:
             machine.stack.append(Storage(name.rpartition(".")[2], key, n_items))
@@ -306,92 +312,92 @@ def _persistent_id(machine: _Machine) -> None:
             raise machine.malformed(f"a persistent id is {described(found)}; expected a storage's")
 
 
-def _tuple(machine: _Machine, n_items: int) -> None:
+def _tuple(machine: Machine, n_items: int) -> None:
     if len(machine.stack) < n_items:
         raise IndexError
     items = tuple(machine.stack[-n_items:])
     machine.stack[-n_items:] = [items]
 
 
-def _append(machine: _Machine) -> None:
+def _append(machine: Machine) -> None:
     item = machine.stack.pop()
     machine.top(list).append(item)
 
 
-def _extend(machine: _Machine) -> None:
+def _extend(machine: Machine) -> None:
     items = machine.since_mark()
     machine.top(list).extend(items)
 
 
-def _set_item(machine: _Machine) -> None:
+def _set_item(machine: Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
     machine.set_items([key, value])
 
 
-def _set_items(machine: _Machine) -> None:
+def _set_items(machine: Machine) -> None:
     items = machine.since_mark()
     if len(items) % 2:
         raise machine.malformed("a mapping has a key without a value")
     machine.set_items(items)
 
 
-def _text(machine: _Machine, n_prefix: int) -> None:
+def _text(machine: Machine, n_prefix: int) -> None:
     n_bytes = int.from_bytes(machine.take(n_prefix), "little")
     machine.stack.append(machine.take(n_bytes).decode())
 
 
-def _binary(machine: _Machine, n_prefix: int) -> None:
+def _binary(machine: Machine, n_prefix: int) -> None:
     n_bytes = int.from_bytes(machine.take(n_prefix), "little")
     machine.stack.append(machine.take(n_bytes))
 
 
-def _long(machine: _Machine, n_prefix: int) -> None:
+def _long(machine: Machine, n_prefix: int) -> None:
     n_bytes = int.from_bytes(machine.take(n_prefix), "little")
     if n_bytes > 16:
         raise machine.malformed(f"an integer of {n_bytes} bytes")
     machine.stack.append(int.from_bytes(machine.take(n_bytes), "little", signed=True))
 
 
-def _integer(machine: _Machine, n_bytes: int) -> None:
+def _integer(machine: Machine, n_bytes: int) -> None:
     machine.stack.append(int.from_bytes(machine.take(n_bytes), "little", signed=n_bytes == 4))
 
 
-def _put(machine: _Machine, n_bytes: int) -> None:
+def _put(machine: Machine, n_bytes: int) -> None:
     machine.memo[int.from_bytes(machine.take(n_bytes), "little")] = machine.stack[-1]
 
 
-def _memoize(machine: _Machine) -> None:
+def _memoize(machine: Machine) -> None:
     machine.memo[len(machine.memo)] = machine.stack[-1]
 
 
-def _get(machine: _Machine, n_bytes: int) -> None:
+def _get(machine: Machine, n_bytes: int) -> None:
     machine.stack.append(machine.memo[int.from_bytes(machine.take(n_bytes), "little")])
 
 
-def _float(machine: _Machine) -> None:
+def _float(machine: Machine) -> None:
     machine.stack.append(_DOUBLE.unpack(machine.take(8))[0])
 
 
-def _mark(machine: _Machine) -> None:
+def _mark(machine: Machine) -> None:
     machine.marks.append(len(machine.stack))
 
 
-def _skip(machine: _Machine, n_bytes: int) -> None:
+def _skip(machine: Machine, n_bytes: int) -> None:
     machine.take(n_bytes)
 
 
-def _push(make: Callable[[], Any]) -> Callable[[_Machine], None]:
+def _push(make: Callable[[], Any]) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(make())
 
 
-def _with(action: Callable[[_Machine, int], None], n: int) -> Callable[[_Machine], None]:
+def _with(action: Callable[[Machine, int], None], n: int) -> Callable[[Machine], None]:
     return lambda machine: action(machine, n)
 
 
 _STOP = b"."[0]
 _DOUBLE = Struct(">d")
 _CONSTRUCTORS = frozenset(b"io\x81\x92\x82\x83\x84")  # INST, OBJ, NEWOBJ, NEWOBJ_EX, EXT1, EXT2, EXT4
-_ACTIONS: dict[int, Callable[[_Machine], None]] = {
+_ACTIONS: dict[int, Callable[[Machine], None]] = {
     opcode[0]: action
     for opcode, action in (
         (b"\x80", _with(_skip, 1)),  # PROTO

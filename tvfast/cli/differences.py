@@ -191,6 +191,11 @@ class _Files:
 
     def read(self, stored: Stored, buffer: mmap.mmap, told: Callable[[int], None]) -> None:
         """The bytes of one tensor to the start of a buffer."""
+        if stored.pieces:
+            raise CheckpointError(
+                f"{stored.path}: tensor {stored.name!r} is in {len(stored.pieces)} pieces; expected one. To "
+                "compare this checkpoint, merge it by passthrough into safetensors first."
+            )
         if stored.path not in self.opened:
             self.opened[stored.path] = os.open(stored.path, os.O_RDONLY | os.O_CLOEXEC)
         done = 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from tvfast import dtypes
 from tvfast.checkpoint.layout import Layout
 from tvfast.checkpoint.stored import Stored, matrix_of
+from tvfast.engine.assembly import Assembly
 from tvfast.engine.gather import Window
 from tvfast.engine.inputs import Extent
 from tvfast.engine.memory import PAGE, round_up
@@ -102,6 +103,7 @@ class Arrangement:
     Attributes:
         extents: what is read into it.
         windows: what is gathered into it.
+        assemblies: what is read into it from pieces.
         spans: what is written from it.
         inputs: [part][input] position of the part's numbers.
         outputs: [part] position of the part's result.
@@ -118,6 +120,7 @@ class Arrangement:
     n_bytes: int
     widenings: tuple[Widening, ...] = ()
     narrowings: tuple[Narrowing, ...] = ()
+    assemblies: tuple[Assembly, ...] = ()
 
 
 def sides(part: Part, stored: Stored) -> Iterator[Side]:
@@ -236,6 +239,7 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
         for part, found in zip(parts, inputs, strict=True):
             if k < len(part.task.inputs):
                 found.append(_place(part, part.task.inputs[k], reading))
+    assemblies = tuple(_assemblies(parts, inputs))
     widenings = _widenings(parts, inputs, reading)
     cursor = reading.cursor
     spans, outputs, narrowings, end = _results(parts, layout, cursor) if layout else ((), (), (), cursor)
@@ -248,13 +252,14 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
         n_bytes=round_up(end, PAGE),
         widenings=widenings,
         narrowings=narrowings,
+        assemblies=assemblies,
     )
 
 
 def _place(part: Part, stored: Stored, reading: _Reading) -> int:
     """Where an input of a part goes: read as it is, or gathered row by row."""
     n_bytes = dtypes.n_bytes(stored.dtype, part.n)
-    if part.task.gather is not None:
+    if part.task.gather is not None or stored.pieces:
         return reading.leave(n_bytes)
     return reading.take(stored.path, stored.offset + dtypes.n_bytes(stored.dtype, part.start), n_bytes)
 
@@ -286,6 +291,14 @@ def arrange_outputs(parts: Sequence[Part], layout: Layout) -> Arrangement:
     """A block for results alone."""
     spans, outputs, narrowings, end = _results(parts, layout, 0)
     return Arrangement((), (), spans, (), outputs, round_up(end, PAGE), narrowings=narrowings)
+
+
+def _assemblies(parts: Sequence[Part], inputs: Sequence[Sequence[int]]) -> Iterator[Assembly]:
+    for part, found in zip(parts, inputs, strict=True):
+        if part.task.gather is None and part.n:
+            for stored, at in zip(part.task.inputs, found, strict=True):
+                if stored.pieces:
+                    yield Assembly(stored, part.start, part.n, at)
 
 
 def _windows(parts: Sequence[Part], inputs: Sequence[Sequence[int]]) -> Iterator[Window]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvfast.checkpoint.stored import Stored
+from tvfast.errors import CheckpointError
 from tvfast.ops.host import CONSTANT_ROW, MEAN_ROW
 
 WINDOW_BYTES = 4 * 2**20
@@ -77,6 +78,15 @@ class Gather:
     dtype: str
     map: RowMap
     inputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for stored in self.sources:
+            if stored.pieces:
+                raise CheckpointError(
+                    f"{stored.path}: tensor {stored.name!r} is in {len(stored.pieces)} pieces; expected "
+                    "one where rows are taken by token. Merge this checkpoint by passthrough into "
+                    "safetensors first."
+                )
 
     @property
     def row(self) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tvfast.engine.assembly import Assembly
 from tvfast.engine.gather import Gather, Window
 from tvfast.engine.gathering import Gatherer
 from tvfast.engine.memory import PAGE, Buffer
@@ -99,6 +100,14 @@ class Inputs:
             for piece in window.pieces()
         ]
 
+    def assemble(self, assemblies: Sequence[Assembly], block: Buffer) -> list[Future[None]]:
+        """Start to read tensors in pieces into a block, as `read`."""
+        return [
+            self._readers.submit(self._assemble, part, block)
+            for assembly in assemblies
+            for part in assembly.pieces()
+        ]
+
     def stop(self) -> None:
         """Let every read that has not begun fail, so that those who wait for one end soon."""
         self._stopped = True
@@ -178,6 +187,12 @@ class Inputs:
                 self._gatherers[piece.gather] = gatherer
         gatherer.fill(piece, block.address)
         self._on_read(piece.n_bytes)
+
+    def _assemble(self, part: Assembly, block: Buffer) -> None:
+        if self._stopped:
+            raise MergeError("stopped")
+        part.fill(block.view, self._buffered)
+        self._on_read(part.n_bytes)
 
     @contextmanager
     def _buffered(self, path: str) -> Iterator[int]:

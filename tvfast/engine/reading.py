@@ -38,6 +38,8 @@ def tensor_in_memory(stored: Stored, n_threads: int = 0) -> Iterator[memoryview]
                     opened[extent.path] = files.enter_context(open_regular(extent.path))
                 view = arena.view[extent.at : extent.at + extent.n_bytes]
                 _fill(opened[extent.path], extent.offset, view)
+            for assembly in arrangement.assemblies:
+                assembly.fill(arena.view, _opened)
         widen_inputs([part], arrangement, arena.address, n_threads)
         at = arrangement.inputs[0][0]
         yield arena.view[at : at + dtypes.n_bytes(stored.operand, task.n_elements)]
@@ -48,9 +50,19 @@ def tensor_in_memory(stored: Stored, n_threads: int = 0) -> Iterator[memoryview]
 def bytes_of(stored: Stored) -> Iterator[bytes]:
     """The bytes of a tensor as they are stored, in pieces."""
     plain = replace(stored, blocks=None, update=None)
+    if plain.pieces:
+        with tensor_in_memory(plain) as view:
+            yield bytes(view)
+        return
     with open_regular(plain.path) as file:
         for begin in range(0, plain.n_bytes, _REQUEST):
             yield file.read(min(_REQUEST, plain.n_bytes - begin), plain.offset + begin)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    with open_regular(path) as file:
+        yield file.descriptor
 
 
 def _fill(file: OpenFile, offset: int, view: memoryview) -> None:

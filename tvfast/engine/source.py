@@ -149,6 +149,7 @@ def load(inputs: Inputs, loaded: Loaded) -> list[Future[None]]:
     return [
         *inputs.read(arrangement.extents, loaded.block),
         *inputs.gather(arrangement.windows, loaded.block),
+        *inputs.assemble(arrangement.assemblies, loaded.block),
     ]
 
 
