@@ -39,9 +39,19 @@ own = [p.name for p in METHODS[method].parameters]
 keywords = {name: 0.5 for name in ("density", "select_topk") if name in own}
 scores = [normal(1.0, torch.float32).abs_() for _ in models] if METHODS[method].needs_scores else None
 first = scores and [score[:1] for score in scores]
-tvfast.merge(base[:1], [model[:1] for model in models], method=method, stats=first, **keywords)
+instruct = None
+if METHODS[method].needs_instruct:
+    instruct, keywords["outside"] = models.pop(), "ranked"
+tvfast.merge(
+    base[:1],
+    [model[:1] for model in models],
+    method=method,
+    stats=first,
+    instruct=None if instruct is None else instruct[:1],
+    **keywords,
+)
 before = peak_kib()
-tvfast.merge_(base, models, method=method, stats=scores, **keywords)
+tvfast.merge_(base, models, method=method, stats=scores, instruct=instruct, **keywords)
 print(peak_kib() - before)
 """
 

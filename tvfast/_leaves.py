@@ -106,11 +106,14 @@ def strip_wrappers(names: Iterable[Any]) -> dict[Any, str]:
     return stripped
 
 
-def match(base: Weights, models: Sequence[Weights]) -> list[Leaf]:
+def match(base: Weights, models: Sequence[Weights], roles: Sequence[str] = ()) -> list[Leaf]:
     """The floating-point leaves of the base with their counterparts; aliases are one leaf.
 
     Integer and boolean leaves are left out, but must have the base's shape. A bare tensor must be
     floating-point.
+
+    Args:
+        roles: what messages call the models; models[0], models[1] ... by default.
 
     Raises:
         StateDictError: different sets of names, or tensors that the base ties and a model has different.
@@ -118,24 +121,26 @@ def match(base: Weights, models: Sequence[Weights]) -> list[Leaf]:
         LayoutError: a tensor that is not plain contiguous memory.
     """
     base_tensors = named_tensors(base, "base")
-    model_tensors = [named_tensors(model, f"models[{k}]") for k, model in enumerate(models)]
-    for k, tensors in enumerate(model_tensors):
-        _check_names(base_tensors, tensors, f"models[{k}]")
+    called = list(roles) or [f"models[{k}]" for k in range(len(models))]
+    model_tensors = [named_tensors(model, role) for model, role in zip(models, called, strict=True)]
+    for tensors, role in zip(model_tensors, called, strict=True):
+        _check_names(base_tensors, tensors, role)
     leaves: list[Leaf] = []
     by_memory: dict[tuple[Any, ...], Leaf] = {}
     for name, tensor in base_tensors.items():
         counterparts = tuple(tensors[name] for tensors in model_tensors)
-        merged = _is_merged(name, tensor, counterparts, bare=isinstance(base, Tensor))
-        for k, counterpart in enumerate(counterparts):
-            check_same(name, f"models[{k}]", counterpart, "base", tensor)
+        roled = list(zip(called, counterparts, strict=True))
+        merged = _is_merged(name, tensor, roled, bare=isinstance(base, Tensor))
+        for role, counterpart in roled:
+            check_same(name, role, counterpart, "base", tensor)
         if not merged:
             continue
         base_view = view(tensor, name, "base", float64=True)
-        model_views = [view(m, name, f"models[{k}]", float64=True) for k, m in enumerate(counterparts)]
+        model_views = [view(m, name, role, float64=True) for role, m in roled]
         leaf = Leaf(name, tensor, counterparts, base_view, tuple(model_views))
         key = _memory(tensor)
         if key in by_memory:
-            _check_tied(by_memory[key], leaf)
+            _check_tied(by_memory[key], leaf, called)
             by_memory[key].aliases.append(name)
         else:
             leaves.append(leaf)
@@ -162,9 +167,9 @@ def _names(names: Sequence[str]) -> str:
     return f"{len(names)} tensors ({shown}{more})" if len(names) > 1 else f"the tensor {shown}"
 
 
-def _is_merged(name: str, base: Tensor, models: Sequence[Tensor], *, bare: bool) -> bool:
+def _is_merged(name: str, base: Tensor, models: Sequence[tuple[str, Tensor]], *, bare: bool) -> bool:
     """Whether a leaf is floating-point everywhere; False for integers and booleans in a container."""
-    for role, tensor in [("base", base), *((f"models[{k}]", m) for k, m in enumerate(models))]:
+    for role, tensor in [("base", base), *models]:
         if tensor.is_complex() or (tensor.is_floating_point() != base.is_floating_point()):
             raise DTypeError(
                 f"{where(name, role)} has dtype {tensor.dtype}, base has {base.dtype}; expected real "
@@ -180,11 +185,11 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
-def _check_tied(first: Leaf, second: Leaf) -> None:
+def _check_tied(first: Leaf, second: Leaf, roles: Sequence[str]) -> None:
     # Comparing values reads both tensors; it happens only where a base is tied and a model is not.
-    for k, (left, right) in enumerate(zip(first.models, second.models, strict=True)):
+    for role, left, right in zip(roles, first.models, second.models, strict=True):
         if _memory(left) != _memory(right) and not torch.equal(left, right):
             raise StateDictError(
-                f"base ties {first.name!r} and {second.name!r}, but they differ in models[{k}]; expected "
+                f"base ties {first.name!r} and {second.name!r}, but they differ in {role}; expected "
                 "equal tensors, because there is one result for both. Untie the base or tie the model."
             )

@@ -6,7 +6,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +18,7 @@ from tvfast.errors import ArgumentError, BackendError, DeviceError
 from tvfast.merging_tensors import check_statistics, merge_tensors
 from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod, make_method
 from tvfast.methods.base import PerModel, share_groups
+from tvfast.methods.passthrough import Passthrough
 from tvfast.methods.statistics import PLANE_BYTES
 from tvfast.ops._check import threads
 from tvfast.ops._views import check_overlap, span, view
@@ -39,6 +40,7 @@ def merge_(
     dialect: str = "mergekit",
     stats: Iterable[Any] | None = None,
     scores: Iterable[Scores] | None = None,
+    instruct: Weights | None = None,
     report: list[str] | None = None,
     n_threads: int = 0,
     **parameters: Any,
@@ -67,6 +69,7 @@ def merge_(
             Importances (of "sta", "sta_forget" and "fisher") may also be tensors: means, 0 or more, by the
             base's names and in its shapes.
         scores: another word for `stats` of methods that read importances.
+        instruct: for "lata", the instruct model of the base: what `models` are one of. Not modified.
         report: lines are appended on what such a method averaged for want of factors, and on systems that it
             solved otherwise than asked. None: matrices without factors give a warning.
         n_threads: 0 is all cores that the process may use. Does not change the result. Methods that weigh by
@@ -94,12 +97,13 @@ def merge_(
     chosen = make_method(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
-    leaves = _checked(base, models, chosen, n_threads)
+    leaves = _checked(base, models, instruct, chosen, n_threads)
     extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
+    roles = _roles(chosen, len(leaves[0].models)) if leaves else []
     spans = [
         (
             span(leaf.base, leaf.name, "base", row),
-            [span(m, leaf.name, f"models[{k}]", row) for k, m in enumerate(leaf.models)],
+            [span(m, leaf.name, role, row) for role, m in zip(roles, leaf.models, strict=True)],
         )
         for row, leaf in enumerate(leaves)
     ]
@@ -123,6 +127,7 @@ def merge(
     dialect: str = "mergekit",
     stats: Iterable[Any] | None = None,
     scores: Iterable[Scores] | None = None,
+    instruct: Weights | None = None,
     report: list[str] | None = None,
     n_threads: int = 0,
     **parameters: Any,
@@ -141,7 +146,7 @@ def merge(
     chosen = make_method(
         method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
-    leaves = _checked(base, models, chosen, n_threads)
+    leaves = _checked(base, models, instruct, chosen, n_threads)
     extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
     if isinstance(base, nn.Module):
         merged = copy.deepcopy(base)
@@ -174,12 +179,28 @@ def _leaf_like(value: Any, merged: Tensor | None) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _checked(base: Weights, models: Iterable[Weights], method: Method, n_threads: int) -> list[Leaf]:
-    """The leaves of a call whose arguments fit the method."""
+def _checked(
+    base: Weights, models: Iterable[Weights], instruct: Weights | None, method: Method, n_threads: int
+) -> list[Leaf]:
+    """The leaves of a call whose arguments fit the method; an instruct model is the last of their models."""
     threads(n_threads)
     found = model_list(models)
     method.check_models(len(found))
-    return match(base, found)
+    if method.info.needs_instruct != (instruct is not None):
+        raise ArgumentError(
+            f"method {method.info.name!r} takes no instruct model; expected instruct=None."
+            if instruct is not None
+            else f"method {method.info.name!r} compares task vectors with that of an instruct model, and "
+            "instruct is None; expected it in the form of the base."
+        )
+    found += [] if instruct is None else [instruct]
+    return match(base, found, _roles(method, len(found)))
+
+
+def _roles(method: Method, n_models: int) -> list[str]:
+    """What messages call the operands beside the base."""
+    named = ["instruct"] * method.info.needs_instruct
+    return [f"models[{k}]" for k in range(n_models - len(named))] + named
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +246,41 @@ def _run(
             _run(average, [leaf for leaf, _ in rest], plain, [out for _, out in rest], n_threads)
             return
         assert isinstance(method, ProgramMethod)
-        for table, backend in list(work_tables(method, leaves, extra.scores, outs)):
+        for chosen, table, backend in list(_tables(method, leaves, extra.scores, outs)):
             planes = Planes(table)
             statistics = TableStatistics(backend, table, planes.new, n_threads)
-            program, scalars = method.resolve(statistics)
+            program, scalars = chosen.resolve(statistics)
             backend.combine(table, program, scalars, n_threads)
             for entry in table.entries:
                 entry.masks = ()
+
+
+def _tables(
+    method: ProgramMethod, leaves: Sequence[Leaf], scores: Sequence[LeafScores], outs: Sequence[Tensor]
+) -> Iterator[tuple[ProgramMethod, WorkTable, Backend]]:
+    """Work tables with what merges them: leaves that the method sets aside have others.
+
+    Raises:
+        ArgumentError: it sets all of them aside.
+    """
+    by_method: dict[ProgramMethod, list[tuple[Leaf, LeafScores, Tensor]]] = {}
+    for leaf, own, out in zip(leaves, scores, outs, strict=True):
+        aside = method.aside(leaf.name, len(leaf.models))
+        if aside is None:
+            by_method.setdefault(method, []).append((leaf, own, out))
+        elif aside.copied is None:
+            by_method.setdefault(aside.method, []).append((leaf, own, out))
+        else:
+            operands = zip((leaf.base, *leaf.models), (leaf.base_view, *leaf.model_views), strict=True)
+            tensor, seen = list(operands)[aside.copied]
+            lone = replace(leaf, models=(tensor,), model_views=(seen,))
+            by_method.setdefault(Passthrough(), []).append((lone, own, out))
+    if by_method and method not in by_method:
+        raise ArgumentError(method.nothing_ranked())
+    for chosen, rows in by_method.items():
+        mine, own_scores, own_outs = zip(*rows, strict=True)
+        for table, backend in work_tables(chosen, mine, own_scores, own_outs):
+            yield chosen, table, backend
 
 
 def work_tables(

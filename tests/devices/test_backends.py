@@ -410,9 +410,12 @@ def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) 
     scores = None
     if methods.METHODS[name].needs_scores:
         scores = [torch.randn(17, 15, generator=generator).square() for _ in models]
-    found = merge(base, models, name, scores=scores)
+    own: dict[str, Any] = {"scores": scores}
+    if methods.METHODS[name].needs_instruct:
+        own = {"instruct": models.pop(), "outside": "ranked"}
+    found = merge(base, models, name, **own)
     monkeypatch.setenv("TVFAST_BACKEND", "reference")
-    assert_same_bits([found], [merge(base, models, name, scores=scores)], name)
+    assert_same_bits([found], [merge(base, models, name, **own)], name)
 
 
 @pytest.mark.parametrize(

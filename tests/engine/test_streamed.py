@@ -61,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ram": {"epsilon": 0.25},
     "ramplus_tl": {"epsilon": 0.25, "alpha": 4.0},
     "magnitude_prune": {"density": 0.4},
+    "lata": {"outside": "ranked", "drop": "logarithmic"},
 }
 
 
@@ -230,7 +231,7 @@ def streamed_run(
 def models(draw: st.DrawFn, name: str) -> list[Item]:
     """One to four tensors of dyadic numbers, of special bit patterns or of continuous values."""
     fewest, most = METHODS[name].n_models
-    n_models = draw(st.integers(fewest, min(4, most or 4)))
+    n_models = draw(st.integers(fewest, min(4, most or 4))) + METHODS[name].needs_instruct
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtypes = [draw(st.sampled_from(DTYPES))] * (n_models + 1)
     if draw(st.booleans()):

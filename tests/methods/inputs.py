@@ -30,7 +30,9 @@ def models_for(name: str, base: Tensor, n: int = 3, scale: float = 1.0) -> list[
 
 
 def scores_for(name: str, base: Any, n: int = 3) -> dict[str, Any]:
-    """The argument `scores`, for as many models as `models_for` makes; none where the method reads none."""
+    """`scores` or `instruct`, for as many models as `models_for` makes; nothing where neither is read."""
+    if METHODS[name].needs_instruct:
+        return {"instruct": _tuned(base), "outside": "ranked"}
     if not METHODS[name].needs_scores:
         return {}
 
@@ -40,6 +42,13 @@ def scores_for(name: str, base: Any, n: int = 3) -> dict[str, Any]:
     if isinstance(base, Tensor):
         return {"scores": [score(tuple(base.shape), 30 + k) for k in range(n)]}
     return {"scores": [{key: score(tuple(t.shape), 30 + k) for key, t in base.items()} for k in range(n)]}
+
+
+def _tuned(base: Any) -> Any:
+    """An instruct model; integers are the base's."""
+    if not isinstance(base, Tensor):
+        return {key: _tuned(tensor) for key, tensor in base.items()}
+    return base + normal(*base.shape, seed=9).to(base.dtype) if base.is_floating_point() else base
 
 
 def exact_bits(left: Tensor, right: Tensor) -> bool:

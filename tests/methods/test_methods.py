@@ -43,10 +43,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ramplus_tl": {"epsilon": 0.25},
     "magmax": {},
     "magnitude_prune": {"density": 0.5},
+    "lata": {"drop": "linear", "target": "base"},
 }
 CASES = [(name, dialect) for name in STAGED for dialect in METHODS[name].dialects]
 TASK_VECTORS = [(n, d) for n, d in CASES if METHODS[n].needs_base and n not in ("slerp", "nearswap")]
-ON_NORMS = {n for n in STAGED if n in ("slerp", "sce") or issubclass(METHODS[n].cls, GramMethod)}
+ON_NORMS = {n for n in STAGED if n in ("slerp", "sce", "lata") or issubclass(METHODS[n].cls, GramMethod)}
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 LINEAR = ("dare_linear", "della_linear", "breadcrumbs")  # without consensus
 
@@ -145,7 +146,7 @@ def test_order_of_models_is_irrelevant(name: str, dialect: str) -> None:
     base = grid(33, 5)
     models = [base + grid(33, 5, seed=k + 1) for k in range(3)]
     scores = scores_for(name, base)
-    turned = {"scores": scores["scores"][::-1]} if scores else {}
+    turned = {key: value[::-1] if key == "scores" else value for key, value in scores.items()}
     settings = {"dialect": dialect, "tie": "ge", **SETTINGS[name]}
     first = tvfast.merge(base, models, method=name, **settings, **scores)
     second = tvfast.merge(base, models[::-1], method=name, **settings, **turned)

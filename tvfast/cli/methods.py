@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+_UNREAD = ", whose values are not read"
+
+
 def add_to(commands: Commands) -> None:
     """Register the subcommand."""
     command = commands.add_parser(
@@ -54,6 +57,7 @@ def as_json(info: MethodInfo) -> dict[str, Any]:
         "source": info.source,
         "dialects": list(info.dialects),
         "needs_base": info.needs_base,
+        "needs_instruct": info.needs_instruct,
         "n_models": {"min": fewest, "max": most},
         "parameters": [
             {
@@ -74,6 +78,7 @@ def describe(info: MethodInfo) -> str:
     from tvfast.recipe import names_in_recipes
 
     fewest, most = info.n_models
+    instruct = " and the instruct model" * info.needs_instruct
     count = str(fewest) if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
     width = max(len(one.name) for one in info.parameters)
     names = names_in_recipes(info.name)
@@ -86,7 +91,7 @@ def describe(info: MethodInfo) -> str:
             "",
             f"source    {info.source}",
             f"dialects  {', '.join(info.dialects)}",
-            f"models    {count} besides the base{'' if info.needs_base else ', whose values are not read'}",
+            f"models    {count} besides the base{instruct or ('' if info.needs_base else _UNREAD)}",
             "",
             "parameters, what a recipe calls them, meaning [default]",
             *(

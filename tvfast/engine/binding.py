@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,6 +84,7 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     alignment = None if recipe.tokenizer is None else Alignment(recipe, checkpoints)
     binder = _Binder(recipe, checkpoints, scoring, factors, alignment, recipe.seed if seed is None else seed)
     tasks, ties = binder.tied([(row, task) for row in rows.all() for task in binder.tasks(row)])
+    binder.check_ranked(tasks)
     donor = checkpoints[donor_of(recipe, checkpoints)]
     n_tokens = alignment.n_rows if alignment else None
     return Binding(
@@ -136,6 +137,7 @@ class _Binder:
         self.needs_base = recipe.reads_base
         self.copy = Passthrough()
         self.codes = Codes(checkpoints)
+        self.ranking: set[ProgramMethod] = set()  # methods that have left out some tensor
 
     def tasks(self, row: Row) -> list[Task]:
         """The task of a row, and copies of what belongs to its codes."""
@@ -154,11 +156,21 @@ class _Binder:
                 return self._gathered(row, gather, dtype)
         return self._task(row, dtype)
 
+    def check_ranked(self, tasks: Sequence[Task]) -> None:
+        """Raise if the method sets every tensor aside.
+
+        Raises:
+            RecipeError: saying why.
+        """
+        if self.ranking and all(task.method not in self.ranking for task in tasks):
+            reason = next(iter(self.ranking)).nothing_ranked()
+            raise RecipeError(f"{self.recipe.where}: {reason}")
+
     def _gathered(self, row: Row, gather: Gather, dtype: str) -> Task:
         """The task of a tensor by token, whose inputs have the rows of the output's vocabulary."""
         aligned = iter(gather.aligned())
         seen = replace(row, inputs=tuple(None if stored is None else next(aligned) for stored in row.inputs))
-        task = self._task(seen, dtype)
+        task = self._task(seen, dtype, gathered=True)
         if task.scores or (task.tensor is not None and task.tensor.statistics):
             raise RecipeError(
                 f"{self.recipe.where}: tensor {row.name!r} has rows of other tokens than the statistics of "
@@ -169,7 +181,7 @@ class _Binder:
         inputs = tuple(places[id(stored)] for stored in seen.inputs if stored is not None)
         return replace(task, gather=replace(gather, inputs=inputs))
 
-    def _task(self, row: Row, dtype: str) -> Task:
+    def _task(self, row: Row, dtype: str, *, gathered: bool = False) -> Task:
         present = [stored for stored in row.inputs if stored is not None]
         reference = row.reference
         if any(stored.shape != reference.shape for stored in present):
@@ -211,6 +223,13 @@ class _Binder:
                 encoding=encoding,
             )
         assert isinstance(method, ProgramMethod)
+        aside = method.aside(row.name, len(models))
+        if aside is not None:
+            self.ranking.add(method)
+            if aside.copied is not None and not gathered:
+                one = (reference, *models)[aside.copied]
+                return self._copied(row, one, dtype, self.copy, encoding)
+            method = aside.method
         task = Task(row.name, row.name, dtype, reference.shape, method, base, models, encoding=encoding)
         return self.scoring.with_scores(task, [row.part.sources[k] for k in operands])
 

@@ -327,6 +327,11 @@ def _chosen(
         raise ArgumentError(
             f"method {name!r} has no weights that set([...]) could give; expected another method."
         )
+    if method.info.needs_instruct:
+        raise ArgumentError(
+            f"method {name!r} compares with an instruct model, which LiveMerge does not take; expected "
+            "another method, or tvfast.merge_ for each merge."
+        )
     if deltas and not method.info.needs_base:
         raise ArgumentError(
             f"method {name!r} merges the models themselves, and deltas are task vectors; pass models=[...]."

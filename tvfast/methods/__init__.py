@@ -13,6 +13,7 @@ from tvfast.methods import (  # noqa: F401  (imported to register)
     fisher,
     geometric_median,
     kronecker,
+    lata,
     linear,
     magnitude,
     model_stock,

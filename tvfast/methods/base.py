@@ -43,7 +43,8 @@ class MethodInfo:
     """What the registry knows of a method. `n_models`: fewest and most (None: no limit), base not counted.
 
     `needs_scores`: every model must bring scores, from a statistics file. `optional_base`: a recipe may leave
-    the base out; the models themselves are then merged.
+    the base out; the models themselves are then merged. `needs_instruct`: the instruct model of the base is
+    the last operand, beside the models.
     """
 
     name: str
@@ -55,6 +56,7 @@ class MethodInfo:
     parameters: tuple[Parameter, ...]
     needs_scores: bool = False
     optional_base: bool = False
+    needs_instruct: bool = False
 
     @property
     def formula(self) -> str:
@@ -78,6 +80,7 @@ def register_method(
     n_models: tuple[int, int | None] = (1, None),
     needs_scores: bool = False,
     optional_base: bool = False,
+    needs_instruct: bool = False,
 ) -> Callable[[type[M]], type[M]]:
     """Class decorator: make a method known under `name`; the first of `dialects` is its default.
 
@@ -87,6 +90,7 @@ def register_method(
         n_models: fewest and most models, base not counted.
         needs_scores: whether every model must bring scores; `score_kind` says of which kind.
         optional_base: whether a recipe may have no base; the method then has a flag `task_vectors`.
+        needs_instruct: whether task vectors are compared with that of an instruct model.
     """
 
     def decorate(cls: type[M]) -> type[M]:
@@ -96,7 +100,16 @@ def register_method(
             if f.name not in cls.unused
         )
         cls.info = METHODS[name] = MethodInfo(
-            name, cls, source, dialects, needs_base, n_models, parameters, needs_scores, optional_base
+            name,
+            cls,
+            source,
+            dialects,
+            needs_base,
+            n_models,
+            parameters,
+            needs_scores,
+            optional_base,
+            needs_instruct,
         )
         return cls
 
@@ -245,6 +258,19 @@ class Method(ABC):
             raise ArgumentError(f"method {self.info.name!r}: {name} is {value!r}; expected True or False.")
 
 
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What merges a tensor that a method leaves out of its comparisons.
+
+    Attributes:
+        method: over the same operands.
+        copied: the operand that the result is, 0 the base, k + 1 the k-th model; None: it is computed.
+    """
+
+    method: ProgramMethod
+    copied: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgramMethod(Method):
     """A merge method inside the stage algebra."""
@@ -284,6 +310,18 @@ class ProgramMethod(Method):
     def group_of(self, name: str) -> str | None:
         """Tensors of equal answers are ranked together, in order of name; None: a tensor by itself."""
         return "" if self.whole_model else None
+
+    def aside(self, name: str, n_models: int) -> Aside | None:
+        """What merges a tensor of this name where the method has no rule for it; None: the method does.
+
+        Args:
+            n_models: operands besides the base.
+        """
+        return None
+
+    def nothing_ranked(self) -> str:
+        """What is said where `aside` takes all tensors."""
+        return f"method {self.info.name!r} has no rule for any of the tensors."
 
     @property
     def score_kind(self) -> str | None:

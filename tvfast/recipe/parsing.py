@@ -47,6 +47,7 @@ _OWN = (
     "on_missing_stats",
     "on_missing_scale",
     "lora_merge_dtype",
+    "instruct",
 )
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
@@ -55,7 +56,7 @@ _WHAT_SIZE = "a size such as 5B, 500M, 2GB or a number of bytes"
 _MAX_PROBED = 1000  # values of one setting that are tried one by one
 
 Word = TypeVar("Word", bound=str)
-Level = Literal["recipe", "slice", "source", "base"]
+Level = Literal["recipe", "slice", "source", "base", "instruct model"]
 
 
 def read_recipe(document: Value, text: str, *, name: str | None = None) -> Recipe:
@@ -106,6 +107,7 @@ class _Reader:
                     self._ignore(key, "belongs to recipes of several documents")
         parameters = self._settings(self.entries.get("parameters"), level="recipe")
         base = self._reference("base_model")
+        self.instruct = self._instruct(base)
         slices, stacked = self._slices(base, parameters)
         known = {source.model for part in slices for source in part.sources}
         for model, value in self.stats.items():
@@ -139,6 +141,7 @@ class _Reader:
             lora_merge_dtype=self._dtype_of(self.own.get("lora_merge_dtype")),
             on_missing_scale=self._word("on_missing_scale", _ON_MISSING_SCALE) or "error",
             adapters=self.references.adapters,
+            instruct=self.instruct,
             name=name,
             warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
         )
@@ -190,11 +193,11 @@ class _Reader:
             key = self.keys.get(name)
             if key is None:
                 self._unknown(name, item)
-            elif level in ("source", "base") and not key.per_model:
+            elif level in ("source", "base", "instruct model") and not key.per_model:
                 self._ignore(name, "is one for all models; under a model it has no effect", value.path)
-            elif level == "base":
-                reason = f"of the base has no effect with {self.method!r}"
-                self._ignore(f"base {name}", reason, value.path, name)
+            elif level in ("base", "instruct model"):
+                reason = f"of the {level} has no effect with {self.method!r}"
+                self._ignore(f"{level} {name}", reason, value.path, name)
             else:
                 settings[name] = read_setting(item, flag=key.flag)
                 self._check_range(key, settings[name].values, item)
@@ -255,6 +258,8 @@ class _Reader:
                     f"base_model: is an input of {self.method!r}, too, with the weight that the recipe gives "
                     "to all. To leave it out, give each model its own weight instead."
                 )
+        if self.instruct is not None and self.instruct not in (source.model for source in sources):
+            sources.append(Source(self.instruct, None, {}, "tvfast.instruct"))
         return self._checked(value, sources, base, {})
 
     def _slice(self, item: Value, base: str | None) -> Slice:
@@ -286,8 +291,10 @@ class _Reader:
             if key not in found:
                 raise item.error(f"has no {key}; expected {', '.join(known)}.")
         model = self.references.read(found["model"])
-        is_base = self.reads_base and model == base
-        parameters = self._settings(found.get("parameters"), level="base" if is_base else "source")
+        level: Level = "base" if self.reads_base and model == base else "source"
+        if model == self.instruct:
+            level = "instruct model"
+        parameters = self._settings(found.get("parameters"), level=level)
         layers = _layer_range(found["layer_range"]) if stacked else None
         return Source(model, layers, parameters, item.path, self._stats_of(model, found.get("stats")))
 
@@ -319,19 +326,29 @@ class _Reader:
                 )
             n_models -= 1
             fewest = 0 if most is None else fewest  # of the base alone there is nothing to add: it is copied
+        instruct = models.index(self.instruct) if self.instruct in models else None
+        if self.instruct is not None:
+            if instruct is None:
+                raise value.error(
+                    f"the instruct model {shortened(self.instruct)!r} is not among the sources; expected it "
+                    "there, with the layers that task vectors are compared with."
+                )
+            n_models -= 1
+            fewest = self.info.n_models[0]
         if n_models < fewest or (most is not None and n_models > most):
             base_too = " besides the base" if self.reads_base else ""
+            base_too += " and the instruct model" * (self.instruct is not None)
             many = f"{fewest} model{'s' * (fewest != 1)}" if most is not None else f"{fewest} model at least"
             raise value.error(
                 f"method {self.method!r} got {n_models} models{base_too}; expected {many}{base_too}."
             )
-        return Slice(tuple(sources), position, settings, value.path)
+        return Slice(tuple(sources), position, settings, value.path, instruct)
 
     def _check(self, recipe: Recipe) -> None:
         """Raise if a required parameter is given nowhere, or if numbers of all tensors do not fit."""
         resolver = Resolver(recipe, recipe.seed)
         for part in recipe.slices:
-            operands = [part.sources[k] for k in resolver.operands(part)]
+            operands = [part.sources[k] for k in resolver.models(part)]
             for key in self.keys.values():
                 levels = [part.parameters, recipe.parameters]
                 lacking = operands if key.per_model else [None]
@@ -353,6 +370,25 @@ class _Reader:
         )
 
     # -- the rest ---------------------------------------------------------------------------------------
+
+    def _instruct(self, base: str | None) -> str | None:
+        """The instruct model, where the method compares with one."""
+        value = self.own.get("instruct")
+        given = value is not None and value.plain is not None
+        if not self.info.needs_instruct:
+            if given and value is not None:
+                owners = ", ".join(repr(name) for name, info in METHODS.items() if info.needs_instruct)
+                raise value.error(f"belongs to {owners}; method {self.method!r} has no instruct. Remove it.")
+            return None
+        if value is None or not given:
+            raise self.document.error(
+                f"method {self.method!r} compares with the instruct model of the base and is given none; "
+                "expected its path or hub id as instruct under tvfast."
+            )
+        model = self.references.read(value)
+        if model == base:
+            raise value.error(f"{shortened(repr(model))} is the base; expected the model tuned from it.")
+        return model
 
     def _reference(self, key: str) -> str | None:
         return self.references.read(self.entries[key]) if key in self.entries else None

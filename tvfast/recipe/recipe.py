@@ -43,6 +43,7 @@ class Slice:
     Attributes:
         sources: every input, in order, the base among them where the method takes it.
         base: position of the base in `sources`; None: it is none of them.
+        instruct: position of the instruct model in `sources`; None: the method compares with none.
         parameters: of this slice.
         place: where the recipe has it.
     """
@@ -51,6 +52,7 @@ class Slice:
     base: int | None
     parameters: Settings
     place: str
+    instruct: int | None = None
 
     @property
     def n_layers(self) -> int | None:
@@ -96,6 +98,7 @@ class Recipe:
         adapters: models that are a base with an adapter added: (path of the base, path of the adapter).
         lora_merge_dtype: what these sums are rounded to; None: the type of the base's tensor.
         on_missing_scale: what 8-bit codes without factors mean: an error, or numbers as they are.
+        instruct: the instruct model of the base, as written; None: the method compares with none.
     """
 
     where: str
@@ -125,6 +128,7 @@ class Recipe:
     adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     lora_merge_dtype: str | None = None
     on_missing_scale: Literal["error", "one"] = "error"
+    instruct: str | None = None
 
     @property
     def reads_base(self) -> bool:
@@ -150,7 +154,12 @@ class Recipe:
 
     @property
     def donor(self) -> str:
-        """The model whose configuration the output takes: the base, or the first input."""
+        """The model whose configuration the output takes: the base, or the first input.
+
+        Where task vectors are added to an instruct model, that one.
+        """
+        if self.instruct is not None and self.words.get("target", "instruct") == "instruct":
+            return self.instruct
         return self.base_model or self.slices[0].sources[self.slices[0].reference].model
 
     def parts_of(self, model: str) -> tuple[str, str | None]:

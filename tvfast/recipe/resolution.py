@@ -31,9 +31,14 @@ class Resolver:
         self._methods: dict[Arguments, Method] = {}
         self._constant: dict[str, Method | None] = {}  # by place of the slice; None: not constant
 
+    def models(self, part: Slice) -> list[int]:
+        """Positions of the sources that are θ_k; base and instruct model are none of them."""
+        others = {part.instruct, part.base if self._needs_base else None}
+        return [k for k in range(len(part.sources)) if k not in others]
+
     def operands(self, part: Slice) -> list[int]:
-        """Positions of the sources that are θ_k; where the method has a base, it is none of them."""
-        return [k for k in range(len(part.sources)) if not (self._needs_base and k == part.base)]
+        """Positions of what the method reads beside the base: its models, and the instruct model last."""
+        return self.models(part) + ([] if part.instruct is None else [part.instruct])
 
     def is_constant(self, part: Slice) -> bool:
         """Whether all tensors of a slice have the same numbers."""
@@ -67,7 +72,7 @@ class Resolver:
         if method is None:
             try:
                 method = make_method(self.recipe.method, **dict(arguments), **self._fixed)
-                method.check_models(len(self.operands(part)))
+                method.check_models(len(self.models(part)))
             except ArgumentError as error:
                 place = f" (tensor {output!r})" if output else ""
                 raise RecipeError(f"{self.recipe.where}: {part.place}{place}: {error}") from None
@@ -87,7 +92,7 @@ class Resolver:
                     raise self._missing(key, None, output)
                 continue
             values = []
-            for k in self.operands(part):
+            for k in self.models(part):
                 source = part.sources[k]
                 value = _lookup(key, (source.parameters, *levels), names[k], t)
                 if value is None and key.required:
@@ -95,7 +100,7 @@ class Resolver:
                 values.append(value)
             if any(value is not None for value in values):
                 if key.default is None and None in values:
-                    k = self.operands(part)[values.index(None)]
+                    k = self.models(part)[values.index(None)]
                     raise self._missing(key, part.sources[k], names[k])
                 yield key.keyword, tuple(key.default if value is None else value for value in values)
 
