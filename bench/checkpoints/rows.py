@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PEER, LIMIT = "mergekit", "cat + cp"
+PEER, LIMIT, TIES = "mergekit", "cat + cp", "ties"
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`at_least` times as fast as mergekit, or `at_most` times the seconds of cat + cp."""
+    """`at_least` times as fast as mergekit, or `at_most` times the seconds of cat + cp or of our own TIES."""
 
     against: str
     ratio: float
@@ -27,7 +27,11 @@ _OTHERS = (Goal(PEER, 8),)
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """One method: parameters of every model, of the recipe, the models it takes, and goals."""
+    """One method: parameters of every model, of the recipe, the models it takes, and goals.
+
+    `instruct`: the member that is the instruct model, where the method compares with one; mergekit has no
+    such method.
+    """
 
     method: str
     per_model: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +39,7 @@ class MethodRow:
     models: tuple[str, ...] = ("ft1", "ft2", "ft3")
     base: bool = True
     goals: tuple[Goal, ...] = (_SLOW,)
+    instruct: str | None = None
 
     def recipe(self, family: Path, dtype: str) -> str:
         """The recipe as both programs get it, with absolute paths; JSON is YAML."""
@@ -49,11 +54,14 @@ class MethodRow:
             recipe["base_model"] = str(family / "base")
         if self.parameters:
             recipe["parameters"] = dict(self.parameters)
+        if self.instruct:
+            recipe["tvfast"] = {"instruct": str(family / self.instruct)}
         return json.dumps(recipe, indent=1) + "\n"
 
     def inputs(self) -> tuple[str, ...]:
         """Members that are read."""
-        return tuple(dict.fromkeys((("base",) if self.base else ()) + self.models))
+        others = (self.instruct,) if self.instruct else ()
+        return tuple(dict.fromkeys((("base",) if self.base else ()) + self.models + others))
 
 
 _TRIM = {"weight": 1.0, "density": 0.2}
@@ -82,4 +90,5 @@ ROWS = (
     MethodRow("arcee_fusion", models=("ft1",), goals=_OTHERS),
     MethodRow("ram", goals=_OTHERS),
     MethodRow("ramplus_tl"),
+    MethodRow("lata", {"weight": 0.4}, instruct="ft4", goals=(Goal(TIES, 1.5),)),
 )

@@ -4,7 +4,8 @@
 
 FOLDER is what `python -m bench.checkpoints.family FOLDER --preset 0.5b` writes. Every merge is `tvfast merge`
 from the shell, start-up included, into a directory on FOLDER's disk that is removed in between. Rows of
-mergekit need `TVFAST_MERGEKIT_PYTHON` (tests/parity/make_env.sh).
+mergekit need `TVFAST_MERGEKIT_PYTHON` (tests/parity/make_env.sh). A family of four fine-tunes has the row of
+LATA, whose instruct model is ft4; it is measured against TIES of the same run.
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ def peer_rows(
     family = json.loads((place.family / "family.json").read_text())
     records = []
     for row in rows:
+        if row.instruct:
+            continue  # no such method there
         record: dict[str, Any] = {"row": f"mergekit {row.method}", "cache": "warm"}
         if isinstance(peer, str):
             records.append(record | {"error": peer})
@@ -217,7 +220,12 @@ def working_in(folder: Path) -> Iterator[Path]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, as it is written to the result file."""
-    rows = [row for row in ROWS if not options.method or row.method in options.method]
+    members = {path.name for path in options.family.iterdir()}
+    rows = [
+        row
+        for row in ROWS
+        if (row.method in options.method if options.method else members.issuperset(row.inputs()))
+    ]
     found = environment()
     result: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.checkpoints.rows import LIMIT, PEER, ROWS, Goal
+from bench.checkpoints.rows import LIMIT, PEER, ROWS, TIES, Goal
 from bench.table import aligned
 
 
@@ -13,6 +13,7 @@ def judged(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records with ratios, and one verdict per goal; errors pass through."""
     goals = {row.method: row.goals for row in ROWS}
     peers = {r["row"]: r for r in records if r["row"].startswith("mergekit ")}
+    ties = next((r for r in records if r["row"] == TIES and r["cache"] == "warm" and "median_s" in r), {})
     result = []
     for record in records:
         figures = dict(record)
@@ -28,6 +29,8 @@ def judged(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 if "median_s" in peer:
                     figures["times_mergekit"] = peer["median_s"] / record["median_s"]
                     figures["peak_of_mergekit"] = record["peak_bytes"] / peer["peak_bytes"]
+                if ties:
+                    figures["times_ties"] = record["median_s"] / ties["median_s"]
                 figures["goals"] = [_verdict(goal, figures) for goal in goals[record["row"]]]
         result.append(figures)
     return result
@@ -37,6 +40,9 @@ def _verdict(goal: Goal, figures: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"against": goal.against, "asked": goal.ratio, "met": None}
     if goal.against == LIMIT:
         return found | {"ratio": figures["times_limit"], "met": figures["times_limit"] <= goal.ratio}
+    if goal.against == TIES:
+        ratio = figures.get("times_ties")
+        return found | ({} if ratio is None else {"ratio": ratio, "met": ratio <= goal.ratio})
     near = goal.otherwise_limit is not None and figures["times_limit"] <= goal.otherwise_limit
     if "times_mergekit" not in figures:
         return found | {"met": True if near else None}
@@ -45,7 +51,7 @@ def _verdict(goal: Goal, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 CLOCK = "clock"
-_UNITS = {PEER: "x faster", LIMIT: "x limit", CLOCK: "s"}
+_UNITS = {PEER: "x faster", LIMIT: "x limit", TIES: "x TIES", CLOCK: "s"}
 _HEAD = (
     "row",
     "cache",

@@ -110,7 +110,7 @@ def test_every_method_has_a_row_and_a_valid_recipe(family: Path) -> None:
     others = {  # they need data, not only files, or mergekit has none of that name
         n
         for n, info in tvfast.methods.METHODS.items()
-        if info.needs_scores or info.cls.statistics or "mergekit" not in info.dialects
+        if n != "lata" and (info.needs_scores or info.cls.statistics or "mergekit" not in info.dialects)
     }
     assert sorted([*listed, *others]) == sorted(tvfast.methods.METHODS)
     for row in ROWS:
@@ -146,6 +146,9 @@ def test_goals_are_judged() -> None:
     unknown = judged([record("della", 1.0, 1.0)])[0]["goals"]
     assert unknown == [{"against": PEER, "asked": 20, "met": None}]
     assert Goal(LIMIT, 2) in ROWS[0].goals
+    lata, *_ = judged([record("lata", 2.9, 1.0), record("ties", 2.0, 1.0)])
+    assert lata["goals"] == [{"against": "ties", "asked": 1.5, "met": True, "ratio": 1.45}]
+    assert judged([record("lata", 2.9, 1.0)])[0]["goals"][0]["met"] is None
     slow = {"row": "--help", "cache": "warm", "at_most_s": 0.3, "median_s": 0.31}
     assert [goal["met"] for goal in judged([slow])[0]["goals"]] == [False]
 
