@@ -46,6 +46,7 @@ VOTES = tl.constexpr(16)
 SQUARES = tl.constexpr(32)
 DOTS = tl.constexpr(64)
 ALONE = tl.constexpr(128)
+LAST = tl.constexpr(256)  # leave to fill less; these kernels fill all of GRAM
 
 
 @triton.jit

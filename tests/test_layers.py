@@ -48,6 +48,7 @@ LAYERS = {
             "tvfast.curvature",
             "tvfast.extraction",
             "tvfast.integrations",
+            "tvfast.loops",
         )
     ),
     "tvfast.errors": Layer(),
@@ -184,6 +185,19 @@ LAYERS = {
             "tvfast._scores",
         ),
         outside=("torch",),
+    ),
+    # Loops call the public merges; what they leave on the disk is written and read as checkpoints are.
+    "tvfast.loops": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast._leaves",
+            "tvfast.checkpoint",
+            "tvfast.engine.durable",
+            "tvfast.engine.reading",
+            "tvfast.ops.host",
+        ),
+        exactly=("tvfast",),
+        outside=("torch", "transformers"),
     ),
     "tvfast.demo": Layer(exactly=PUBLIC, outside=("torch", "numpy", "sklearn", "matplotlib", "safetensors")),
     "tvfast.recipe": Layer(inside=("tvfast.errors", "tvfast.dtypes", "tvfast.methods"), outside=("yaml",)),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tvfast import errors as errors
     from tvfast import importance as importance
     from tvfast import integrations as integrations
+    from tvfast import loops as loops
     from tvfast import methods as methods
     from tvfast import ops as ops
     from tvfast import program as program
@@ -54,7 +55,17 @@ _HOMES = {
     "Recipe": "tvfast.checkpoints",
     "Report": "tvfast.checkpoints",
 }
-_MODULES = ("curvature", "errors", "importance", "integrations", "methods", "ops", "program", "statistics")
+_MODULES = (
+    "curvature",
+    "errors",
+    "importance",
+    "integrations",
+    "loops",
+    "methods",
+    "ops",
+    "program",
+    "statistics",
+)
 
 __all__ = [
     "Comparison",
@@ -74,6 +85,7 @@ __all__ = [
     "integrations",
     "load_recipe",
     "localize",
+    "loops",
     "merge",
     "merge_",
     "merge_checkpoints",

@@ -24,6 +24,7 @@ enum Wants : unsigned {
   SQUARES = 32,
   DOTS = 64,
   ALONE = 128,
+  LAST = 256,
 };
 
 }  // namespace tvfast

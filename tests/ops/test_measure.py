@@ -151,6 +151,16 @@ def test_squares_are_the_diagonal_of_the_gram_matrix(backend: Backend) -> None:
     assert all(whole.gram[k][k] > 0 for k in range(4))
 
 
+def test_products_with_the_last_model_are_those_of_the_gram_matrix(backend: Backend) -> None:
+    rng = np.random.default_rng(4)
+    case = sums_case([normal_values(rng, 333, torch.bfloat16) for _ in range(4)])
+    (whole,) = backend.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    (some,) = backend.measure(case.table(), case.program, case.scalars, Wants.GRAM | Wants.LAST)
+    for k in range(4):
+        assert some.gram[k][k] == whole.gram[k][k] != 0
+        assert some.gram[k][3] == some.gram[3][k] == whole.gram[k][3] != 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts(backend: Backend, dtype: torch.dtype) -> None:
     nan, inf = float("nan"), float("inf")

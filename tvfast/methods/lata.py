@@ -11,9 +11,10 @@ from typing import TypeAlias
 
 from tvfast.errors import ArgumentError
 from tvfast.methods.base import Aside, ProgramMethod, float32, parameter, register_method
-from tvfast.methods.span import Gram, is_finite
+from tvfast.methods.span import Gram
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.task_arithmetic import TaskArithmetic
+from tvfast.ops.raw import Wants
 from tvfast.program import ModelScalars, Program, TensorScalars, WorkTable
 
 SIGMA = 0.95
@@ -138,7 +139,7 @@ class Lata(ProgramMethod):
         """A NaN or infinity in a layer makes its cosine unknown, and with ranks that of all layers."""
         table = statistics.table
         scalars = self.plain_scalars(table)
-        grams = statistics.gram(Program(), scalars)
+        grams = [m.gram for m in statistics.measure(Program(), scalars, Wants.GRAM | Wants.LAST)]
         layers: dict[str, list[int]] = {}
         for row, entry in enumerate(table.entries):
             if entry.n_elements:
@@ -195,8 +196,11 @@ def position(layer: str) -> Position:
 
 
 def _added(grams: Sequence[Gram]) -> Gram:
-    """The Gram matrix of several tensors as one vector."""
-    if not all(map(is_finite, grams)):
-        return [[math.nan] * len(grams[0])] * len(grams[0])
-    models = range(len(grams[0]))
-    return [[math.fsum(gram[j][k] for gram in grams) for k in models] for j in models]
+    """The Gram matrix of several tensors as one vector: its diagonal, and products with the last model."""
+    last = len(grams[0]) - 1
+    found = [[0.0] * (last + 1) for _ in range(last + 1)]
+    for k in range(last + 1):
+        for j in {k, last}:
+            products = [gram[k][j] for gram in grams]
+            found[k][j] = math.fsum(products) if all(map(math.isfinite, products)) else math.nan
+    return found

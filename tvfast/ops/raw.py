@@ -33,6 +33,7 @@ class Wants(IntFlag):
     SQUARES = 32  # the diagonal of the Gram matrix only
     DOTS = 64  # dots: products with the entries' `scores`
     ALONE = 128  # n_alone
+    LAST = 256  # with GRAM: all that is needed of it is the diagonal, and products with the last model
 
 
 class Backend(Protocol):

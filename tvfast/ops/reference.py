@@ -237,7 +237,10 @@ class Reference(ReferenceProducts):
             [ExactSum() for _ in models],
         )
         if wants & Wants.GRAM:
-            sums.pairs = [(j, k) for j in models for k in range(j, n_models)]
+            last = n_models - 1
+            sums.pairs = [
+                (j, k) for j in models for k in range(j, n_models) if k in (j, last) or not wants & Wants.LAST
+            ]
         elif wants & Wants.SQUARES:
             sums.pairs = [(k, k) for k in models]
         moments = Moments(

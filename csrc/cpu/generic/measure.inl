@@ -190,6 +190,7 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
     if (wants & (GRAM | SQUARES)) {
       for (int a = 0; a < n_models; ++a) {
         for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
+          if ((wants & LAST) != 0 && b != a && b != n_models - 1) continue;
           const float *x = block.tau(a), *y = block.tau(b);
           add_block(moments.gram[a * n_models + b], n,
                     [x, y](std::int64_t j) { return widened(x + j) * widened(y + j); });
