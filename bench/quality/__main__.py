@@ -1,6 +1,7 @@
-"""Fine-tune, merge, negate, evaluate: `python -m bench.quality [digits|sentiment] [--seeds 5]`.
+"""Fine-tune, merge, negate, evaluate: `python -m bench.quality [digits|sentiment|lata|atm] [--seeds 5]`.
 
-Writes bench/results/quality-SUITE.json, docs/quality-SUITE.png and the suite's tables in docs/quality.md.
+Writes bench/results/quality-SUITE.json, docs/quality-SUITE.png and the suite's tables in docs/quality.md; "lata"
+and "atm", which are experiments of their own, have no picture.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.environment import environment
-from bench.quality import report
+from bench.quality import atm, lata, report
 from bench.quality.digits import Digits
 from bench.quality.experiment import run
 from bench.quality.sentiment import Sentiment
@@ -25,6 +26,8 @@ from bench.quality.suites import Suite
 ROOT = Path(__file__).resolve().parents[2]
 
 SUITES: dict[str, Callable[[int], Suite]] = {"digits": Digits, "sentiment": Sentiment}
+EXPERIMENTS = {"lata": lata, "atm": atm}
+"""Modules with `ABOUT`, `run` and `text` of their own."""
 
 
 def measured(name: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -34,9 +37,13 @@ def measured(name: str, seeds: Sequence[int]) -> dict[str, Any]:
     found = []
     about = ""
     for seed in seeds:
+        if name in EXPERIMENTS:
+            about = EXPERIMENTS[name].ABOUT
+            found.append(EXPERIMENTS[name].run(seed, _say))
+            continue
         suite = SUITES[name](seed)
         about = suite.about
-        found.append(run(suite, seed, lambda line: print(line, file=sys.stderr, flush=True)))
+        found.append(run(suite, seed, _say))
     return {
         "command": f"python -m bench.quality {name} --seeds {len(seeds)}",
         "about": about,
@@ -44,6 +51,10 @@ def measured(name: str, seeds: Sequence[int]) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
         "seeds": found,
     }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def place(page: str, name: str, tables: str) -> str:
@@ -65,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("suite", nargs="?", choices=SUITES, default="digits")
+    parser.add_argument("suite", nargs="?", choices=[*SUITES, *EXPERIMENTS], default="digits")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of quality.md and pictures")
@@ -76,10 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measured(options.suite, range(1, options.seeds + 1))
         path.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads(path.read_text())
-    tables = report.text(found["about"], found["seeds"])
+    experiment = EXPERIMENTS.get(options.suite)
+    tables = (report if experiment is None else experiment).text(found["about"], found["seeds"])
     page = options.docs / "quality.md"
     page.write_text(place(page.read_text(), options.suite, tables))
-    report.draw(found["about"], found["seeds"], options.docs / f"quality-{options.suite}.png")
+    if experiment is None:
+        report.draw(found["about"], found["seeds"], options.docs / f"quality-{options.suite}.png")
     print(tables)
     return 0
 

@@ -372,7 +372,8 @@ def nudge(weights, by):
         tensor.add_(by)
 
 with tempfile.TemporaryDirectory() as folder:
-    alternate(model, [1.0, 2.0, 3.0, 4.0], nudge, rounds=2, merge="ties", density=0.5, state=folder if with_state else None)
+    state = folder if with_state else None
+    alternate(model, [1.0, 2.0, 3.0, 4.0], nudge, rounds=2, merge="ties", density=0.5, state=state)
 done.set()
 thread.join()
 print((peak[0] - before) * 1024 / (8 * n))

@@ -1,4 +1,4 @@
-"""Loops of two processes over gloo: the weights of one process, whoever tunes what; failures are everyone's."""
+"""Loops of two processes over gloo: the weights of one, whoever tunes what; failures are everyone's."""
 
 from __future__ import annotations
 
