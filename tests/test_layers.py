@@ -146,6 +146,7 @@ LAYERS = {
             "tvfast.ops",
             "tvfast.methods",
             "tvfast.merging_tensors",
+            "tvfast.sharded",
             "tvfast._leaves",
             "tvfast._scores",
         ),
@@ -153,6 +154,22 @@ LAYERS = {
     ),
     "tvfast.merging_tensors": Layer(
         inside=("tvfast.errors", "tvfast.methods", "tvfast.factors", "tvfast._leaves"), outside=("torch",)
+    ),
+    # DTensors: loaded by `merging`, `comparing` and `live` where there are any.
+    "tvfast.sharded": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast.program",
+            "tvfast.ops",
+            "tvfast.methods",
+            "tvfast.factors",
+            "tvfast.statistics",
+            "tvfast.merging",
+            "tvfast.merging_tensors",
+            "tvfast._leaves",
+            "tvfast._scores",
+        ),
+        outside=("torch",),
     ),
     "tvfast.curvature": Layer(
         inside=(
@@ -170,7 +187,14 @@ LAYERS = {
         outside=("torch",),
     ),
     "tvfast.comparing": Layer(
-        inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.merging", "tvfast._leaves"),
+        inside=(
+            "tvfast.errors",
+            "tvfast.program",
+            "tvfast.ops",
+            "tvfast.merging",
+            "tvfast.sharded",
+            "tvfast._leaves",
+        ),
         outside=("torch",),
     ),
     "tvfast.live": Layer(
@@ -181,6 +205,7 @@ LAYERS = {
             "tvfast.methods",
             "tvfast.merging",
             "tvfast.comparing",
+            "tvfast.sharded",
             "tvfast._leaves",
             "tvfast._scores",
         ),

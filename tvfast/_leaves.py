@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -56,6 +57,25 @@ def model_list(models: Any, role: str = "models") -> list[Weights]:
         return list(models)
     except TypeError:
         raise ArgumentError(f"{role} is a {type(models).__name__}; expected {expected}.") from None
+
+
+def any_sharded(*weights: Any) -> bool:
+    """Whether a tensor of a tensor, list, dict or module is a DTensor; in lists of those too."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    if loaded is None:
+        return False  # there is none in this process
+    for one in weights:
+        if isinstance(one, nn.Module):
+            found = any_sharded(*one.parameters(), *one.buffers())
+        elif isinstance(one, Mapping):
+            found = any_sharded(*one.values())
+        elif isinstance(one, list | tuple):
+            found = any_sharded(*one)
+        else:
+            found = isinstance(one, loaded.DTensor)
+        if found:
+            return True
+    return False
 
 
 def named_tensors(weights: Weights, role: str) -> dict[str, Tensor]:
@@ -124,13 +144,13 @@ def match(base: Weights, models: Sequence[Weights], roles: Sequence[str] = ()) -
     called = list(roles) or [f"models[{k}]" for k in range(len(models))]
     model_tensors = [named_tensors(model, role) for model, role in zip(models, called, strict=True)]
     for tensors, role in zip(model_tensors, called, strict=True):
-        _check_names(base_tensors, tensors, role)
+        check_names(base_tensors, tensors, role)
     leaves: list[Leaf] = []
     by_memory: dict[tuple[Any, ...], Leaf] = {}
     for name, tensor in base_tensors.items():
         counterparts = tuple(tensors[name] for tensors in model_tensors)
         roled = list(zip(called, counterparts, strict=True))
-        merged = _is_merged(name, tensor, roled, bare=isinstance(base, Tensor))
+        merged = is_merged(name, tensor, roled, bare=isinstance(base, Tensor))
         for role, counterpart in roled:
             check_same(name, role, counterpart, "base", tensor)
         if not merged:
@@ -149,7 +169,7 @@ def match(base: Weights, models: Sequence[Weights], roles: Sequence[str] = ()) -
     return leaves
 
 
-def _check_names(base: Mapping[str, Tensor], model: Mapping[str, Tensor], role: str) -> None:
+def check_names(base: Mapping[str, Tensor], model: Mapping[str, Tensor], role: str) -> None:
     missing = [name for name in base if name not in model]
     extra = [name for name in model if name not in base]
     if missing or extra:
@@ -167,7 +187,7 @@ def _names(names: Sequence[str]) -> str:
     return f"{len(names)} tensors ({shown}{more})" if len(names) > 1 else f"the tensor {shown}"
 
 
-def _is_merged(name: str, base: Tensor, models: Sequence[tuple[str, Tensor]], *, bare: bool) -> bool:
+def is_merged(name: str, base: Tensor, models: Sequence[tuple[str, Tensor]], *, bare: bool) -> bool:
     """Whether a leaf is floating-point everywhere; False for integers and booleans in a container."""
     for role, tensor in [("base", base), *models]:
         if tensor.is_complex() or (tensor.is_floating_point() != base.is_floating_point()):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,10 +45,29 @@ def one_of(stats: Iterable[Any] | None, scores: Iterable[Scores] | None) -> Iter
     return stats if scores is None else scores
 
 
+class Place(Protocol):
+    """Where a leaf's elements lie in a whole tensor of which it is a part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The leaf's elements of a tensor of that shape."""
+
+
 def scores_of(
-    method: ProgramMethod, leaves: Sequence[Leaf], stats: Iterable[Scores] | None, n_threads: int
+    method: ProgramMethod,
+    leaves: Sequence[Leaf],
+    stats: Iterable[Scores] | None,
+    n_threads: int,
+    places: Sequence[Place] | None = None,
 ) -> list[LeafScores]:
     """The scores of every leaf, checked.
+
+    Args:
+        places: of leaves that are parts of tensors. Statistics files hold whole tensors; what comes in memory
+            is of the leaf, and so are its summaries.
 
     Raises:
         ArgumentError: statistics are missing, of another number than the models, negative or not finite, or
@@ -72,7 +91,8 @@ def scores_of(
     if len(given) != n_models:
         raise ArgumentError(f"stats has {len(given)} items for {n_models} models; expected one per model.")
     by_model = [
-        _of_model(method.score_kind, one, leaves, f"stats[{k}]", n_threads) for k, one in enumerate(given)
+        _of_model(method.score_kind, one, leaves, f"stats[{k}]", n_threads, places)
+        for k, one in enumerate(given)
     ]
     return [
         LeafScores(tuple(v for v, _ in row), tuple(s for _, s in row)) for row in zip(*by_model, strict=True)
@@ -80,14 +100,22 @@ def scores_of(
 
 
 def _of_model(
-    kind: str, scores: Any, leaves: Sequence[Leaf], role: str, n_threads: int
+    kind: str,
+    scores: Any,
+    leaves: Sequence[Leaf],
+    role: str,
+    n_threads: int,
+    places: Sequence[Place] | None,
 ) -> list[tuple[View, ScoreSummary]]:
     """View and summary of every leaf's score of one model."""
     if isinstance(scores, str | os.PathLike):
         scores = open_statistics(scores)
     if isinstance(scores, StatisticsFile):
         norm = scores.norm(kind, ROLE)
-        return [_of_file(kind, scores, leaf, role, norm) for leaf in leaves]
+        return [
+            _of_file(kind, scores, leaf, role, norm, None if places is None else places[at])
+            for at, leaf in enumerate(leaves)
+        ]
     tensors = named_tensors(scores, role)
     found = []
     for leaf in leaves:
@@ -100,15 +128,17 @@ def _of_model(
 
 
 def _of_file(
-    kind: str, file: StatisticsFile, leaf: Leaf, role: str, norm: float
+    kind: str, file: StatisticsFile, leaf: Leaf, role: str, norm: float, place: Place | None
 ) -> tuple[View, ScoreSummary]:
     """View and summary of a leaf's sums, as a merge of checkpoints reads them."""
-    entry = file.entry(leaf.name, kind, tuple(leaf.base.shape))
-    sums = read_sum(file, leaf.name, kind, ROLE).to(leaf.base.device)
+    entry = file.entry(leaf.name, kind, tuple(leaf.base.shape) if place is None else place.shape)
+    whole = read_sum(file, leaf.name, kind, ROLE)
+    n_elements = whole.numel()
+    sums = (whole if place is None else place.cut(whole)).to(leaf.base.device)
     check_same(leaf.name, role, sums, "base", leaf.base)
     known = entry.summary(ROLE, file.path)
     summary = ScoreSummary(
-        n_elements=sums.numel(),
+        n_elements=n_elements,
         least=known.least,
         most=known.most,
         l1=known.l1,

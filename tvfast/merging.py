@@ -7,12 +7,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors, strip_wrappers
+from tvfast._leaves import Leaf, Weights, any_sharded, match, model_list, named_tensors, strip_wrappers
 from tvfast._scores import LeafScores, Scores, one_of, scores_of
 from tvfast.errors import ArgumentError, BackendError, DeviceError
 from tvfast.merging_tensors import check_statistics, merge_tensors
@@ -42,6 +43,7 @@ def merge_(
     scores: Iterable[Scores] | None = None,
     instruct: Weights | None = None,
     report: list[str] | None = None,
+    redistribute: bool = False,
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -53,7 +55,8 @@ def merge_(
     Args:
         base: tensor, list or dict of tensors (state dict), or module. Its floating-point tensors are
             overwritten, integers and booleans left as they are. Contiguous; float32, bfloat16, float16 or
-            float64.
+            float64. DTensors are merged shard by shard, in a call that every rank of their mesh makes
+            (`docs/sharded.md`).
         models: K of the same names and shapes, on the same devices; dtypes may differ. Not modified.
         method: a name of `tvfast.methods.METHODS`.
         weights: w_k: one, or one per model; 1 by default.
@@ -72,6 +75,8 @@ def merge_(
         instruct: for "lata", the instruct model of the base: what `models` are one of. Not modified.
         report: lines are appended on what such a method averaged for want of factors, and on systems that it
             solved otherwise than asked. None: matrices without factors give a warning.
+        redistribute: of DTensors whose models are not laid out as the base, and of methods that need whole
+            tensors: bring them together, one tensor at a time. False: such a tensor is an error.
         n_threads: 0 is all cores that the process may use. Does not change the result. Methods that weigh by
             curvature take torch's threads instead, and their last bits depend on them.
         **parameters: of the method, as `density=0.2`; a number is one value or one per model.
@@ -94,9 +99,17 @@ def merge_(
         for each thread; for longer rows 64 MiB, and in the `paper` dialect the size of the tensor. Not safe
         while another thread writes the tensors.
     """
-    chosen = make_method(
-        method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
+    choose = partial(
+        make_method, method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
+    models = list(models) if isinstance(models, Iterator) else models
+    if any_sharded(base, models, instruct):
+        from tvfast.sharded import merging as sharded
+
+        return sharded.merge_(
+            base, models, sharded.Call(choose, stats, scores, report, n_threads, redistribute)
+        )
+    chosen = choose()
     leaves = _checked(base, models, instruct, chosen, n_threads)
     extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
     roles = _roles(chosen, len(leaves[0].models)) if leaves else []
@@ -129,6 +142,7 @@ def merge(
     scores: Iterable[Scores] | None = None,
     instruct: Weights | None = None,
     report: list[str] | None = None,
+    redistribute: bool = False,
     n_threads: int = 0,
     **parameters: Any,
 ) -> W:
@@ -143,9 +157,16 @@ def merge(
     Notes:
         Extra memory: the result and what `merge_` takes.
     """
-    chosen = make_method(
-        method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
+    choose = partial(
+        make_method, method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
     )
+    models = list(models) if isinstance(models, Iterator) else models
+    if any_sharded(base, models, instruct):
+        from tvfast.sharded import merging as sharded
+
+        call = sharded.Call(choose, stats, scores, report, n_threads, redistribute)
+        return sharded.merge(base, models, call, _like)
+    chosen = choose()
     leaves = _checked(base, models, instruct, chosen, n_threads)
     extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
     if isinstance(base, nn.Module):
@@ -311,7 +332,7 @@ def work_tables(
         # tensors that are ranked together need one table, in the widest arithmetic that any tensor needs
         together = method.group_of(leaf.name) is not None
         rows.setdefault((leaf.base.device, double if together else leaf.float64), []).append(entry)
-    _check_devices(method, rows)
+    check_devices(method, rows)
     for (_, float64), entries in rows.items():
         for batch in _batches(method, entries):
             share_groups(method, batch)
@@ -319,7 +340,7 @@ def work_tables(
             yield table, float64_backend() if float64 else backend_for(table)
 
 
-def _check_devices(method: ProgramMethod, rows: Mapping[tuple[torch.device, bool], list[Entry]]) -> None:
+def check_devices(method: ProgramMethod, rows: Mapping[tuple[torch.device, bool], list[Entry]]) -> None:
     """Raise if tensors that are ranked together are on several devices."""
     places: dict[str, set[str]] = {}
     for (device, _), entries in rows.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,14 @@ def merge_tensors(
     pairs: Sequence[tuple[Leaf, Tensor]],
     stats: Sequence[Any] | None,
     report: list[str] | None,
+    gathered: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    put: Callable[[Leaf, Tensor, Tensor], object] = lambda leaf, out, merged: out.copy_(merged),
 ) -> tuple[list[tuple[Leaf, Tensor]], ProgramMethod | None]:
     """Merge the leaves that the method has a rule for; the rest, and the method that averages them, if any.
+
+    Args:
+        gathered: makes a whole tensor of what a leaf has, where that is only a part.
+        put: writes a merged tensor into what a leaf's `out` is.
 
     Raises:
         StatisticsError: statistics of other models: of no tensor here, or of another shape.
@@ -67,7 +73,7 @@ def merge_tensors(
     reasons: dict[str, list[Leaf]] = defaultdict(list)
     average: ProgramMethod | None = None
     for leaf, out in pairs:
-        kinds = [_kind(source, leaf) for source in sources] or [None] * len(leaf.models)
+        kinds = [kind_of(source, leaf) for source in sources] or [None] * len(leaf.models)
         found = method.fallback(tuple(leaf.base.shape), kinds, len(leaf.models))
         if found is None:
             mine.append((leaf, out))
@@ -80,14 +86,14 @@ def merge_tensors(
         jobs = [
             TensorJob(
                 leaf.name,
-                leaf.base if method.reads_base else None,
-                leaf.models,
+                gathered(leaf.base) if method.reads_base else None,
+                tuple(map(gathered, leaf.models)),
                 tuple(_curvature(source, leaf) for source in sources),
             )
             for leaf, _ in some
         ]
         for (leaf, out), result in zip(some, method.merge(jobs), strict=True):
-            out.copy_(result.tensor.to(leaf.base.device))
+            put(leaf, out, result.tensor.to(leaf.base.device))
             lines += [f"{method.info.name}: {result.note}"] * bool(result.note)
     if report is not None:
         report += lines
@@ -102,7 +108,7 @@ def merge_tensors(
     return rest, average
 
 
-def _kind(source: Mapping[str, Curvature], leaf: Leaf) -> str | None:
+def kind_of(source: Mapping[str, Curvature], leaf: Leaf) -> str | None:
     if leaf.name not in source:
         return None
     if isinstance(source, Statistics):

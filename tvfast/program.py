@@ -227,6 +227,8 @@ class Entry:
     masks: tuple[View, ...] = ()  # (address of 64-bit words, n bits); dtype is not read
     row: int = 0  # elements per row for ranks; 0: the whole tensor is one row
     offset: int = 0  # global index of the first element (a shard's position in its tensor)
+    run: int = 0  # elements after which the global index jumps, whole rows of them; 0: it never does
+    run_step: int = 0  # from the global index of a run's first element to that of the next
     group: int = 0  # entries of one group share thresholds
     group_offset: int = 0  # position of element 0 of the whole tensor within the group
     task_vectors: bool = False  # the models are task vectors: the base is added, never subtracted
@@ -234,6 +236,17 @@ class Entry:
     @property
     def n_elements(self) -> int:
         return self.models[0].n_elements
+
+    def index_of(self, i: int) -> int:
+        """Global index of element i."""
+        return self.offset + (i // self.run * self.run_step + i % self.run if self.run else i)
+
+
+def reads_index(program: Program) -> bool:
+    """Whether decisions of a program depend on where in its tensor an element is."""
+    banded = program.keep in (Keep.BAND, Keep.SCORE, Keep.VARIANCE)
+    drawn = program.keep in (Keep.RANDOM, Keep.RANDOM_BY_RANK)
+    return drawn or (banded and program.tie is not Tie.GE)
 
 
 @dataclass(slots=True)
@@ -285,3 +298,17 @@ class Moments:
     n_conflict: int = 0  # entries with a positive and a negative kept value
     dots: list[float] = field(default_factory=list)  # [K] sum t_k * score_k; empty from a backend without
     n_alone: list[int] = field(default_factory=list)  # [K] kept, and the only one that is not zero
+
+    @classmethod
+    def empty(cls, n_models: int) -> Moments:
+        """Those of no elements."""
+        return cls(
+            l1_before=[0.0] * n_models,
+            l1=[0.0] * n_models,
+            gram=[[0.0] * n_models for _ in range(n_models)],
+            n_kept=[0] * n_models,
+            n_nonzero=[0] * n_models,
+            n_nonfinite=[0] * n_models,
+            dots=[0.0] * n_models,
+            n_alone=[0] * n_models,
+        )

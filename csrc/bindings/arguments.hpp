@@ -42,8 +42,8 @@ inline void add_entry(Table& table, const ViewArgument& base,
                       const std::vector<ViewArgument>& scores,
                       const std::vector<ScoreMapTuple>& score_maps,
                       const std::vector<Address>& masks, std::int64_t n, std::int64_t row,
-                      std::int64_t offset, int group, std::int64_t group_offset,
-                      bool task_vectors) {
+                      std::int64_t offset, std::int64_t run, std::int64_t run_step, int group,
+                      std::int64_t group_offset, bool task_vectors) {
   Entry entry;
   entry.base = to_view(base);
   entry.models = to_views(models);
@@ -56,6 +56,8 @@ inline void add_entry(Table& table, const ViewArgument& base,
   entry.n = n;
   entry.row = row;
   entry.offset = offset;
+  entry.run = run;
+  entry.run_step = run_step;
   entry.group = group;
   entry.group_offset = group_offset;
   entry.task_vectors = task_vectors;
@@ -183,6 +185,43 @@ inline py::list to_python(const std::vector<Moments>& all) {
                                  m.n_nonzero, m.n_nonfinite, m.n_base_nonfinite, m.elected,
                                  m.n_conflict, values(m.dots), m.n_alone));
   return result;
+}
+
+// A total of 128 bits in three parts that sums of 2^20 of them cannot overflow.
+inline std::array<std::int64_t, 3> parts_of(Int128 total) {
+  constexpr Int128 kMask = (Int128{1} << 42) - 1;
+  return {static_cast<std::int64_t>(total & kMask), static_cast<std::int64_t>(total >> 42 & kMask),
+          static_cast<std::int64_t>(total >> 84)};
+}
+
+// Accumulators as they are: (windows, six parts of each, non-finite sums, counts), entries and
+// their fields one after the other.
+inline py::tuple states_of(const std::vector<Moments>& all) {
+  std::vector<int> windows;
+  std::vector<std::int64_t> parts, counts;
+  std::vector<double> nonfinite;
+  for (const Moments& m : all) {
+    for (const auto* sums : {&m.l1_before, &m.l1, &m.gram, &m.dots}) {
+      for (const BinnedSum& sum : *sums) {
+        windows.push_back(sum.window);
+        nonfinite.push_back(sum.nonfinite);
+        for (const Int128 total : {sum.high, sum.low})
+          for (const std::int64_t part : parts_of(total)) parts.push_back(part);
+      }
+    }
+    for (const auto* of_models : {&m.n_kept, &m.n_nonzero, &m.n_nonfinite, &m.n_alone})
+      counts.insert(counts.end(), of_models->begin(), of_models->end());
+    counts.insert(counts.end(), {m.n_base_nonfinite, m.elected, m.n_conflict});
+  }
+  return py::make_tuple(windows, parts, nonfinite, counts);
+}
+
+using PartitionTuple = std::tuple<int, int, std::vector<std::uint32_t>>;
+
+inline std::vector<PartitionQuery> to_queries(const std::vector<PartitionTuple>& asked) {
+  std::vector<PartitionQuery> queries;
+  for (const auto& [group, model, edges] : asked) queries.push_back({group, model, edges});
+  return queries;
 }
 
 using RankTuple = std::tuple<int, int, std::int64_t>;

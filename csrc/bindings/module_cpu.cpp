@@ -174,7 +174,15 @@ PYBIND11_MODULE(_C_cpu, m) {
              all.measure(part, to_program(program), scalars, wants, rows,
                          to_options(isa, n_threads, tile));
            })
+      .def("states", [](const Accumulation& all) { return states_of(all.moments()); })
       .def("finish", [](const Accumulation& all) { return to_python(all.moments()); });
+  // Queries are (group, model, edges); edges and answers are keys.
+  m.def("partition", [](const Table& table, int keep, const std::vector<PartitionTuple>& asked,
+                        const std::string& isa, int n_threads, std::int64_t tile) {
+    const std::vector<PartitionQuery> queries = to_queries(asked);
+    const py::gil_scoped_release unlocked;
+    return partition(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
+  });
   // Queries are (group, model, value), answers (n_greater, n_equal).
   m.def("verify", [](const Table& table, const std::vector<std::tuple<int, int, float>>& asked,
                      const std::string& isa, int n_threads, std::int64_t tile) {

@@ -38,4 +38,9 @@ struct CountQuery {
   std::uint32_t key;
 };
 
+struct PartitionQuery {
+  int group, model;
+  std::vector<std::uint32_t> edges;  // ascending, at least one
+};
+
 }  // namespace tvfast

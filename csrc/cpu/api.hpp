@@ -106,6 +106,12 @@ std::vector<std::int64_t> count_equal(const Table& table, Keep keep,
                                       const std::vector<CountQuery>& queries,
                                       const Options& options);
 
+// How many keys equal each edge of a query, and lie between it and the next, or above the last:
+// [equal to 0, above 0, equal to 1, ...].
+std::vector<std::vector<std::int64_t>> partition(const Table& table, Keep keep,
+                                                 const std::vector<PartitionQuery>& queries,
+                                                 const Options& options);
+
 // How many magnitudes of task vectors are above each key, and equal to it: the check of a guessed
 // or remembered threshold.
 std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>& queries,

@@ -60,7 +60,7 @@ struct Plan {
         options(options),
         kernels(kernels_for(options.isa)),
         tile(tile_length(options.tile, kTile)),
-        tiles(table.tiles(tile, ranks_rows(program.keep))) {
+        tiles(table.tiles(tile, ranks_rows(program.keep), reads_index(program))) {
     const auto is_long = [&](const Tile& rows) { return has_long_rows(table.entries[rows.entry]); };
     std::copy_if(tiles.begin(), tiles.end(), std::back_inserter(long_rows), is_long);
     std::erase_if(tiles, is_long);
@@ -112,7 +112,7 @@ struct Plan {
       const Tile& part = parts[task];
       fn(TileCall{table.entries[part.entry], program, scalars.tensors[part.entry],
                   scalars.models.data() + part.entry * table.n_models, part.begin, part.end,
-                  scratch[thread], ranks},
+                  table.entries[part.entry].offset_at(part.begin), scratch[thread], ranks},
          part, thread);
     });
   }

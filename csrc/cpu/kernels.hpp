@@ -79,6 +79,7 @@ struct TileCall {
   const TensorScalars& tensor;
   const ModelScalars* models;  // [K]
   std::int64_t begin, end;     // within the entry
+  std::int64_t offset;         // global index of element i of the tile less i
   Scratch& scratch;
   RowRanks ranks = {};  // of the tile, where its rows are too long to be ranked as a whole
   int n_models() const { return static_cast<int>(entry.models.size()); }

@@ -87,6 +87,10 @@ class BinnedSum:
                 self._raise(window_of(largest))
                 self._add_finite(chunk)
 
+    def state(self) -> tuple[int | None, int, int, float]:
+        """(window, high total, low total, sum of the addends that are not finite)."""
+        return self._window, self._high, self._low, self._nonfinite
+
     def value(self) -> float:
         """The sum, rounded once; non-finite if an addend is."""
         if self._nonfinite != 0.0 or self._window is None:

@@ -28,6 +28,8 @@ def native_table(module: Any, table: WorkTable) -> Any:
             entry.n_elements,
             entry.row,
             entry.offset,
+            entry.run,
+            entry.run_step,
             entry.group,
             entry.group_offset,
             entry.task_vectors,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tvfast.errors import ArgumentError
 from tvfast.ops._philox_torch import draws, tie_hash
 from tvfast.program import (
     Ballot,
@@ -90,6 +91,23 @@ def variance(taus: Sequence[Tensor]) -> Tensor:
         deviation = tau.to(torch.float64) - mean
         squares = squares + deviation * deviation
     return (squares / n_models).to(torch.float32).to(taus[0].dtype)
+
+
+def key_bits(tile: Tile, keep: Keep, model: int) -> Tensor:
+    """Bit patterns of what a keep stage ranks, int64 [n].
+
+    Raises:
+        ArgumentError: the stage ranks nothing.
+    """
+    match keep:
+        case Keep.BAND:
+            return magnitude_bits(task_vectors(tile)[model])
+        case Keep.SCORE:
+            return magnitude_bits(score(tile, model))
+        case Keep.VARIANCE:
+            return magnitude_bits(variance(task_vectors(tile)))
+        case _:
+            raise ArgumentError(f"keep must be BAND, SCORE or VARIANCE to rank; found {keep.name}.")
 
 
 def ranks(tau: Tensor, row: int) -> Tensor:

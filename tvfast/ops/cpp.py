@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from tvfast import _C_cpu
 from tvfast.errors import ArgumentError
 from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
 from tvfast.ops.cpp_products import CppProducts
-from tvfast.ops.raw import Wants
+from tvfast.ops.raw import AccumulatorStates, Wants
 from tvfast.program import (
     Keep,
     Moments,
@@ -158,6 +158,17 @@ class CppBackend(CppProducts):
     def accumulate(self, n_entries: int, n_models: int) -> CppAccumulation:
         return CppAccumulation(_C_cpu.Accumulation(n_entries, n_models), n_models, self._isa, self._tile)
 
+    def partition(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, Sequence[int]]],
+        n_threads: int = 0,
+    ) -> list[list[int]]:
+        asked = [(group, model, list(edges)) for group, model, edges in queries]
+        found = _C_cpu.partition(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile)
+        return [list(counts) for counts in found]
+
     def count_equal(
         self,
         table: WorkTable,
@@ -200,6 +211,7 @@ class CppAccumulation:
     n_models: int
     isa: str
     tile: int
+    summed: list[bool] = field(default_factory=list)
 
     def measure(
         self,
@@ -210,6 +222,7 @@ class CppAccumulation:
         wants: Wants,
         n_threads: int = 0,
     ) -> None:
+        self.summed.append(bool(wants & ~(Wants.COUNTS | Wants.VOTES | Wants.ALONE)))
         self.native.measure(
             _native_table(part),
             program_tuple(program),
@@ -220,6 +233,9 @@ class CppAccumulation:
             n_threads,
             self.tile,
         )
+
+    def states(self) -> AccumulatorStates:
+        return AccumulatorStates(*self.native.states(), summed=any(self.summed))
 
     def finish(self) -> list[Moments]:
         return [moments_of(answer, self.n_models) for answer in self.native.finish()]

@@ -100,6 +100,28 @@ class Selection(Protocol):
         """The answers; None: every part must be counted once more."""
 
 
+@dataclass(frozen=True, slots=True)
+class AccumulatorStates:
+    """Accumulators of logical entries as they are, one entry after the other.
+
+    Sums of an entry are `l1_before`, `l1`, `gram` row by row (its upper triangle), `dots`; counts are `n_kept`,
+    `n_nonzero`, `n_nonfinite`, `n_alone`, then `n_base_nonfinite`, `elected` and `n_conflict`.
+
+    Attributes:
+        windows: of each sum; below -900 where it has no addend yet.
+        parts: of each sum its high and its low total, in three parts of 42 bits each, lowest first.
+        nonfinite: of each sum that of its addends that are not finite.
+        counts: integers.
+        summed: whether any sum was asked for.
+    """
+
+    windows: list[int]
+    parts: list[int]
+    nonfinite: list[float]
+    counts: list[int]
+    summed: bool
+
+
 class Accumulation(Protocol):
     """`measure` of logical entries whose elements come in parts; bit for bit that of one table."""
 
@@ -113,6 +135,9 @@ class Accumulation(Protocol):
         n_threads: int = 0,
     ) -> None:
         """Add the entries of a part: entry e, with scalars[e], belongs to logical entry rows[e]."""
+
+    def states(self) -> AccumulatorStates:
+        """What other processes' states can be added to."""
 
     def finish(self) -> list[Moments]: ...
 
@@ -133,6 +158,24 @@ class ResumableBackend(Backend, Protocol):
         n_threads: int = 0,
     ) -> list[list[int]]:
         """[entry][query] keys of `(group, model, value)` that equal the value; 0 in other groups."""
+
+
+@runtime_checkable
+class PartitioningBackend(ResumableBackend, Protocol):
+    """A backend that can say how keys are spread, so that several processes find a threshold together."""
+
+    def partition(
+        self,
+        table: WorkTable,
+        keep: Keep,
+        queries: Sequence[tuple[int, int, Sequence[int]]],
+        n_threads: int = 0,
+    ) -> list[list[int]]:
+        """How many keys `(group, model, edges)` equal each edge and lie above it, up to the next.
+
+        Edges are the bit patterns of magnitudes, ascending, every NaN as 0x7f800001: [equal to the first, above
+        the first, equal to the second, ...].
+        """
 
 
 @runtime_checkable

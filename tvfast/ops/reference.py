@@ -5,15 +5,16 @@ Follows `docs/numerics.md` line by line; `_reference_stages.py` holds one functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from tvfast.errors import ArgumentError
 from tvfast.ops import _reference_stages as stages
-from tvfast.ops._exact_sum_torch import ExactSum
+from tvfast.ops._exact_sum_torch import BinnedSum, ExactSum
 from tvfast.ops._reference_products import ReferenceProducts
 from tvfast.ops._reference_stages import Kept, Tile
 from tvfast.ops.raw import Wants
@@ -28,9 +29,13 @@ from tvfast.program import (
     View,
     Vote,
     WorkTable,
+    reads_index,
 )
 
+S = TypeVar("S")
+
 _TILE = 1 << 20  # elements; bounds the scratch memory to about 16 (K + 4) MiB at float64
+_SUMS = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS
 _BY_RANK = (Keep.RANDOM_BY_RANK, Keep.BAND_BY_RANK)
 
 
@@ -64,16 +69,27 @@ def _views(entry: Entry) -> Iterator[tuple[str, View]]:
 
 
 @dataclass(slots=True)
-class _Sums:
-    """Order-independent sums of one entry; `take` is their `observe` or their `add`."""
+class Sums(Generic[S]):
+    """Order-independent sums of one entry: the fields of `Moments` that are sums."""
 
-    l1_before: list[ExactSum]
-    l1: list[ExactSum]
-    gram: list[list[ExactSum]]
-    dots: list[ExactSum]
-    pairs: list[tuple[int, int]] = field(default_factory=list)
+    l1_before: list[S]
+    l1: list[S]
+    gram: list[list[S]]
+    dots: list[S]
 
-    def take(self, tile: Tile, kept: Kept, wants: Wants, take: Callable[[ExactSum, Tensor], None]) -> None:
+    @classmethod
+    def of(cls, n_models: int, kind: Callable[[], S]) -> Sums[S]:
+        """Empty ones."""
+        models = range(n_models)
+        gram = [[kind() for _ in models] for _ in models]
+        return cls([kind() for _ in models], [kind() for _ in models], gram, [kind() for _ in models])
+
+    def in_order(self) -> list[S]:
+        """All of them, in the order of `ops.raw.AccumulatorStates`."""
+        return [*self.l1_before, *self.l1, *(one for row in self.gram for one in row), *self.dots]
+
+    def take(self, tile: Tile, kept: Kept, wants: Wants, take: Callable[[S, Tensor], None]) -> None:
+        """`take` is a sum's `observe` or `add`."""
         for k, (tau, entry) in enumerate(zip(kept.taus, kept.entries, strict=True)):
             if wants & Wants.L1_BEFORE:
                 take(self.l1_before[k], tau.abs().to(torch.float64))
@@ -82,8 +98,16 @@ class _Sums:
         for dot, entry, score in zip(self.dots, kept.entries, tile.scores, strict=False):
             if wants & Wants.DOTS:
                 take(dot, entry.to(torch.float64) * score.to(torch.float64))
-        for j, k in self.pairs:
+        for j, k in _pairs(wants, len(kept.entries)):
             take(self.gram[j][k], kept.entries[j].to(torch.float64) * kept.entries[k].to(torch.float64))
+
+
+def _pairs(wants: Wants, n_models: int) -> list[tuple[int, int]]:
+    """The entries of the Gram matrix that are measured, its upper triangle."""
+    if wants & Wants.GRAM:
+        pairs = [(j, k) for j in range(n_models) for k in range(j, n_models)]
+        return [(j, k) for j, k in pairs if k in (j, n_models - 1) or not wants & Wants.LAST]
+    return [(k, k) for k in range(n_models)] if wants & Wants.SQUARES else []
 
 
 class Reference(ReferenceProducts):
@@ -126,7 +150,7 @@ class Reference(ReferenceProducts):
         for query in queries:
             at = (query.group, query.model)
             if at not in ordered:
-                keys = [key for key, _ in self._keys(table, keep, *at)]
+                keys = [key for key, _ in self.keys(table, keep, *at)]
                 ordered[at] = torch.cat(keys).sort().values if keys else torch.zeros(0, dtype=torch.int64)
             keys_up = ordered[at]
             n = keys_up.numel()
@@ -157,7 +181,7 @@ class Reference(ReferenceProducts):
             wanted = stages.magnitude_bits(torch.tensor([value], dtype=self.dtype))
             found = [
                 torch.nonzero(key == wanted.to(key.device)).view(-1) + first
-                for key, first in self._keys(table, keep, group, model)
+                for key, first in self.keys(table, keep, group, model)
             ]
             positions = torch.cat(found).sort().values if found else torch.zeros(0, dtype=torch.int64)
             if not 0 <= r < positions.numel():
@@ -229,50 +253,55 @@ class Reference(ReferenceProducts):
     def _measure(
         self, entry: Entry, program: Program, scalars: TensorScalars, wants: Wants, n_models: int
     ) -> Moments:
-        models = range(n_models)
-        sums = _Sums(
-            [ExactSum() for _ in models],
-            [ExactSum() for _ in models],
-            [[ExactSum() for _ in models] for _ in models],
-            [ExactSum() for _ in models],
-        )
-        if wants & Wants.GRAM:
-            last = n_models - 1
-            sums.pairs = [
-                (j, k) for j in models for k in range(j, n_models) if k in (j, last) or not wants & Wants.LAST
-            ]
-        elif wants & Wants.SQUARES:
-            sums.pairs = [(k, k) for k in models]
-        moments = Moments(
-            l1_before=[0.0] * n_models,
-            l1=[0.0] * n_models,
-            gram=[[0.0] * n_models for _ in models],
-            n_kept=[0] * n_models,
-            n_nonzero=[0] * n_models,
-            n_nonfinite=[0] * n_models,
-            n_alone=[0] * n_models,
-        )
+        sums = Sums.of(n_models, ExactSum)
+        moments = Moments.empty(n_models)
         scored = bool(wants & Wants.DOTS)
         for tile in self._tiles(entry, program, scored):
             kept = stages.keep(tile, program, scalars)
             sums.take(tile, kept, wants, ExactSum.observe)
-            if wants & Wants.COUNTS:
-                _count(tile, kept, moments)
-            if wants & Wants.ALONE:
-                alone = stages.n_present(kept.entries) == 1
-                for k, t in enumerate(kept.entries):
-                    moments.n_alone[k] += int((alone & (t != 0)).sum())
-            if wants & Wants.VOTES:
-                self._count_votes(tile, program, scalars, kept, moments)
-        if wants & (Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS):
+            self._count(tile, program, scalars, kept, wants, moments)
+        if wants & _SUMS:
             for tile in self._tiles(entry, program, scored):
                 sums.take(tile, stages.keep(tile, program, scalars), wants, ExactSum.add)
         moments.dots = [one.value() for one in sums.dots]
         moments.l1_before = [one.value() for one in sums.l1_before]
         moments.l1 = [one.value() for one in sums.l1]
-        for j, k in sums.pairs:
+        for j, k in _pairs(wants, n_models):
             moments.gram[j][k] = moments.gram[k][j] = sums.gram[j][k].value()
         return moments
+
+    def accumulate(
+        self,
+        entry: Entry,
+        program: Program,
+        scalars: TensorScalars,
+        wants: Wants,
+        sums: Sums[BinnedSum],
+        counts: Moments,
+    ) -> None:
+        """Adds what `measure` finds of an entry to sums and counts that other parts are added to as well."""
+        for tile in self._tiles(entry, program, bool(wants & Wants.DOTS)):
+            kept = stages.keep(tile, program, scalars)
+            sums.take(tile, kept, wants, BinnedSum.add)
+            self._count(tile, program, scalars, kept, wants, counts)
+
+    def _count(
+        self,
+        tile: Tile,
+        program: Program,
+        scalars: TensorScalars,
+        kept: Kept,
+        wants: Wants,
+        moments: Moments,
+    ) -> None:
+        if wants & Wants.COUNTS:
+            _count(tile, kept, moments)
+        if wants & Wants.ALONE:
+            alone = stages.n_present(kept.entries) == 1
+            for k, t in enumerate(kept.entries):
+                moments.n_alone[k] += int((alone & (t != 0)).sum())
+        if wants & Wants.VOTES:
+            self._count_votes(tile, program, scalars, kept, moments)
 
     def _count_votes(
         self, tile: Tile, program: Program, scalars: TensorScalars, kept: Kept, moments: Moments
@@ -301,11 +330,21 @@ class Reference(ReferenceProducts):
         scores = [_flat(view) for view in entry.scores] if scored else []
         masks = [_flat(view) for view in entry.masks] if program.keep is Keep.MASK else []
         base = None if entry.base is None else _flat(entry.base)
-        for start in range(0, n, max(1, size)):
-            part = slice(start, min(start + size, n))
+        starts: Iterable[int] = range(0, n, max(1, size))
+        if entry.run and reads_index(program):
+            starts = [
+                start
+                for first in range(0, n, entry.run)
+                for start in range(first, min(first + entry.run, n), size)
+            ]
+        for start in starts:
+            end = min(start + size, n)
+            if entry.run and reads_index(program):
+                end = min(end, (start // entry.run + 1) * entry.run)
+            part = slice(start, end)
             yield Tile(
                 start=start,
-                index=entry.offset + start,
+                index=entry.index_of(start),
                 base=None if base is None else base[part].to(self.dtype),
                 models=[model[part].to(self.dtype) for model in models],
                 scores=[score[part].to(self.dtype) for score in scores],
@@ -315,7 +354,7 @@ class Reference(ReferenceProducts):
                 task_vectors=entry.task_vectors,
             )
 
-    def _keys(self, table: WorkTable, keep: Keep, group: int, model: int) -> Iterator[tuple[Tensor, int]]:
+    def keys(self, table: WorkTable, keep: Keep, group: int, model: int) -> Iterator[tuple[Tensor, int]]:
         """Bit patterns of a group's keys, int64 [n], and the group position of the first of them."""
         program = Program(keep=keep)
         for entry in table.entries:
@@ -323,18 +362,7 @@ class Reference(ReferenceProducts):
                 continue
             for tile in self._tiles(entry, program):
                 position = entry.group_offset + tile.index
-                match keep:
-                    case Keep.BAND:
-                        key = stages.task_vectors(tile)[model]
-                    case Keep.SCORE:
-                        key = stages.score(tile, model)
-                    case Keep.VARIANCE:
-                        key = stages.variance(stages.task_vectors(tile))
-                    case _:
-                        raise ArgumentError(
-                            f"keep must be BAND, SCORE or VARIANCE to rank; found {keep.name}."
-                        )
-                yield stages.magnitude_bits(key), position
+                yield stages.key_bits(tile, keep, model), position
 
     def _number(self, bits: Tensor) -> float:
         words = torch.int32 if self.dtype == torch.float32 else torch.int64

@@ -168,8 +168,8 @@ static bool resolve_band(const TileCall& call, const ModelScalars& m, TileBand& 
   band.lo = m.lo;
   band.hi = m.hi;
   if (call.program.tie == Tie::GE) return true;
-  const std::uint64_t first = static_cast<std::uint64_t>(call.entry.offset + call.begin);
-  const std::uint64_t last = static_cast<std::uint64_t>(call.entry.offset + call.end) - 1;
+  const std::uint64_t first = static_cast<std::uint64_t>(call.offset + call.begin);
+  const std::uint64_t last = static_cast<std::uint64_t>(call.offset + call.end) - 1;
   const bool hashed = call.program.tie == Tie::HASH;
   // How many of the tie ranks of this tile are below a cut.
   enum { NONE, SOME, EVERY };
@@ -303,8 +303,8 @@ static void fused_tile(const TileCall& call, bool streaming) {
   }
   // Scaled for the tie hash: the high word is the same throughout a tile.
   const std::uint32_t index =
-      static_cast<std::uint32_t>(entry.offset) * kMixIndex +
-      static_cast<std::uint32_t>(static_cast<std::uint64_t>(entry.offset + call.begin) >> 32) *
+      static_cast<std::uint32_t>(call.offset) * kMixIndex +
+      static_cast<std::uint32_t>(static_cast<std::uint64_t>(call.offset + call.begin) >> 32) *
           kMixHigh;
   // Vectors that stream have to be aligned.
   const auto address = reinterpret_cast<std::uintptr_t>(entry.out) +
@@ -371,8 +371,8 @@ static FusedTile fused_for_ends(Ends ends, DType dtype, int n_models) {
 
 // The ends that a tile has to test; NONE if only the staged kernel can.
 static Ends ends_of(const TileCall& call) {
-  const std::uint64_t first = static_cast<std::uint64_t>(call.entry.offset + call.begin);
-  const std::uint64_t last = static_cast<std::uint64_t>(call.entry.offset + call.end) - 1;
+  const std::uint64_t first = static_cast<std::uint64_t>(call.offset + call.begin);
+  const std::uint64_t last = static_cast<std::uint64_t>(call.offset + call.end) - 1;
   if (first >> 32 != last >> 32) return Ends::NONE;
   bool both = false, hashed = false;
   for (int k = 0; k < call.n_models(); ++k) {

@@ -246,7 +246,7 @@ static void for_each_block(const TileCall& call, Fn&& fn) {
 // Takes from `score` the entries of model k that other models' scores rule out.
 static void cross_scores(const BlockCall& block, int k, float* score) {
   const TileCall& call = block.tile;
-  const std::uint64_t index = static_cast<std::uint64_t>(call.entry.offset + block.begin);
+  const std::uint64_t index = static_cast<std::uint64_t>(call.offset + block.begin);
   for (int other = 0; other < call.n_models(); ++other) {
     if (other == k) continue;
     const ModelScalars& scalars = call.models[other];
@@ -273,7 +273,7 @@ static void cross_scores(const BlockCall& block, int k, float* score) {
 static KeepBlock keep_block(const BlockCall& block, int k, const float* variance) {
   const TileCall& call = block.tile;
   const ModelScalars& scalars = call.models[k];
-  const std::uint64_t index = static_cast<std::uint64_t>(call.entry.offset + block.begin);
+  const std::uint64_t index = static_cast<std::uint64_t>(call.offset + block.begin);
   const Keep keep = call.program.keep;
   KeepBlock result{call.program,
                    scalars,

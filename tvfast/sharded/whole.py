@@ -1,0 +1,89 @@
+"""Methods outside the stage algebra: functions of whole tensors, which are gathered one at a time when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tvfast._leaves import Leaf
+from tvfast.errors import LayoutError
+from tvfast.factors.records import statistics_of
+from tvfast.merging_tensors import check_statistics, kind_of, merge_tensors
+from tvfast.methods import Method, ProgramMethod, TensorMethod
+from tvfast.program import DType, View
+from tvfast.sharded.layouts import described, is_whole
+from tvfast.sharded.leaves import ShardedLeaf
+from tvfast.sharded.shards import local_slice
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What such a method reads beside weights, and where it reports."""
+
+    stats: Sequence[Any] | None
+    report: list[str] | None
+
+    @staticmethod
+    def of(
+        method: Method, leaves: Sequence[ShardedLeaf], stats: Iterable[Any] | None, report: list[str] | None
+    ) -> Statistics:
+        """
+        Raises:
+            ArgumentError: statistics of a wrong number, or of a method that reads none.
+        """
+        if not isinstance(method, TensorMethod):
+            return Statistics(None, report)
+        return Statistics(check_statistics(method, stats, len(leaves[0].models) if leaves else None), report)
+
+
+def check_whole(method: TensorMethod, leaves: Sequence[ShardedLeaf], statistics: Statistics) -> None:
+    """Raise unless every tensor that the method has a rule for is whole on every rank.
+
+    Raises:
+        LayoutError: naming the first that is not.
+    """
+    sources = [statistics_of(source, f"stats[{k}]") for k, source in enumerate(statistics.stats or ())]
+    for one in leaves:
+        leaf = _leaf(one)
+        kinds = [kind_of(source, leaf) for source in sources] or [None] * len(one.models)
+        apart = not all(is_whole(tensor) for tensor in (one.base, *one.models))
+        if apart and method.fallback(tuple(one.base.shape), kinds, len(one.models)) is None:
+            raise LayoutError(
+                f"tensor {one.name!r}: method {method.info.name!r} needs whole tensors, and this one has placements "
+                f"{described(one.base)}; expected replicas. Pass redistribute=True to gather such tensors on every "
+                "rank, one at a time."
+            )
+
+
+def merge_whole(
+    method: TensorMethod,
+    leaves: Sequence[ShardedLeaf],
+    targets: Mapping[str, Tensor],
+    statistics: Statistics,
+) -> tuple[list[ShardedLeaf], ProgramMethod | None]:
+    """Merge on every rank what the method has a rule for; the rest, and the method that averages them."""
+    by_name = {one.name: one for one in leaves}
+
+    def put(leaf: Leaf, out: Tensor, merged: Tensor) -> None:
+        base = by_name[leaf.name].base
+        if isinstance(base, DTensor):
+            merged = local_slice(merged, base.device_mesh, base.placements)
+        out.copy_(merged)
+
+    pairs = [(_leaf(one), targets[one.name]) for one in leaves]
+    rest, average = merge_tensors(method, pairs, statistics.stats, statistics.report, _gathered, put)
+    return [by_name[leaf.name] for leaf, _ in rest], average
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _leaf(one: ShardedLeaf) -> Leaf:
+    """The tensors as they are, without views of memory."""
+    nowhere = View(0, one.base.numel(), DType.F32)
+    return Leaf(one.name, one.base, one.models, nowhere, (nowhere,) * len(one.models), one.aliases)
