@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tvfast._leaves import Leaf, Weights, match, model_list
+from tvfast._leaves import Leaf, Weights, any_sharded, match, model_list
 from tvfast.errors import ArgumentError
 from tvfast.merging import float64_backend
 from tvfast.ops._check import threads
@@ -17,6 +17,8 @@ from tvfast.ops.raw import Wants, backend_for
 from tvfast.program import Entry, ModelScalars, Moments, Program, TensorScalars, WorkTable
 
 Matrix = list[list[float]]
+
+_WANTS = Wants.GRAM | Wants.VOTES
 
 _LAYER = re.compile(r"^(?:.*?\.)??(?:layers?|h|blocks?|block|stages?)\.\d+(?=\.|$)")
 
@@ -104,12 +106,15 @@ class Comparison:
         return self.tensors.sign_conflict
 
 
-def compare(base: Weights, models: Iterable[Weights], *, n_threads: int = 0) -> Comparison:
+def compare(
+    base: Weights, models: Iterable[Weights], *, redistribute: bool = False, n_threads: int = 0
+) -> Comparison:
     """Gram matrix, norms, cosines and sign conflict of the task vectors τ_k = θ_k - θ₀.
 
     Args:
         base: tensor, list or dict of tensors, or module, as for `merge_`; not modified.
         models: K of the same names and shapes; not modified.
+        redistribute: of DTensors whose models are not laid out as the base, as for `merge_`.
         n_threads: 0 is all cores that the process may use. Does not change the result.
 
     Returns:
@@ -124,27 +129,34 @@ def compare(base: Weights, models: Iterable[Weights], *, n_threads: int = 0) -> 
         τ_k is float32; dot products are exact products summed in the order-independent accumulator. One pass
         over base and models, no extra memory. NaN makes the sums of its tensor NaN.
     """
+    models = list(models) if isinstance(models, Iterator) else models
+    if any_sharded(base, models):
+        from tvfast.sharded.measuring import measure
+
+        sizes, moments = measure(base, models, _WANTS, n_threads=n_threads, redistribute=redistribute)
+        return _comparison(sizes, moments, len(model_list(models)))
     threads(n_threads)
     found = model_list(models)
     if not found:
         raise ArgumentError("models is empty; expected at least one model.")
     leaves = match(base, found)
-    moments = _measure(leaves, len(found), n_threads)
-    sizes = [leaf.base.numel() for leaf in leaves]
-    tensors: dict[str, TensorComparison] = {}
-    layers: dict[str, list[int]] = {}
-    for row, leaf in enumerate(leaves):
-        tensors[leaf.name] = _together([moments[row]], [sizes[row]], len(found))
-        layers.setdefault(layer_of(leaf.name), []).append(row)
+    names = [leaf.name for leaf in leaves]
+    moments = dict(zip(names, _measure(leaves, len(found), n_threads), strict=True))
+    return _comparison({leaf.name: leaf.base.numel() for leaf in leaves}, moments, len(found))
+
+
+def _comparison(sizes: Mapping[str, int], moments: Mapping[str, Moments], n_models: int) -> Comparison:
+    def together(names: Iterable[str]) -> TensorComparison:
+        rows = list(names)
+        return _together([moments[name] for name in rows], [sizes[name] for name in rows], n_models)
+
+    layers: dict[str, list[str]] = {}
+    for name in sizes:
+        layers.setdefault(layer_of(name), []).append(name)
     return Comparison(
-        ComparisonTable(tensors),
-        ComparisonTable(
-            {
-                name: _together([moments[row] for row in rows], [sizes[row] for row in rows], len(found))
-                for name, rows in layers.items()
-            }
-        ),
-        _together(moments, sizes, len(found)),
+        ComparisonTable({name: together([name]) for name in sizes}),
+        ComparisonTable({layer: together(names) for layer, names in layers.items()}),
+        together(sizes),
     )
 
 
@@ -166,7 +178,7 @@ def _measure(leaves: list[Leaf], n_models: int, n_threads: int) -> list[Moments]
             table = WorkTable([entries[row] for row in members], n_models)
             backend = float64_backend() if float64 else backend_for(table)
             scalars = [TensorScalars(models=[ModelScalars() for _ in range(n_models)]) for _ in members]
-            found = backend.measure(table, Program(), scalars, Wants.GRAM | Wants.VOTES, n_threads)
+            found = backend.measure(table, Program(), scalars, _WANTS, n_threads)
             moments.update(zip(members, found, strict=True))
     return [moments[row] for row in range(len(leaves))]
 

@@ -235,7 +235,8 @@ class CppAccumulation:
         )
 
     def states(self) -> AccumulatorStates:
-        return AccumulatorStates(*self.native.states(), summed=any(self.summed))
+        windows, parts, nonfinite, counts = self.native.states()
+        return AccumulatorStates(windows, parts, nonfinite, counts, any(self.summed))
 
     def finish(self) -> list[Moments]:
         return [moments_of(answer, self.n_models) for answer in self.native.finish()]

@@ -104,8 +104,8 @@ class Selection(Protocol):
 class AccumulatorStates:
     """Accumulators of logical entries as they are, one entry after the other.
 
-    Sums of an entry are `l1_before`, `l1`, `gram` row by row (its upper triangle), `dots`; counts are `n_kept`,
-    `n_nonzero`, `n_nonfinite`, `n_alone`, then `n_base_nonfinite`, `elected` and `n_conflict`.
+    Sums of an entry are `l1_before`, `l1`, `gram` row by row (its upper triangle), `dots`; counts are
+    `n_kept`, `n_nonzero`, `n_nonfinite`, `n_alone`, then `n_base_nonfinite`, `elected` and `n_conflict`.
 
     Attributes:
         windows: of each sum; below -900 where it has no addend yet.
@@ -136,10 +136,13 @@ class Accumulation(Protocol):
     ) -> None:
         """Add the entries of a part: entry e, with scalars[e], belongs to logical entry rows[e]."""
 
-    def states(self) -> AccumulatorStates:
-        """What other processes' states can be added to."""
-
     def finish(self) -> list[Moments]: ...
+
+
+class ExportingAccumulation(Accumulation, Protocol):
+    """An accumulation whose states other processes can add to theirs."""
+
+    def states(self) -> AccumulatorStates: ...
 
 
 @runtime_checkable
@@ -162,7 +165,9 @@ class ResumableBackend(Backend, Protocol):
 
 @runtime_checkable
 class PartitioningBackend(ResumableBackend, Protocol):
-    """A backend that can say how keys are spread, so that several processes find a threshold together."""
+    """A backend that can answer together with other processes, each of which holds a part of the data."""
+
+    def accumulate(self, n_entries: int, n_models: int) -> ExportingAccumulation: ...
 
     def partition(
         self,
@@ -173,8 +178,8 @@ class PartitioningBackend(ResumableBackend, Protocol):
     ) -> list[list[int]]:
         """How many keys `(group, model, edges)` equal each edge and lie above it, up to the next.
 
-        Edges are the bit patterns of magnitudes, ascending, every NaN as 0x7f800001: [equal to the first, above
-        the first, equal to the second, ...].
+        Edges are the bit patterns of magnitudes, ascending, every NaN as 0x7f800001: [equal to the first,
+        above the first, equal to the second, ...].
         """
 
 

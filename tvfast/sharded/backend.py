@@ -1,8 +1,8 @@
 """A backend over tables whose tensors are spread over ranks: elements stay where they are.
 
 Questions are answered from the local shards and small reductions, with the bits that one process holding
-everything would find: counts are integers, sums do not depend on order, thresholds are exact, and draws and ties
-know the place of an element in its whole tensor.
+everything would find: counts are integers, sums do not depend on order, thresholds are exact, and draws and
+ties know the place of an element in its whole tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from tvfast.errors import BackendError
-from tvfast.ops.raw import Accumulation, Backend, ResumableBackend, Wants
+from tvfast.ops.raw import Backend, ExportingAccumulation, PartitioningBackend, Wants
 from tvfast.program import (
     Entry,
     Keep,
@@ -177,8 +177,8 @@ class ShardedBackend:
         part, _ = self.local.only(places)
         return LocalKeys(self.inner, part, keep, self.local.double, n_threads)
 
-    def _accumulation(self, n_entries: int, n_models: int) -> Accumulation:
-        if isinstance(self.inner, ResumableBackend) and not self.local.double:
+    def _accumulation(self, n_entries: int, n_models: int) -> ExportingAccumulation:
+        if isinstance(self.inner, PartitioningBackend) and not self.local.double:
             return self.inner.accumulate(n_entries, n_models)
         from tvfast.sharded.accumulating import TorchAccumulation
 

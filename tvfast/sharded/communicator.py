@@ -73,7 +73,7 @@ def communicator_of(meshes: Iterable[DeviceMesh]) -> Communicator:
     rank = dist.get_rank()
     covers = all(ranks.issuperset(_ranks(mesh)) for mesh in found)
     if not covers or len(ranks) == dist.get_world_size():
-        groups: Sequence[dist.ProcessGroup] = [dist.group.WORLD]
+        groups: Sequence[dist.ProcessGroup] = [dist.distributed_c10d._get_default_group()]
         ranks = set(range(dist.get_world_size()))
     else:
         groups = [largest.get_group(dim) for dim in range(largest.ndim)]

@@ -31,7 +31,7 @@ class Keys(Protocol):
     top: int
 
     def sample(self, streams: Sequence[Stream], n_most: int) -> Iterator[tuple[int, Tensor]]:
-        """For each stream how many keys there are here, and at most `n_most` of them, int64, evenly spread."""
+        """For each stream how many keys are here, and at most `n_most` of them, int64, evenly spread."""
 
     def partition(self, queries: Sequence[Edges]) -> list[list[int]]:
         """`ops.raw.PartitioningBackend.partition` of this rank's elements."""
@@ -48,8 +48,8 @@ class Keys(Protocol):
 class LocalKeys:
     """`Keys` of a table in memory.
 
-    The keys are those of `docs/numerics.md`, Thresholds. A backend that can partition does so; for every other one
-    torch does, on the device of the tensors.
+    The keys are those of `docs/numerics.md`, Thresholds. A backend that can partition does so; for
+    every other one torch does, on the device of the tensors.
     """
 
     backend: Backend

@@ -1,4 +1,4 @@
-"""How tensors are laid out over ranks: what agrees, what is split how, and bringing one to the layout of another."""
+"""How tensors are laid out over ranks, and bringing one to the layout of another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Placements = tuple[Any, ...]
 
 
 def meshes_of(weights: Any) -> Iterator[DeviceMesh]:
-    """The meshes of all tensors in a tensor, list, dict or module, or in a list of those; nothing else is read."""
+    """The meshes of the tensors in a tensor, list, dict or module, or in a list of those."""
     if isinstance(weights, DTensor):
         yield weights.device_mesh
     elif isinstance(weights, nn.Module):
@@ -73,13 +73,13 @@ def check_alike(name: str, base: Tensor, models: Sequence[Tensor]) -> None:
     for role, tensor in [("base", base), *((f"models[{k}]", model) for k, model in enumerate(models))]:
         if is_partial(tensor):
             raise LayoutError(
-                f"{where(name, role)} has placements {described(tensor)}, sums that are not finished; expected "
-                "shards or replicas. Pass redistribute=True to have it redistributed for the merge."
+                f"{where(name, role)} has placements {described(tensor)}, sums that are not finished; "
+                "expected shards or replicas. Pass redistribute=True to have it redistributed for the merge."
             )
         if not alike(base, tensor):
             raise LayoutError(
-                f"{where(name, role)} has placements {described(tensor)}, base has {described(base)}; expected "
-                "equal ones on one mesh. Pass redistribute=True to have it redistributed, tensor by tensor."
+                f"{where(name, role)} has placements {described(tensor)}, base has {described(base)}; "
+                "expected equal ones on one mesh. Pass redistribute=True to have them redistributed for the merge."
             )
 
 
@@ -118,7 +118,7 @@ def splits_rows(tensor: Tensor) -> bool:
 
 
 def brought(tensor: Tensor, like: Tensor, placements: Placements) -> Tensor:
-    """This rank's elements of a tensor as if it lay on the mesh of `like` with other placements; collective."""
+    """This rank's elements of a tensor under placements on the mesh of `like`; collective."""
     with torch.no_grad():
         if not isinstance(like, DTensor):
             return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""From weights with DTensors to leaves: local shards with their places, or tensors to be brought together first."""
+"""From weights with DTensors to leaves: local shards with their places."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,15 +18,13 @@ from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod
 from tvfast.methods.base import own_values
 from tvfast.ops._check import threads
 from tvfast.ops._views import check_overlap, span
-from tvfast.ops.raw import Wants
-from tvfast.program import Entry, ModelScalars, Moments, Program, TensorScalars
 from tvfast.sharded.agreement import agreement
 from tvfast.sharded.communicator import Communicator, communicator_of
 from tvfast.sharded.exchange import batches, exchange
 from tvfast.sharded.layouts import as_dtensor, local_of, splits_rows, team_meshes
 from tvfast.sharded.leaves import ShardedLeaf, sharded_leaves
 from tvfast.sharded.scores import shard_scores
-from tvfast.sharded.tables import Row, sharded_tables, table_of
+from tvfast.sharded.tables import Row, sharded_tables
 from tvfast.sharded.whole import Statistics, check_whole, merge_whole
 
 W = TypeVar("W", bound=Weights)
@@ -89,9 +87,9 @@ class _Merge:
         if any(method.group_of(one.name) is not None for one in moving):
             # What is ranked together has to be there together.
             held = [exchange(one, targets[one.name], self.team, ranks_rows=ranks_rows) for one in moving]
-            self._combine(method, resident + [one.row for one in held])
-            for one in held:
-                one.give_back()
+            self._combine(method, resident + [exchanged.row for exchanged in held])
+            for exchanged in held:
+                exchanged.give_back()
             return
         self._combine(method, resident)
         for batch in batches(moving, self.team):
@@ -101,10 +99,10 @@ class _Merge:
             ]
             self._combine(
                 method,
-                [Row(one.row.leaf, one.row.part, one.row.out, of_moving[one.row.leaf.name]) for one in held],
+                [replace(exchanged.row, scores=of_moving[exchanged.row.leaf.name]) for exchanged in held],
             )
-            for one in held:
-                one.give_back()
+            for exchanged in held:
+                exchanged.give_back()
 
     def _combine(self, method: ProgramMethod, rows: Sequence[Row]) -> None:
         for table, backend in list(sharded_tables(method, rows, self.team)):
@@ -149,57 +147,6 @@ def merge(
         by_name.update(dict.fromkeys((one.name, *one.aliases), out))
     found: W = rebuild(base, by_name)
     return found
-
-
-def measure(
-    base: Weights, models: Iterable[Weights], wants: Wants, *, n_threads: int, redistribute: bool
-) -> tuple[list[str], list[int], list[Moments], int]:
-    """Names, sizes and moments of the task vectors of all leaves, and how many models there are."""
-    team = communicator_of(team_meshes(base, models))
-    with agreement(team) as said:
-        threads(n_threads)
-        found = model_list(models)
-        if not found:
-            raise ArgumentError("models is empty; expected at least one model.")
-        said.add("the call", f"compare of {len(found)} models, redistribute={redistribute}")
-        leaves = sharded_leaves(base, found, team, said, redistribute=redistribute)
-    moments: dict[str, Moments] = {}
-    scalars = TensorScalars(models=[ModelScalars() for _ in found])
-    with torch.no_grad():
-        resident = [
-            Row(one.leaf, one.part, None) for one in leaves if one.leaf is not None and one.part is not None
-        ]
-        moving = [one for one in leaves if one.leaf is None]
-        groups: list[Callable[[], list[Row]]] = [lambda: resident]
-        for batch in batches(moving, team):
-            groups.append(
-                lambda batch=batch: [  # type: ignore[misc]
-                    exchange(moving[at], local_of(moving[at].base), team, ranks_rows=False).row
-                    for at in batch
-                ]
-            )
-        for rows_of in groups:
-            rows = [row for row in rows_of() if row.part.n_elements > 0]
-            for double in (False, True):
-                own = [row for row in rows if row.leaf.float64 is double]
-                if not own:
-                    continue
-                pairs = [
-                    (
-                        Entry(name=row.leaf.name, models=row.leaf.model_views, base=row.leaf.base_view),
-                        row.part,
-                    )
-                    for row in own
-                ]
-                table, backend = table_of(pairs, double, team)
-                answers = backend.measure(table, Program(), [scalars] * len(own), wants, n_threads)
-                moments.update(zip((row.leaf.name for row in own), answers, strict=True))
-    return (
-        [one.name for one in leaves],
-        [one.base.numel() for one in leaves],
-        [moments.get(one.name, Moments.empty(len(found))) for one in leaves],
-        len(found),
-    )
 
 
 def _agreed(base: Weights, models: Iterable[Weights], call: Call, *, writes: bool) -> _Merge:

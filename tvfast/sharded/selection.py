@@ -1,8 +1,9 @@
 """Exact thresholds of keys that are spread over ranks, in few reductions for all of them together.
 
 A sample brackets every answer; its keys are edges, and one count of what equals them and lies between them
-usually hits the answer where keys tie, as those of 16-bit weights do. Otherwise the answer is between two edges,
-and the interval is cut evenly, twice for the keys of float32. The sample decides how often, never the answer.
+usually hits the answer where keys tie, as those of 16-bit weights do. Otherwise the answer is between two
+edges, and the interval is cut evenly, twice for the keys of float32. The sample decides how often, never the
+answer.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def select(
         n = group_sizes[search.query.group]
         if sample.n_elements != n:
             raise BackendError(
-                f"group {search.query.group} has {n} elements, and the ranks hold {sample.n_elements} of them; "
+                f"group {search.query.group} has {n} elements, and the ranks hold {sample.n_elements}; "
                 "expected every element on exactly one rank, or the same on all."
             )
         if sample.complete:
@@ -94,7 +95,7 @@ def select(
             dtype=torch.int64 if wide else torch.int32,
         )
         sizes = [2 * len(edges) for _, _, edges in asked]
-        for at, found in zip(still, team.sum(counts).split(sizes), strict=True):
+        for at, found in zip(still, torch.split(team.sum(counts), sizes), strict=True):
             answer = searches[at].narrow(found.tolist())
             searches[at].edges = []
             if answer is not None:
@@ -119,11 +120,10 @@ class _Sample:
         share = k / self.n_elements
         margin = _WIDTH * math.sqrt(n * share * (1.0 - share)) + _WIDTH
         low, high = max(0, math.floor(place - margin)), min(n - 1, math.ceil(place + margin))
-        edges = self.keys[low : high + 1].unique()
+        edges = torch.unique(self.keys[low : high + 1])
         if edges.numel() > _SAMPLE_EDGES:
-            edges = edges[
-                torch.linspace(0, edges.numel() - 1, _SAMPLE_EDGES).round().to(torch.int64)
-            ].unique()
+            evenly = torch.linspace(0, edges.numel() - 1, _SAMPLE_EDGES).round().to(torch.int64)
+            edges = edges[evenly]
         return [int(key) for key in edges]
 
 
@@ -172,8 +172,8 @@ def nth_equal(
 ) -> list[int]:
     """Places in the group of the r-th elements whose keys equal a value, in two reductions.
 
-    First how many there are in each of some equal blocks of the group, whose sums over ranks and blocks find the
-    block; then a bit for each place of that block.
+    First how many there are in each of some equal blocks of the group, whose sums over ranks and blocks find
+    the block; then a bit for each place of that block.
     """
     if not queries:
         return []
@@ -184,7 +184,7 @@ def nth_equal(
         for places in keys.positions((group, model), keys.key(value)):
             own += torch.bincount(places // block, minlength=own.numel())
         counts.append(own)
-    found = team.sum(torch.cat(counts)).split([own.numel() for own in counts])
+    found = torch.split(team.sum(torch.cat(counts)), [own.numel() for own in counts])
     inside: list[tuple[int, int]] = []  # block, how many of its equal elements come before
     for (_, _, _, rank), of_blocks in zip(queries, found, strict=True):
         upto = of_blocks.cumsum(0)
@@ -202,7 +202,7 @@ def nth_equal(
     ]
     result = []
     for own, block, (at, rank) in zip(
-        team.sum(torch.cat(packed)).split([p.numel() for p in packed]), blocks, inside, strict=True
+        torch.split(team.sum(torch.cat(packed)), [p.numel() for p in packed]), blocks, inside, strict=True
     ):
         bits = (own.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
         result.append(at * block + int(torch.nonzero(bits.view(-1))[rank]))

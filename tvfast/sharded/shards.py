@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 class Piece:
     """Consecutive elements of a shard whose places in the whole tensor follow one rule.
 
-    Element i of the piece has the global index offset + i // run * run_step + i % run; offset + i if run is 0.
+    Element i has the global index offset + i // run * run_step + i % run; offset + i if run is 0.
     """
 
     start: int  # within the shard
@@ -52,7 +52,7 @@ class Part:
         return math.prod(self.shape)
 
 
-def is_shard(placement: Any) -> bool:
+def is_shard(placement: Any) -> TypeGuard[Shard | _StridedShard]:
     """Whether a placement splits a tensor dimension."""
     return isinstance(placement, Shard | _StridedShard)
 

@@ -54,7 +54,7 @@ def totals(
         common = team.most(windows)
         parts, windows = _raised(parts, windows, common), common
         flat = torch.cat([parts.reshape(-1), kinds.reshape(-1), counts.reshape(-1)])
-        found = team.sum(flat).split([parts.numel(), kinds.numel(), counts.numel()])
+        found = torch.split(team.sum(flat), [parts.numel(), kinds.numel(), counts.numel()])
         parts, kinds, counts = (
             new.view(old.shape) for new, old in zip(found, (parts, kinds, counts), strict=True)
         )

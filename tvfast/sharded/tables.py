@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Row:
     leaf: Leaf
     part: Part
     out: Tensor | None
-    scores: LeafScores = LeafScores()
+    scores: LeafScores = field(default_factory=LeafScores)
 
 
 def sharded_tables(

@@ -1,4 +1,4 @@
-"""Methods outside the stage algebra: functions of whole tensors, which are gathered one at a time when asked."""
+"""Methods outside the stage algebra: whole tensors, gathered one at a time where that is asked for."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def check_whole(method: TensorMethod, leaves: Sequence[ShardedLeaf], statistics:
         apart = not all(is_whole(tensor) for tensor in (one.base, *one.models))
         if apart and method.fallback(tuple(one.base.shape), kinds, len(one.models)) is None:
             raise LayoutError(
-                f"tensor {one.name!r}: method {method.info.name!r} needs whole tensors, and this one has placements "
-                f"{described(one.base)}; expected replicas. Pass redistribute=True to gather such tensors on every "
-                "rank, one at a time."
+                f"tensor {one.name!r}: method {method.info.name!r} needs whole tensors, and this one has "
+                f"placements {described(one.base)}; expected replicas. Pass redistribute=True to gather such "
+                "tensors on every rank, one at a time."
             )
 
 
