@@ -157,12 +157,10 @@ CASES: list[tuple[Callable[[int], None], type[TvfastError], str]] = [
 
 def raises(rank: int, work: Callable[[int], None], kind: type[TvfastError]) -> str:
     """The message of the error that a call raises."""
-    try:
+    with pytest.raises(kind) as error:
         work(rank)
-    except TvfastError as error:
-        assert type(error) is kind, repr(error)
-        return str(error)
-    raise AssertionError("no error")
+    assert error.type is kind
+    return str(error.value)
 
 
 @pytest.mark.parametrize(("work", "kind", "text"), CASES, ids=lambda value: getattr(value, "__name__", ""))

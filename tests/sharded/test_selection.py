@@ -1,4 +1,4 @@
-"""Thresholds found from samples and counts are those of the table in one piece; so are places of equal keys."""
+"""Thresholds from samples and counts are those of a table in one piece; so are places of equal keys."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def check_alike(name: str, base: Tensor, models: Sequence[Tensor]) -> None:
         if not alike(base, tensor):
             raise LayoutError(
                 f"{where(name, role)} has placements {described(tensor)}, base has {described(base)}; "
-                "expected equal ones on one mesh. Pass redistribute=True to have them redistributed for the merge."
+                "expected equal ones on one mesh. Pass redistribute=True to have it redistributed for that."
             )
 
 

@@ -20,8 +20,8 @@ from tvfast.program import RankQuery, Threshold
 from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.keys import Keys, Stream
 
-_SAMPLE_OF_ALL = 2**20
-_FEWEST_SAMPLE, _LARGEST_SAMPLE = 2**11, 2**15  # keys of one stream, all ranks together
+_SAMPLE_OF_ALL = 2**19
+_FEWEST_SAMPLE, _LARGEST_SAMPLE = 2**11, 2**14  # keys of one stream, all ranks together
 _FEWEST_OF_RANK = 16
 _WIDTH = 5.0  # of a bracket to either side, in standard deviations of the sample
 _SAMPLE_EDGES = 512  # of one query, at most
@@ -70,7 +70,7 @@ def select(
     searches = [_Search(query, -1, keys.top + 1) for query in queries]
     answers: list[Threshold | None] = [None] * len(queries)
     streams = list(dict.fromkeys((query.group, query.model) for query in queries))
-    samples = dict(zip(streams, _samples(team, keys, streams), strict=True))
+    samples = dict(zip(streams, _samples(team, keys, streams, group_sizes), strict=True))
     for at, search in enumerate(searches):
         sample = samples[search.query.group, search.query.model]
         n = group_sizes[search.query.group]
@@ -127,17 +127,22 @@ class _Sample:
         return [int(key) for key in edges]
 
 
-def _samples(team: Communicator, keys: Keys, streams: Sequence[Stream]) -> list[_Sample]:
+def _samples(
+    team: Communicator, keys: Keys, streams: Sequence[Stream], group_sizes: Sequence[int]
+) -> list[_Sample]:
     """One gather of every rank's sample of every stream."""
     room = _clamp(_SAMPLE_OF_ALL // len(streams), _FEWEST_SAMPLE, _LARGEST_SAMPLE)
     room = max(_FEWEST_OF_RANK, -(-room // team.size))
-    long = keys.top >= _INT32
-    sent = torch.full((len(streams), room + 2), -1, dtype=torch.int64 if long else torch.int32)
-    for row, (n, found) in zip(sent, keys.sample(streams, room), strict=True):
+    rooms = [min(room, group_sizes[group]) for group, _ in streams]
+    kind = torch.int64 if keys.top >= _INT32 else torch.int32
+    sent = []
+    for own_room, (n, found) in zip(rooms, keys.sample(streams, room), strict=True):
+        row = torch.full((own_room + 2,), -1, dtype=kind)
         row[0], row[1] = n // _INT32, n % _INT32  # two words, which fit whatever the type is
-        row[2 : 2 + found.numel()] = found.to(sent.dtype)
-    gathered = team.gather(sent).to(torch.int64)
-    return [_sample(gathered[:, at]) for at in range(len(streams))]
+        row[2 : 2 + found.numel()] = found.to(kind)
+        sent.append(row)
+    gathered = team.gather(torch.cat(sent)).to(torch.int64)
+    return [_sample(rows) for rows in torch.split(gathered, [row.numel() for row in sent], 1)]
 
 
 def _sample(rows: Tensor) -> _Sample:
