@@ -24,7 +24,7 @@ def _serve(pipe: connection.Connection, rank: int) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=".*alltoall.*|.*sequential all_gather.*")
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.*returned a view")
     while (message := pipe.recv()) is not None:
         n, store, work, arguments = message
         try:
@@ -78,7 +78,10 @@ class Cluster:
     def _answer(self, rank: int) -> tuple[bool, Any]:
         if not self._pipes[rank].poll(TIMEOUT):
             raise AssertionError(f"rank {rank} did not return in {TIMEOUT} seconds")
-        answer: tuple[bool, Any] = self._pipes[rank].recv()
+        try:
+            answer: tuple[bool, Any] = self._pipes[rank].recv()
+        except EOFError:
+            raise AssertionError(f"rank {rank} died") from None
         return answer
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,22 @@ from tvfast.methods import ProgramMethod
 from tvfast.methods.base import float32
 from tvfast.ops._views import check_same, view
 from tvfast.ops.raw import Backend, Wants
-from tvfast.program import Divisor, Gain, Members, Program, Reduce, TensorScalars, View, Vote, WorkTable
+from tvfast.program import (
+    Divisor,
+    Gain,
+    Members,
+    Moments,
+    Program,
+    Reduce,
+    TensorScalars,
+    View,
+    Vote,
+    WorkTable,
+)
+
+Dots: TypeAlias = Callable[
+    [Sequence[int], Sequence[Tensor], Program, Sequence[TensorScalars], int], list[Moments]
+]
 
 
 def check_differentiable(method: ProgramMethod, program: Program) -> None:
@@ -41,12 +57,16 @@ def check_differentiable(method: ProgramMethod, program: Program) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TableGradient:
-    """dL/dw of the entries of one table whose coefficients are in `scalars`."""
+    """dL/dw of the entries of one table whose coefficients are in `scalars`.
+
+    `dots` finds products of gradients with the kept task vectors of entries that have no memory of their own.
+    """
 
     backend: Backend
     table: WorkTable
     program: Program
     scalars: Sequence[TensorScalars]
+    dots: Dots | None = None
 
     def rows(self, gradients: Mapping[str, Tensor], n_threads: int) -> list[list[float]]:
         """[entry][task]; zeros where a tensor has no gradient.
@@ -60,16 +80,10 @@ class TableGradient:
         places = [i for i, entry in enumerate(self.table.entries) if entry.name in gradients]
         if not places:
             return rows
-        entries = []
-        for place in places:
-            entry = self.table.entries[place]
-            score = _score(gradients[entry.name], entry.models[0], entry.name)
-            entries.append(replace(entry, out=None, scores=(score,) * n_tasks))
         own = [self.scalars[place] for place in places]
-        table = WorkTable(entries, n_tasks)
-        for place, moments, scalars in zip(
-            places, self.backend.measure(table, self.program, own, Wants.DOTS, n_threads), own, strict=True
-        ):
+        found = [gradients[self.table.entries[place].name] for place in places]
+        products = (self.dots or self._dots)(places, found, self.program, own, n_threads)
+        for place, moments, scalars in zip(places, products, own, strict=True):
             if len(moments.dots) != n_tasks:
                 raise BackendError(
                     f"backend {self.backend.name!r} has no products with scores; expected one that measures "
@@ -77,6 +91,22 @@ class TableGradient:
                 )
             rows[place] = _derivative(self.program, scalars, moments.dots)
         return rows
+
+    def _dots(
+        self,
+        places: Sequence[int],
+        gradients: Sequence[Tensor],
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int,
+    ) -> list[Moments]:
+        entries = []
+        for place, gradient in zip(places, gradients, strict=True):
+            entry = self.table.entries[place]
+            score = _score(gradient, entry.models[0], entry.name)
+            entries.append(replace(entry, out=None, scores=(score,) * self.table.n_models))
+        table = WorkTable(entries, self.table.n_models)
+        return self.backend.measure(table, program, scalars, Wants.DOTS, n_threads)
 
 
 def _score(gradient: Tensor, model: View, name: str) -> View:

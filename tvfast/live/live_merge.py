@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors
+from tvfast._leaves import Leaf, Weights, any_sharded, match, model_list, named_tensors
 from tvfast._scores import LeafScores, Scores, one_of, scores_of
 from tvfast.errors import ArgumentError, LayoutError
 from tvfast.live.coefficients import Coefficients, Columns, Grouping, columns_of, group_of
@@ -18,9 +20,15 @@ from tvfast.live.gradient import TableGradient, check_differentiable
 from tvfast.live.remembering import RememberingBackend
 from tvfast.merging import Planes, work_tables
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
+from tvfast.methods.base import own_values
 from tvfast.ops._check import number, threads
 from tvfast.ops._views import check_overlap, span, view
+from tvfast.ops.raw import Backend
 from tvfast.program import Program, TensorScalars, WorkTable, ZeroSign
+
+if TYPE_CHECKING:
+    from tvfast.sharded.agreement import Description
+    from tvfast.sharded.live import LiveShards
 
 
 @dataclass(slots=True)
@@ -28,6 +36,7 @@ class _Part:
     """One work table, what was measured of it, and the group of each of its entries."""
 
     table: WorkTable
+    backend: Backend
     statistics: TableStatistics
     groups: list[int]
     program: Program
@@ -92,27 +101,42 @@ class LiveMerge:
         n_threads: int = 0,
         **parameters: Any,
     ) -> None:
-        self._n_threads = threads(n_threads)
-        if (deltas is None) == (models is None):
-            given = "neither" if deltas is None else "both"
-            raise ArgumentError(
-                f"deltas and models: {given} given; expected exactly one: task vectors or fine-tuned weights."
-            )
-        operands = model_list(models if deltas is None else deltas)
-        self._method = _chosen(method, scale, parameters, len(operands), deltas is not None)
-        self._n_tasks = len(operands)
-        self._live, leaves = _leaves(model, base, operands)
-        role = "models" if deltas is None else "deltas"
-        _check_memory(self._live, leaves, role)
-        self._base = [leaf.base for leaf in leaves]
-        self._addresses = [leaf.base.data_ptr() for leaf in self._live]
-        name_group = group_of(by)
-        group_names = [str(name_group(leaf.name)) for leaf in leaves]
-        self.groups: tuple[str, ...] = tuple(dict.fromkeys(group_names))
-        numbers = {name: number for number, name in enumerate(self.groups)}
-        in_group = {leaf.name: numbers[name] for leaf, name in zip(leaves, group_names, strict=True)}
+        tasks = models if deltas is None else deltas
+        tasks = list(tasks) if isinstance(tasks, Iterator) else tasks
+        self._shards: LiveShards | None = None
+        with _agreed(model, base, tasks) as said:
+            self._n_threads = threads(n_threads)
+            if (deltas is None) == (models is None):
+                given = "neither" if deltas is None else "both"
+                raise ArgumentError(
+                    f"deltas and models: {given} given; expected exactly one: task vectors or fine-tuned "
+                    "weights."
+                )
+            operands = model_list(tasks)
+            self._method = _chosen(method, scale, parameters, len(operands), deltas is not None)
+            self._n_tasks = len(operands)
+            if said is None:
+                self._live, leaves = _leaves(model, base, operands)
+            else:
+                self._shards = _shards(said, self._method, model, base, operands)
+                self._live, leaves = self._shards.live, self._shards.rows
+            _check_memory(self._live, leaves, "models" if deltas is None else "deltas")
+            self._base = [leaf.base for leaf in leaves]
+            self._addresses = [leaf.base.data_ptr() for leaf in self._live]
+            name_group = group_of(by)
+            group_names = [str(name_group(leaf.name)) for leaf in leaves]
+            self.groups: tuple[str, ...] = tuple(dict.fromkeys(group_names))
+            numbers = {name: number for number, name in enumerate(self.groups)}
+            in_group = {leaf.name: numbers[name] for leaf, name in zip(leaves, group_names, strict=True)}
+            given_scores = one_of(stats, scores)
+            with torch.no_grad():
+                if self._shards is None:
+                    found = scores_of(self._method, leaves, given_scores, n_threads)
+                else:
+                    of_shards = self._shards.scores(self._method, given_scores, n_threads)
         with torch.no_grad():
-            found = scores_of(self._method, leaves, one_of(stats, scores), n_threads)
+            if self._shards is not None:
+                found = of_shards.completed(self._shards.team, n_threads)
             self._parts = self._measured(leaves, found, in_group, deltas is not None)
         self._scale = self._method.scale
         self._columns: Columns | None = None
@@ -127,14 +151,20 @@ class LiveMerge:
         deltas: bool,
     ) -> list[_Part]:
         """The tables with everything measured that coefficients do not change."""
-        outs = [leaf.base for leaf in self._live]
+        tables: Iterable[tuple[WorkTable, Backend]]
+        if self._shards is None:
+            outs = [leaf.base for leaf in self._live]
+            tables = work_tables(self._method, leaves, scores, outs, task_vectors=deltas)
+        else:
+            tables = self._shards.tables(self._method, scores, task_vectors=deltas)
         parts = []
-        for table, backend in list(work_tables(self._method, leaves, scores, outs, task_vectors=deltas)):
+        for table, backend in list(tables):
             remembering = RememberingBackend(backend)
-            statistics = TableStatistics(remembering, table, Planes(table).new, self._n_threads)
+            new_plane = Planes(table).new if self._shards is None else None
+            statistics = TableStatistics(remembering, table, new_plane, self._n_threads)
             program, scalars = self._method.resolve(statistics)
             groups = [in_group[entry.name] for entry in table.entries]
-            parts.append(_Part(table, statistics, groups, program, scalars))
+            parts.append(_Part(table, backend, statistics, groups, program, scalars))
         return parts
 
     @property
@@ -209,7 +239,8 @@ class LiveMerge:
         with torch.no_grad():
             for part in self._parts:
                 program, scalars = self._scalars(part, self._columns, self._scale)
-                one = TableGradient(part.statistics.backend, part.table, program, scalars)
+                dots = None if self._shards is None else partial(self._shards.dots, part.backend)
+                one = TableGradient(part.backend, part.table, program, scalars, dots)
                 for group, row in zip(part.groups, one.rows(found, self._n_threads), strict=True):
                     totals[group] = [a + b for a, b in zip(totals[group], row, strict=True)]
         return self._columns.alike(totals, self.groups)
@@ -269,7 +300,7 @@ class LiveMerge:
     def _gradients(self, grads: Weights | None) -> dict[str, Tensor]:
         """Gradients by the name of their leaf; those of tied tensors are added up."""
         if grads is None:
-            found = {leaf.name: g for leaf in self._live if (g := leaf.base.grad) is not None}
+            found = {name: g for name, tensor in self._tensors.items() if (g := tensor.grad) is not None}
             if not found:
                 raise ArgumentError(
                     "no live tensor has a .grad; expected gradients of the loss: call loss.backward() first, "
@@ -305,11 +336,18 @@ class LiveMerge:
                     "expected it where it was. Make a new LiveMerge after model.to(...) or the like."
                 )
 
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The live tensors as they were given, by the name of their leaf."""
+        if self._shards is not None:
+            return self._shards.tensors
+        return {leaf.name: leaf.base for leaf in self._live}
+
     def _touch(self) -> None:
         """Tells autograd that the tensors were written: kernels write past it."""
-        for leaf in self._live:
-            if not leaf.base.is_inference():
-                torch.autograd.graph.increment_version(leaf.base)
+        for tensor in (*self._tensors.values(), *(leaf.base for leaf in self._live)):
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
 
 def _chosen(
@@ -338,6 +376,28 @@ def _chosen(
         )
     method.check_models(n_tasks)
     return method
+
+
+def _agreed(*weights: Any) -> AbstractContextManager[Description | None]:
+    """Where ranks hold shards, the check that all make the same call; nothing otherwise."""
+    if not any_sharded(*weights):
+        return nullcontext()
+    from tvfast.sharded.agreement import agreement_of
+
+    return agreement_of(*weights)
+
+
+def _shards(
+    said: Description,
+    method: ProgramMethod,
+    model: Weights,
+    base: Weights | None,
+    tasks: Sequence[Weights],
+) -> LiveShards:
+    from tvfast.sharded.live import LiveShards
+
+    said.add("the method", f"LiveMerge of {len(tasks)} tasks by {method.info.name}, {own_values(method)}")
+    return LiveShards.of(said, method, model, base, tasks)
 
 
 def _leaves(

@@ -31,8 +31,8 @@ def check_plain(tensor: Tensor, name: str, role: str) -> None:
     kind = type(tensor).__name__
     if kind == "DTensor":
         raise LayoutError(
-            f"{place} is a DTensor; expected a local tensor. Sharded leaves are not supported yet: "
-            "pass tensor.to_local() of a replicated tensor, or tensor.full_tensor()."
+            f"{place} is a DTensor; expected a local tensor. Pass tensor.to_local(), or merge it with "
+            "tvfast.merge_, which takes DTensors."
         )
     if tensor.is_meta:
         raise LayoutError(f"{place} is on the meta device and has no data; expected a materialised tensor.")

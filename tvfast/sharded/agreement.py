@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from tvfast import errors
 from tvfast.errors import ArgumentError, TvfastError
-from tvfast.sharded.communicator import Communicator
+from tvfast.sharded.communicator import Communicator, communicator_of
+from tvfast.sharded.layouts import team_meshes
 
 _DIGEST_BYTES = 32
 _OTHER_ERROR = TvfastError
@@ -19,8 +21,9 @@ _OTHER_ERROR = TvfastError
 
 @dataclass(slots=True)
 class Description:
-    """What has to be equal on every rank: a line for each choice and each tensor."""
+    """What has to be equal on every rank of a team: a line for each choice and each tensor."""
 
+    team: Communicator
     lines: list[str] = field(default_factory=list)
 
     def add(self, topic: str, value: object) -> None:
@@ -28,6 +31,11 @@ class Description:
 
     def digest(self) -> bytes:
         return hashlib.blake2b("\n".join(self.lines).encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+def agreement_of(*weights: Any) -> AbstractContextManager[Description]:
+    """`agreement` of the ranks on whose meshes the tensors lie."""
+    return agreement(communicator_of(team_meshes(*weights)))
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def agreement(team: Communicator) -> Iterator[Description]:
         TvfastError: the first failing rank's error, of its class, on every rank.
         ArgumentError: ranks differ; the first difference is named on every rank.
     """
-    description = Description()
+    description = Description(team)
     failure: Exception | None = None
     try:
         yield description

@@ -29,6 +29,7 @@ from tvfast.program import (
 from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.keys import LocalKeys
 from tvfast.sharded.selection import nth_equal, select
+from tvfast.sharded.shards import Part
 from tvfast.sharded.sums import totals
 
 _FOLLOW_RUNS = ("cpp", "reference")
@@ -45,6 +46,7 @@ class LocalTable:
         counted: whether this rank speaks for it among its replicas.
         whole: of each logical entry, whether every rank has all of it.
         double: whether arithmetic is float64.
+        tensors: of each logical entry this rank's shard, uncut, and where it lies.
     """
 
     table: WorkTable
@@ -52,6 +54,7 @@ class LocalTable:
     counted: list[bool]
     whole: list[bool]
     double: bool
+    tensors: list[tuple[Entry, Part]]
 
     def only(self, places: Sequence[int]) -> tuple[WorkTable, list[int]]:
         """A table of some of the pieces, and their rows."""

@@ -64,21 +64,24 @@ def alike(left: Tensor, right: Tensor) -> bool:
     return left.device_mesh == right.device_mesh and _plain(left) == _plain(right)
 
 
-def check_alike(name: str, base: Tensor, models: Sequence[Tensor]) -> None:
-    """Raise unless every model's tensor is laid out as the base's.
+def check_alike(name: str, base: Tensor, others: Sequence[Tensor], role: str = "models[{}]") -> None:
+    """Raise unless every other tensor is laid out as the base's.
+
+    Args:
+        role: what messages call the others, by number.
 
     Raises:
         LayoutError: naming the tensor, its placements and what to do.
     """
-    for role, tensor in [("base", base), *((f"models[{k}]", model) for k, model in enumerate(models))]:
+    for place, tensor in [("base", base), *((role.format(k), other) for k, other in enumerate(others))]:
         if is_partial(tensor):
             raise LayoutError(
-                f"{where(name, role)} has placements {described(tensor)}, sums that are not finished; "
+                f"{where(name, place)} has placements {described(tensor)}, sums that are not finished; "
                 "expected shards or replicas. Pass redistribute=True to have it redistributed for the merge."
             )
         if not alike(base, tensor):
             raise LayoutError(
-                f"{where(name, role)} has placements {described(tensor)}, base has {described(base)}; "
+                f"{where(name, place)} has placements {described(tensor)}, base has {described(base)}; "
                 "expected equal ones on one mesh. Pass redistribute=True to have it redistributed for that."
             )
 
@@ -161,10 +164,10 @@ def _plain(tensor: DTensor) -> Placements:
     return tuple(found)
 
 
-def team_meshes(base: Any, models: Any) -> list[DeviceMesh]:
-    """The different meshes of a call's tensors."""
+def team_meshes(*weights: Any) -> list[DeviceMesh]:
+    """The different meshes of the tensors of a call."""
     found: list[DeviceMesh] = []
-    for mesh in (*meshes_of(base), *meshes_of(models)):
+    for mesh in meshes_of(list(weights)):
         if mesh not in found:
             found.append(mesh)
     return found

@@ -48,7 +48,6 @@ class ShardedLeaf:
 def sharded_leaves(
     base: Weights,
     models: Sequence[Weights],
-    team: Communicator,
     said: Description,
     *,
     redistribute: bool,
@@ -70,7 +69,7 @@ def sharded_leaves(
         said.add(f"tensor {name!r}", _in_words(tensor, counterparts))
         for k, counterpart in enumerate(counterparts):
             check_same(name, f"models[{k}]", counterpart, "base", tensor)
-        _check_member(name, tensor, counterparts, team)
+        _check_member(name, tensor, counterparts, said.team)
         if not is_merged(name, tensor, counterparts, bare=isinstance(base, Tensor)):
             continue
         if not redistribute:
@@ -84,7 +83,7 @@ def sharded_leaves(
     seen: dict[Any, ShardedLeaf] = {}
     for name, tensor in base_tensors.items():
         if name in found:
-            part = part_of(tensor, team.ranks[0], team.rank)
+            part = part_of(tensor, said.team.ranks[0], said.team.rank)
             one = ShardedLeaf(name, tensor, together[name], found[name], part, found[name].aliases)
         elif name in apart:
             one = ShardedLeaf(name, tensor, apart[name], None, None)

@@ -11,10 +11,10 @@ from tvfast.errors import ArgumentError
 from tvfast.ops._check import threads
 from tvfast.ops.raw import Wants
 from tvfast.program import Entry, ModelScalars, Moments, Program, TensorScalars
-from tvfast.sharded.agreement import agreement
-from tvfast.sharded.communicator import Communicator, communicator_of
+from tvfast.sharded.agreement import agreement_of
+from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.exchange import batches, exchange
-from tvfast.sharded.layouts import local_of, team_meshes
+from tvfast.sharded.layouts import local_of
 from tvfast.sharded.leaves import ShardedLeaf, sharded_leaves
 from tvfast.sharded.tables import Row, table_of
 
@@ -23,18 +23,17 @@ def measure(
     base: Weights, models: Iterable[Weights], wants: Wants, *, n_threads: int, redistribute: bool
 ) -> tuple[dict[str, int], dict[str, Moments]]:
     """By name of each leaf how many elements it has, and the moments of its task vectors, over all ranks."""
-    team = communicator_of(team_meshes(base, models))
-    with agreement(team) as said:
+    with agreement_of(base, models) as said:
         threads(n_threads)
         found = model_list(models)
         if not found:
             raise ArgumentError("models is empty; expected at least one model.")
         said.add("the call", f"compare of {len(found)} models, redistribute={redistribute}")
-        leaves = sharded_leaves(base, found, team, said, redistribute=redistribute)
+        leaves = sharded_leaves(base, found, said, redistribute=redistribute)
     scalars = TensorScalars(models=[ModelScalars() for _ in found])
     moments = {one.name: Moments.empty(len(found)) for one in leaves}
     with torch.no_grad():
-        for rows in _rows(leaves, team):
+        for rows in _rows(leaves, said.team):
             for double in (False, True):
                 own = [row for row in rows if row.leaf.float64 is double and row.part.n_elements > 0]
                 if not own:
@@ -46,7 +45,7 @@ def measure(
                     )
                     for row in own
                 ]
-                table, backend = table_of(pairs, double, team)
+                table, backend = table_of(pairs, double, said.team)
                 answers = backend.measure(table, Program(), [scalars] * len(own), wants, n_threads)
                 moments.update(zip((row.leaf.name for row in own), answers, strict=True))
     return {one.name: one.base.numel() for one in leaves}, moments

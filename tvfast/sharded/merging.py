@@ -18,10 +18,10 @@ from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod
 from tvfast.methods.base import own_values
 from tvfast.ops._check import threads
 from tvfast.ops._views import check_overlap, span
-from tvfast.sharded.agreement import agreement
-from tvfast.sharded.communicator import Communicator, communicator_of
+from tvfast.sharded.agreement import agreement_of
+from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.exchange import batches, exchange
-from tvfast.sharded.layouts import as_dtensor, local_of, splits_rows, team_meshes
+from tvfast.sharded.layouts import as_dtensor, local_of, splits_rows
 from tvfast.sharded.leaves import ShardedLeaf, sharded_leaves
 from tvfast.sharded.scores import shard_scores
 from tvfast.sharded.tables import Row, sharded_tables
@@ -151,14 +151,13 @@ def merge(
 
 def _agreed(base: Weights, models: Iterable[Weights], call: Call, *, writes: bool) -> _Merge:
     """Every check of a call, and that all ranks make the same one."""
-    team = communicator_of(team_meshes(base, models))
-    with agreement(team) as said:
+    with agreement_of(base, models) as said:
         threads(call.n_threads)
         method = call.choose()
         found = model_list(models)
         method.check_models(len(found))
         said.add("the method", _in_words(method, len(found), call.redistribute, writes))
-        leaves = sharded_leaves(base, found, team, said, redistribute=call.redistribute)
+        leaves = sharded_leaves(base, found, said, redistribute=call.redistribute)
         if writes:
             _check_memory(leaves)
         else:
@@ -172,8 +171,10 @@ def _agreed(base: Weights, models: Iterable[Weights], call: Call, *, writes: boo
         if isinstance(method, TensorMethod) and not call.redistribute:
             check_whole(method, leaves, statistics)
     with torch.no_grad():
-        completed = [LeafScores()] * len(leaves) if scores is None else scores.completed(team, call.n_threads)
-    return _Merge(team, method, leaves, completed, statistics, call.n_threads)
+        completed = (
+            [LeafScores()] * len(leaves) if scores is None else scores.completed(said.team, call.n_threads)
+        )
+    return _Merge(said.team, method, leaves, completed, statistics, call.n_threads)
 
 
 def _in_words(method: Method, n_models: int, redistribute: bool, writes: bool) -> str:

@@ -69,7 +69,7 @@ def _table(
     from tvfast.merging import float64_backend
 
     n_models = len(entries[0].models)
-    local = LocalTable(WorkTable([], n_models), [], [], [], double)
+    local = LocalTable(WorkTable([], n_models), [], [], [], double, list(own))
     for place, (logical, (entry, part)) in enumerate(zip(entries, own, strict=True)):
         local.whole.append(part.whole)
         for piece in part.pieces:
