@@ -45,6 +45,8 @@ def fsdp(rank: int, mesh_shape: tuple[int, ...]) -> list[str]:
     for seed, one in enumerate(made[1:]):
         trained(one, seed)
     whole = [{name: t.full_tensor() for name, t in one.state_dict().items()} for one in made]
+    for state in whole:
+        state["3.weight"] = state["0.weight"]  # tied, as in the module
     for method, parameters in (
         ("ties", {"density": 0.4}),
         ("dare_ties", {"density": 0.5}),

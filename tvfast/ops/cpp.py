@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -211,7 +211,6 @@ class CppAccumulation:
     n_models: int
     isa: str
     tile: int
-    summed: list[bool] = field(default_factory=list)
 
     def measure(
         self,
@@ -222,7 +221,6 @@ class CppAccumulation:
         wants: Wants,
         n_threads: int = 0,
     ) -> None:
-        self.summed.append(bool(wants & ~(Wants.COUNTS | Wants.VOTES | Wants.ALONE)))
         self.native.measure(
             _native_table(part),
             program_tuple(program),
@@ -235,8 +233,7 @@ class CppAccumulation:
         )
 
     def states(self) -> AccumulatorStates:
-        windows, parts, nonfinite, counts = self.native.states()
-        return AccumulatorStates(windows, parts, nonfinite, counts, any(self.summed))
+        return AccumulatorStates(*self.native.states())
 
     def finish(self) -> list[Moments]:
         return [moments_of(answer, self.n_models) for answer in self.native.finish()]

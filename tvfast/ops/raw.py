@@ -36,6 +36,10 @@ class Wants(IntFlag):
     LAST = 256  # with GRAM: all that is needed of it is the diagonal, and products with the last model
 
 
+SUMS = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS
+"""Those that are sums in the accumulator; the others are counts."""
+
+
 class Backend(Protocol):
     """What every backend implements; `docs/architecture.md` gives the contract."""
 
@@ -112,14 +116,12 @@ class AccumulatorStates:
         parts: of each sum its high and its low total, in three parts of 42 bits each, lowest first.
         nonfinite: of each sum that of its addends that are not finite.
         counts: integers.
-        summed: whether any sum was asked for.
     """
 
     windows: list[int]
     parts: list[int]
     nonfinite: list[float]
     counts: list[int]
-    summed: bool
 
 
 class Accumulation(Protocol):

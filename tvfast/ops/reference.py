@@ -17,7 +17,7 @@ from tvfast.ops import _reference_stages as stages
 from tvfast.ops._exact_sum_torch import BinnedSum, ExactSum
 from tvfast.ops._reference_products import ReferenceProducts
 from tvfast.ops._reference_stages import Kept, Tile
-from tvfast.ops.raw import Wants
+from tvfast.ops.raw import SUMS, Wants
 from tvfast.program import (
     Entry,
     Keep,
@@ -35,7 +35,6 @@ from tvfast.program import (
 S = TypeVar("S")
 
 _TILE = 1 << 20  # elements; bounds the scratch memory to about 16 (K + 4) MiB at float64
-_SUMS = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS
 _BY_RANK = (Keep.RANDOM_BY_RANK, Keep.BAND_BY_RANK)
 
 
@@ -260,7 +259,7 @@ class Reference(ReferenceProducts):
             kept = stages.keep(tile, program, scalars)
             sums.take(tile, kept, wants, ExactSum.observe)
             self._count(tile, program, scalars, kept, wants, moments)
-        if wants & _SUMS:
+        if wants & SUMS:
             for tile in self._tiles(entry, program, scored):
                 sums.take(tile, stages.keep(tile, program, scalars), wants, ExactSum.add)
         moments.dots = [one.value() for one in sums.dots]

@@ -23,7 +23,6 @@ class TorchAccumulation:
         self._n_models = n_models
         self._sums: list[Sums[BinnedSum]] = [Sums.of(n_models, BinnedSum) for _ in range(n_entries)]
         self._counts = [Moments.empty(n_models) for _ in range(n_entries)]
-        self._summed = False
 
     def measure(
         self,
@@ -34,7 +33,6 @@ class TorchAccumulation:
         wants: Wants,
         n_threads: int = 0,
     ) -> None:
-        self._summed = self._summed or bool(wants & ~(Wants.COUNTS | Wants.VOTES | Wants.ALONE))
         for entry, row, own in zip(part.entries, rows, scalars, strict=True):
             self._reference.accumulate(entry, program, own, wants, self._sums[row], self._counts[row])
 
@@ -52,7 +50,7 @@ class TorchAccumulation:
             for of_models in (moments.n_kept, moments.n_nonzero, moments.n_nonfinite, moments.n_alone):
                 counts += of_models
             counts += [moments.n_base_nonfinite, moments.elected, moments.n_conflict]
-        return AccumulatorStates(windows, parts, nonfinite, counts, self._summed)
+        return AccumulatorStates(windows, parts, nonfinite, counts)
 
     def finish(self) -> list[Moments]:
         return moments_of_states(self.states(), self._n_models)

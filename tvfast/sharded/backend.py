@@ -135,7 +135,7 @@ class ShardedBackend:
         spread = [row for row, whole in enumerate(self.local.whole) if not whole]
         moments = sums.finish()
         if spread:
-            found = totals(sums.states(), spread, table.n_models, self.team)
+            found = totals(sums.states(), spread, table.n_models, self.team, wants)
             for row, total in zip(spread, found, strict=True):
                 moments[row] = total
         return moments

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tvfast.ops.raw import AccumulatorStates
+from tvfast.ops.raw import SUMS, AccumulatorStates, Wants
 from tvfast.program import Moments
 from tvfast.sharded.communicator import Communicator
 
@@ -34,12 +34,17 @@ class _Fields:
 
 
 def totals(
-    states: AccumulatorStates, rows: Sequence[int], n_models: int, team: Communicator | None
+    states: AccumulatorStates,
+    rows: Sequence[int],
+    n_models: int,
+    team: Communicator | None,
+    wants: Wants = SUMS,
 ) -> list[Moments]:
     """`Moments` of logical entries `rows` over all ranks, in two reductions; one if nothing was summed up.
 
     Args:
         team: None: of this rank alone.
+        wants: what was measured; it decides how often ranks speak, so it is not read from the states.
     """
     fields = _Fields(n_models)
     windows = _rows(torch.tensor(states.windows, dtype=torch.int32), fields.n_sums, rows)
@@ -50,7 +55,7 @@ def totals(
         torch.int64
     )
     parts = parts.view(len(rows), fields.n_sums, 2, _N_PARTS)
-    if team is not None and states.summed:
+    if team is not None and wants & SUMS:
         common = team.most(windows)
         parts, windows = _raised(parts, windows, common), common
         flat = torch.cat([parts.reshape(-1), kinds.reshape(-1), counts.reshape(-1)])
