@@ -107,12 +107,12 @@ def merge_(
         from tvfast.sharded import merging as sharded
 
         return sharded.merge_(
-            base, models, sharded.Call(choose, stats, scores, report, n_threads, redistribute)
+            base, models, sharded.Call(choose, instruct, stats, scores, report, n_threads, redistribute)
         )
     chosen = choose()
     leaves = _checked(base, models, instruct, chosen, n_threads)
     extra = _Extra.of(chosen, leaves, stats, scores, report, n_threads)
-    roles = _roles(chosen, len(leaves[0].models)) if leaves else []
+    roles = roles_of(chosen, len(leaves[0].models)) if leaves else []
     spans = [
         (
             span(leaf.base, leaf.name, "base", row),
@@ -164,7 +164,7 @@ def merge(
     if any_sharded(base, models, instruct):
         from tvfast.sharded import merging as sharded
 
-        call = sharded.Call(choose, stats, scores, report, n_threads, redistribute)
+        call = sharded.Call(choose, instruct, stats, scores, report, n_threads, redistribute)
         return sharded.merge(base, models, call, _like)
     chosen = choose()
     leaves = _checked(base, models, instruct, chosen, n_threads)
@@ -205,6 +205,16 @@ def _checked(
 ) -> list[Leaf]:
     """The leaves of a call whose arguments fit the method; an instruct model is the last of their models."""
     threads(n_threads)
+    found = operand_list(models, instruct, method)
+    return match(base, found, roles_of(method, len(found)))
+
+
+def operand_list(models: Iterable[Weights], instruct: Weights | None, method: Method) -> list[Weights]:
+    """The models of a method, and the instruct model as the last of them if it needs one.
+
+    Raises:
+        ArgumentError: too few or too many, or an instruct model where there should be none, or none.
+    """
     found = model_list(models)
     method.check_models(len(found))
     if method.info.needs_instruct != (instruct is not None):
@@ -214,11 +224,10 @@ def _checked(
             else f"method {method.info.name!r} compares task vectors with that of an instruct model, and "
             "instruct is None; expected it in the form of the base."
         )
-    found += [] if instruct is None else [instruct]
-    return match(base, found, _roles(method, len(found)))
+    return found if instruct is None else [*found, instruct]
 
 
-def _roles(method: Method, n_models: int) -> list[str]:
+def roles_of(method: Method, n_models: int) -> list[str]:
     """What messages call the operands beside the base."""
     named = ["instruct"] * method.info.needs_instruct
     return [f"models[{k}]" for k in range(n_models - len(named))] + named
@@ -286,22 +295,24 @@ def _tables(
     """
     by_method: dict[ProgramMethod, list[tuple[Leaf, LeafScores, Tensor]]] = {}
     for leaf, own, out in zip(leaves, scores, outs, strict=True):
-        aside = method.aside(leaf.name, len(leaf.models))
-        if aside is None:
-            by_method.setdefault(method, []).append((leaf, own, out))
-        elif aside.copied is None:
-            by_method.setdefault(aside.method, []).append((leaf, own, out))
-        else:
-            operands = zip((leaf.base, *leaf.models), (leaf.base_view, *leaf.model_views), strict=True)
-            tensor, seen = list(operands)[aside.copied]
-            lone = replace(leaf, models=(tensor,), model_views=(seen,))
-            by_method.setdefault(Passthrough(), []).append((lone, own, out))
+        chosen, mine = set_aside(method, leaf)
+        by_method.setdefault(chosen, []).append((mine, own, out))
     if by_method and method not in by_method:
         raise ArgumentError(method.nothing_ranked())
     for chosen, rows in by_method.items():
-        mine, own_scores, own_outs = zip(*rows, strict=True)
-        for table, backend in work_tables(chosen, mine, own_scores, own_outs):
+        of_chosen, own_scores, own_outs = zip(*rows, strict=True)
+        for table, backend in work_tables(chosen, of_chosen, own_scores, own_outs):
             yield chosen, table, backend
+
+
+def set_aside(method: ProgramMethod, leaf: Leaf) -> tuple[ProgramMethod, Leaf]:
+    """What merges a leaf, and its operands: the method itself, or what it has for tensors without a rule."""
+    aside = method.aside(leaf.name, len(leaf.models))
+    if aside is None or aside.copied is None:
+        return (method if aside is None else aside.method), leaf
+    operands = zip((leaf.base, *leaf.models), (leaf.base_view, *leaf.model_views), strict=True)
+    tensor, seen = list(operands)[aside.copied]
+    return Passthrough(), replace(leaf, models=(tensor,), model_views=(seen,))
 
 
 def work_tables(

@@ -33,6 +33,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "dare_ties": [{"density": [0.3, 0.5, 1.0]}, {"density": 0.4, "dialect": "paper"}],
     "della": [{"density": 0.5}, {"density": 0.5, "dialect": "paper", "epsilon": 0.2}],
     "della_linear": [{"density": 0.5}],
+    "lata": [{}, {"granularity": "module", "drop": "logarithmic"}, {"outside": "target"}],
     "magnitude_prune": [{"density": 0.3}],
     "nearswap": [{"t": 1e-3}],
     "slerp": [{"t": 0.3}],
@@ -75,16 +76,20 @@ def merges(
     mesh, wrong = mesh_of(mesh_shape), []
     for name, parameters in cases:
         base, *models = weights({key: SHAPES[key] for key in layouts}, dtype, seed, n_models_of(name))
-        scores = scores_for(name, base, len(models))
-        want = tvfast.merge(base, models, name, **scores, **parameters)
+        extra = {**scores_for(name, base, len(models)), **parameters}
+        want = tvfast.merge(base, models, name, **extra)
 
         def spread(one: dict[str, Any]) -> dict[str, Any]:
             return {key: layouts[key].place(tensor, mesh) for key, tensor in one.items()}
 
-        shards = {key: [spread(one) for one in value] for key, value in scores.items()}
+        shards = dict(extra)
+        if "scores" in extra:
+            shards["scores"] = [spread(one) for one in extra["scores"]]
+        if "instruct" in extra:
+            shards["instruct"] = spread(extra["instruct"])
         target, others = spread(base), [spread(model) for model in models]
-        fresh = tvfast.merge(target, others, name, redistribute=True, **shards, **parameters)
-        tvfast.merge_(target, others, name, redistribute=True, **shards, **parameters)
+        fresh = tvfast.merge(target, others, name, redistribute=True, **shards)
+        tvfast.merge_(target, others, name, redistribute=True, **shards)
         expected = spread(want)
         for key, tensor in expected.items():
             for verb, found in (("merge", fresh[key]), ("merge_", target[key])):

@@ -64,24 +64,21 @@ def alike(left: Tensor, right: Tensor) -> bool:
     return left.device_mesh == right.device_mesh and _plain(left) == _plain(right)
 
 
-def check_alike(name: str, base: Tensor, others: Sequence[Tensor], role: str = "models[{}]") -> None:
-    """Raise unless every other tensor is laid out as the base's.
-
-    Args:
-        role: what messages call the others, by number.
+def check_alike(name: str, base: Tensor, others: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise unless every other tensor, which messages call by its role, is laid out as the base's.
 
     Raises:
         LayoutError: naming the tensor, its placements and what to do.
     """
-    for place, tensor in [("base", base), *((role.format(k), other) for k, other in enumerate(others))]:
+    for role, tensor in [("base", base), *others]:
         if is_partial(tensor):
             raise LayoutError(
-                f"{where(name, place)} has placements {described(tensor)}, sums that are not finished; "
+                f"{where(name, role)} has placements {described(tensor)}, sums that are not finished; "
                 "expected shards or replicas. Pass redistribute=True to have it redistributed for the merge."
             )
         if not alike(base, tensor):
             raise LayoutError(
-                f"{where(name, place)} has placements {described(tensor)}, base has {described(base)}; "
+                f"{where(name, role)} has placements {described(tensor)}, base has {described(base)}; "
                 "expected equal ones on one mesh. Pass redistribute=True to have it redistributed for that."
             )
 

@@ -51,34 +51,40 @@ def sharded_leaves(
     said: Description,
     *,
     redistribute: bool,
+    roles: Sequence[str] = (),
 ) -> list[ShardedLeaf]:
     """The floating-point leaves in the order of the base; what must be equal on all ranks goes into `said`.
+
+    Args:
+        roles: what messages call the models; () for models[0], models[1], ...
 
     Raises:
         StateDictError, ShapeError, DeviceError, DTypeError: as `_leaves.match`.
         LayoutError: layouts differ and `redistribute` is not set; or this rank has no part of a tensor.
     """
     base_tensors = named_tensors(base, "base")
-    model_tensors = [named_tensors(model, f"models[{k}]") for k, model in enumerate(models)]
-    for k, tensors in enumerate(model_tensors):
-        check_names(base_tensors, tensors, f"models[{k}]")
+    called = list(roles) or [f"models[{k}]" for k in range(len(models))]
+    model_tensors = [named_tensors(model, role) for model, role in zip(models, called, strict=True)]
+    for tensors, role in zip(model_tensors, called, strict=True):
+        check_names(base_tensors, tensors, role)
     together: dict[str, tuple[Tensor, ...]] = {}
     apart: dict[str, tuple[Tensor, ...]] = {}
     for name, tensor in base_tensors.items():
         counterparts = tuple(tensors[name] for tensors in model_tensors)
         said.add(f"tensor {name!r}", _in_words(tensor, counterparts))
-        for k, counterpart in enumerate(counterparts):
-            check_same(name, f"models[{k}]", counterpart, "base", tensor)
-        _check_member(name, tensor, counterparts, said.team)
-        if not is_merged(name, tensor, counterparts, bare=isinstance(base, Tensor)):
+        roled = list(zip(called, counterparts, strict=True))
+        for role, counterpart in roled:
+            check_same(name, role, counterpart, "base", tensor)
+        _check_member(name, [("base", tensor), *roled], said.team)
+        if not is_merged(name, tensor, roled, bare=isinstance(base, Tensor)):
             continue
         if not redistribute:
-            check_alike(name, tensor, counterparts)
+            check_alike(name, tensor, roled)
         if all(alike(tensor, other) for other in (tensor, *counterparts)):
             together[name] = counterparts
         else:
             apart[name] = counterparts
-    found = {leaf.name: leaf for leaf in _matched(base_tensors, together)}
+    found = {leaf.name: leaf for leaf in _matched(base_tensors, together, called)}
     leaves: list[ShardedLeaf] = []
     seen: dict[Any, ShardedLeaf] = {}
     for name, tensor in base_tensors.items():
@@ -100,13 +106,15 @@ def sharded_leaves(
     return leaves
 
 
-def _matched(base: Mapping[str, Tensor], models: Mapping[str, tuple[Tensor, ...]]) -> list[Leaf]:
+def _matched(
+    base: Mapping[str, Tensor], models: Mapping[str, tuple[Tensor, ...]], roles: Sequence[str]
+) -> list[Leaf]:
     if not models:
         return []
-    n_models = len(next(iter(models.values())))
     return match(
         {name: local_of(base[name]) for name in models},
-        [{name: local_of(found[k]) for name, found in models.items()} for k in range(n_models)],
+        [{name: local_of(found[k]) for name, found in models.items()} for k in range(len(roles))],
+        roles,
     )
 
 
@@ -116,8 +124,8 @@ def leaf_of(name: str, base: Tensor, models: Sequence[Tensor]) -> Leaf:
     return Leaf(name, base, tuple(models), view(base, name, "base", float64=True), views)
 
 
-def _check_member(name: str, base: Tensor, models: Sequence[Tensor], team: Communicator) -> None:
-    for role, tensor in [("base", base), *((f"models[{k}]", model) for k, model in enumerate(models))]:
+def _check_member(name: str, roled: Sequence[tuple[str, Tensor]], team: Communicator) -> None:
+    for role, tensor in roled:
         mesh = getattr(tensor, "device_mesh", None)
         if mesh is not None and mesh.get_coordinate() is None:
             raise LayoutError(

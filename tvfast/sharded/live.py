@@ -128,6 +128,6 @@ def _row(leaf: Leaf, *, copies: bool) -> Leaf:
 
 def _score(name: str, gradient: Tensor, live: Tensor) -> View:
     check_same(name, "grads", gradient, "model", live)
-    check_alike(name, live, [gradient], "grads")
+    check_alike(name, live, [("grads", gradient)])
     local = local_of(gradient.detach()).contiguous()
     return view(local, name, "grads", float64=live.dtype == torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tvfast._leaves import Weights, model_list, named_tensors
+from tvfast._leaves import Weights, named_tensors
 from tvfast._scores import LeafScores
 from tvfast.errors import ArgumentError
 from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod
@@ -39,6 +39,7 @@ class Call:
     """
 
     choose: Callable[[], Method]
+    instruct: Weights | None
     stats: Iterable[Any] | None
     scores: Iterable[Any] | None
     report: list[str] | None
@@ -105,9 +106,16 @@ class _Merge:
                 exchanged.give_back()
 
     def _combine(self, method: ProgramMethod, rows: Sequence[Row]) -> None:
-        for table, backend in list(sharded_tables(method, rows, self.team)):
-            program, scalars = method.resolve(TableStatistics(backend, table, None, self.n_threads))
-            backend.combine(table, program, scalars, self.n_threads)
+        from tvfast.merging import set_aside
+
+        by_method: dict[ProgramMethod, list[Row]] = {}
+        for row in rows:
+            chosen, leaf = set_aside(method, row.leaf)
+            by_method.setdefault(chosen, []).append(replace(row, leaf=leaf))
+        for chosen, own in by_method.items():
+            for table, backend in list(sharded_tables(chosen, own, self.team)):
+                program, scalars = chosen.resolve(TableStatistics(backend, table, None, self.n_threads))
+                backend.combine(table, program, scalars, self.n_threads)
 
 
 def merge_(base: W, models: Iterable[Weights], call: Call) -> W:
@@ -151,19 +159,23 @@ def merge(
 
 def _agreed(base: Weights, models: Iterable[Weights], call: Call, *, writes: bool) -> _Merge:
     """Every check of a call, and that all ranks make the same one."""
-    with agreement_of(base, models) as said:
+    from tvfast.merging import operand_list, roles_of
+
+    with agreement_of(base, models, call.instruct) as said:
         threads(call.n_threads)
         method = call.choose()
-        found = model_list(models)
-        method.check_models(len(found))
+        found = operand_list(models, call.instruct, method)
         said.add("the method", _in_words(method, len(found), call.redistribute, writes))
-        leaves = sharded_leaves(base, found, said, redistribute=call.redistribute)
+        leaves = sharded_leaves(
+            base, found, said, redistribute=call.redistribute, roles=roles_of(method, len(found))
+        )
         if writes:
             _check_memory(leaves)
         else:
             _check_copyable(base)
         scores = None
         if isinstance(method, ProgramMethod):
+            _check_ranked(method, leaves)
             scores = shard_scores(method, leaves, call.stats, call.scores, call.n_threads)
         elif call.scores is not None:
             raise ArgumentError(f"method {method.info.name!r} reads no scores; expected stats.")
@@ -183,6 +195,12 @@ def _in_words(method: Method, n_models: int, redistribute: bool, writes: bool) -
     return (
         f"{verb} {method.info.name} of {n_models} models, {own_values(method)}, redistribute={redistribute}"
     )
+
+
+def _check_ranked(method: ProgramMethod, leaves: Sequence[ShardedLeaf]) -> None:
+    """Raise if the method has a rule for none of the tensors."""
+    if leaves and all(method.aside(one.name, len(one.models)) is not None for one in leaves):
+        raise ArgumentError(method.nothing_ranked())
 
 
 def _check_copyable(base: Weights) -> None:

@@ -141,7 +141,7 @@ def _localised(scores: Any, leaves: Sequence[ShardedLeaf], role: str) -> dict[st
             tensor = tensors[name]
             check_same(name, role, tensor, "base", one.base)
             if isinstance(tensor, DTensor):
-                check_alike(name, one.base, [tensor], role)
+                check_alike(name, one.base, [(role, tensor)])
                 found[name] = local_of(tensor)
             else:
                 found[name] = _Place(one.base).cut(tensor)
