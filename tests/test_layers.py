@@ -224,6 +224,17 @@ LAYERS = {
         exactly=("tvfast",),
         outside=("torch", "transformers"),
     ),
+    # `tvfast sweep`: recipes are read as merges read them, and merged live or as files.
+    "tvfast.sweeping": Layer(
+        inside=("tvfast.errors", "tvfast.recipe", "tvfast.search", "tvfast.live", "tvfast.methods"),
+        exactly=("tvfast", "tvfast.checkpoint.reading", "tvfast.engine.reading"),
+        outside=("torch", "transformers", "matplotlib"),
+    ),
+    # Coefficients are searched by numbers alone, and learned through live weights.
+    "tvfast.search": Layer(
+        inside=("tvfast.errors",), outside=("cma", "numpy"), exactly=("tvfast.search.learning",)
+    ),
+    "tvfast.search.learning": Layer(inside=("tvfast.errors", "tvfast.live"), outside=("torch",)),
     "tvfast.demo": Layer(exactly=PUBLIC, outside=("torch", "numpy", "sklearn", "matplotlib", "safetensors")),
     "tvfast.recipe": Layer(inside=("tvfast.errors", "tvfast.dtypes", "tvfast.methods"), outside=("yaml",)),
     "tvfast.engine": Layer(
@@ -294,6 +305,7 @@ LAYERS = {
             "tvfast.checkpoint.factors",
             "tvfast.checkpoint.reading",
             "tvfast.collection",
+            "tvfast.sweeping",
         ),
         outside=("torch",),
     ),

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tvfast import analysis as analysis
     from tvfast import curvature as curvature
     from tvfast import errors as errors
     from tvfast import importance as importance
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tvfast import methods as methods
     from tvfast import ops as ops
     from tvfast import program as program
+    from tvfast import search as search
     from tvfast import statistics as statistics
     from tvfast.checkpoints import Plan as Plan
     from tvfast.checkpoints import Progress as Progress
@@ -56,6 +58,7 @@ _HOMES = {
     "Report": "tvfast.checkpoints",
 }
 _MODULES = (
+    "analysis",
     "curvature",
     "errors",
     "importance",
@@ -64,6 +67,7 @@ _MODULES = (
     "methods",
     "ops",
     "program",
+    "search",
     "statistics",
 )
 
@@ -77,6 +81,7 @@ __all__ = [
     "Recipe",
     "Report",
     "__version__",
+    "analysis",
     "compare",
     "curvature",
     "errors",
@@ -93,6 +98,7 @@ __all__ = [
     "ops",
     "plan",
     "program",
+    "search",
     "statistics",
 ]
 

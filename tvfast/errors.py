@@ -71,5 +71,9 @@ class RankError(MergeError):
     """A rank of a merge by several failed, is lost, or was asked for another merge than the others."""
 
 
+class EvaluationError(TvfastError, RuntimeError):
+    """A function that judges merges raised, or returned something else than numbers."""
+
+
 class PeerError(TvfastError, ImportError):
     """A library that an integration accelerates is missing, or of a version that it does not know."""

@@ -41,7 +41,7 @@ def test_help_names_every_command_and_starts_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
-    for name in ("merge", "plan", "inspect", "collect", "methods", "doctor", "bench", "demo"):
+    for name in ("merge", "plan", "inspect", "sweep", "collect", "methods", "doctor", "bench", "demo"):
         assert f"\n    {name} " in done.stdout
 
 

@@ -24,6 +24,7 @@ from tvfast.cli import (
     mergekit_yaml,
     methods,
     plan,
+    sweep,
 )
 from tvfast.cli.signals import INTERRUPTED, Stopped
 from tvfast.errors import ArgumentError, RecipeError, TvfastError, UnknownNameError
@@ -34,6 +35,7 @@ _COMMANDS = (
     mergekit_yaml,
     plan,
     inspect,
+    sweep,
     collect,
     extract_lora,
     methods,

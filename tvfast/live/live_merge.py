@@ -245,6 +245,11 @@ class LiveMerge:
                     totals[group] = [a + b for a, b in zip(totals[group], row, strict=True)]
         return self._columns.alike(totals, self.groups)
 
+    def zero_grad(self) -> None:
+        """Drop the gradients of the live tensors, as `torch.optim.Optimizer.zero_grad` does."""
+        for leaf in self._live:
+            leaf.base.grad = None
+
     def restore(self) -> None:
         """Put θ₀ back, bit for bit (rounded once where `base` has a wider dtype)."""
         self._check_usable()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tvfast.errors import RecipeError
-from tvfast.recipe.document import MAX_CHARACTERS, compose_all, from_mapping, plain_data
+from tvfast.recipe.document import MAX_CHARACTERS, Value, compose_all, from_mapping, plain_data
 from tvfast.recipe.keys import OWN_KEYS, method_keys
 from tvfast.recipe.parsing import read_recipe
 from tvfast.recipe.recipe import Recipe, Slice, Source
@@ -26,6 +26,7 @@ __all__ = [
     "TokenRule",
     "Tokenizer",
     "ZeroRow",
+    "documents_of",
     "load_recipe",
     "names_in_recipes",
     "parse_recipe",
@@ -72,6 +73,15 @@ def parse_recipe(text: str, where: str) -> Recipe:
     """
     documents = compose_all(text.removeprefix("\ufeff"), where)
     return read_recipe(documents[0], text) if len(documents) == 1 else read_stages(documents, text)
+
+
+def documents_of(path: str) -> list[Value]:
+    """The YAML documents of a file, unread: for files that hold more than a recipe.
+
+    Raises:
+        RecipeError: there is no such file, or it is no YAML; with file and line.
+    """
+    return compose_all(_read(path).removeprefix("\ufeff"), path)
 
 
 def names_in_recipes(method: str) -> dict[str, str]:
