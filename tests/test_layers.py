@@ -223,6 +223,8 @@ LAYERS = {
         ),
         exactly=("tvfast",),
         outside=("torch", "transformers"),
+    "tvfast.analysis": Layer(
+        inside=("tvfast.errors", "tvfast.live"), outside=("torch", "numpy", "fairlearn", "matplotlib")
     ),
     # `tvfast sweep`: recipes are read as merges read them, and merged live or as files.
     "tvfast.sweeping": Layer(
