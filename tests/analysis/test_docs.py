@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "analysis.md"
 
@@ -15,16 +14,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "analysis.md"
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="the demo's images are scikit-learn's")
     pytest.importorskip("fairlearn", reason="fairness is computed by fairlearn")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small lose more to waiting threads than they gain
     examples = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(examples) == 5
     names: dict[str, Any] = {}
-    try:
-        for example in examples:
-            exec(compile(example, str(PAGE), "exec"), names)
-    finally:
-        torch.set_num_threads(threads)
+    for example in examples:
+        exec(compile(example, str(PAGE), "exec"), names)
     assert names["found"].n_forward == 50
     assert names["found"].error[1, 1] == 0.0
     assert len(names["rows"]) == 3

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from tests.cli.families import Family, make_family
+from tests.threads import one_torch_thread
+
+__all__ = ["one_torch_thread"]
 
 FUNCTIONS = '''
 """What the tests ask of a merge."""
