@@ -223,6 +223,7 @@ LAYERS = {
         ),
         exactly=("tvfast",),
         outside=("torch", "transformers"),
+    ),
     "tvfast.analysis": Layer(
         inside=("tvfast.errors", "tvfast.live"), outside=("torch", "numpy", "fairlearn", "matplotlib")
     ),

@@ -163,7 +163,8 @@ def tables(seeds: Sequence[Seed]) -> str:
     head = (
         f"{ABOUT}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent; entropy in "
         f"nats, mean of the first and last 50 steps. Adam, {STEPS} steps of {BATCH} images of each task from "
-        f"{START:g}; a learning rate of {PUBLISHED:g} is the authors'. Penalty: experts fine-tuned with TAK's, as above."
+        f"{START:g}; a learning rate of {PUBLISHED:g} is the authors'. Penalty: experts "
+        "fine-tuned with TAK's, as above."
     )
     heads = ["merge", "chosen on", "accuracy", "entropy at first", "in the end"]
     return "\n\n".join([head, table(heads, rows), table(["claim", "held in"], _claims(seeds))]) + "\n"
