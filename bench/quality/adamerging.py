@@ -6,7 +6,6 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import tvfast
 from bench.quality.digits import Digits
 from bench.quality.experiment import PENALTY, PLAIN, fine_tuned
 from bench.quality.merges import curvature_of
-from bench.quality.spread import Seed, spread, table, won
+from bench.quality.spread import Say, Seed, spread, table, won
 from bench.quality.suites import Batch
 from bench.quality.training import accuracy
 from tvfast import search
@@ -57,7 +56,7 @@ WAYS = {
 """By how the experts were fine-tuned."""
 
 
-def run(seed: int) -> dict[str, Any]:
+def run(seed: int, say: Say = lambda line: None) -> Seed:
     """Accuracies in percent on test images, means over tasks, of every way to coefficients."""
     suite = Digits(seed)
     base = suite.base()
@@ -67,6 +66,7 @@ def run(seed: int) -> dict[str, Any]:
     for regime, ways in WAYS.items():
         penalised = spared if regime == PENALTY else None
         experts = fine_tuned(suite, base, seed, penalised, tangent=False).models
+        say(f"seed {seed}, {regime}")
         one: dict[str, Any] = {
             "experts": statistics.fmean(
                 accuracy(suite, expert, task.test) for expert, task in zip(experts, suite.tasks, strict=True)
@@ -124,7 +124,7 @@ class Images:
             yield self._pixels[torch.randint(len(self._pixels), (BATCH,), generator=generator)]
 
 
-def tables(seeds: Sequence[Seed]) -> str:
+def text(about: str, seeds: Sequence[Seed]) -> str:
     """Every way to coefficients, and what the claims came to."""
     rows = [["base", "", spread(seeds, lambda seed: seed["base"]), "", ""]]
     for regime, ways in WAYS.items():
@@ -161,17 +161,13 @@ def tables(seeds: Sequence[Seed]) -> str:
                 [f"{regime}: {kind}", f"unlabelled {images}", spread(seeds, _test(regime, way)), *entropies]
             )
     head = (
-        f"{ABOUT}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent; entropy in "
+        f"{about}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent; entropy in "
         f"nats, mean of the first and last 50 steps. Adam, {STEPS} steps of {BATCH} images of each task from "
         f"{START:g}; a learning rate of {PUBLISHED:g} is the authors'. Penalty: experts "
         "fine-tuned with TAK's, as above."
     )
     heads = ["merge", "chosen on", "accuracy", "entropy at first", "in the end"]
     return "\n\n".join([head, table(heads, rows), table(["claim", "held in"], _claims(seeds))]) + "\n"
-
-
-def draw(seeds: Sequence[Seed], path: Path) -> None:
-    """There is no picture of it."""
 
 
 def _claims(seeds: Sequence[Seed]) -> list[list[str]]:

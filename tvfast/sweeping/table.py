@@ -71,6 +71,8 @@ class Table:
                     )
                 self._file = self._continued()
             else:
+                for name in (CSV, JSON, PICTURE, BEST):  # an older sweep's
+                    (folder / name).unlink(missing_ok=True)
                 self._file = self._path.open("w", encoding="utf-8")
                 self._write({"sweep": self._described})
         except OSError as error:
