@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any
 
 import tvfast
+from tvfast.checkpoint.dcp_layout import make_dcp_layout
 from tvfast.checkpoint.layout import Layout, make_layout
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.engine.arguments import check_integer
@@ -197,9 +198,11 @@ def prepare(
         check_integer("seed", seed, -(2**63), "an integer of 64 bits", 2**64)
     checkpoints = open_models(recipe, known)
     binding = bind(recipe, checkpoints, seed=seed)
-    layout = make_layout(
-        [tensor for task in binding.tasks for tensor in task.described], recipe.shard_bytes, {}
-    )
+    described = [tensor for task in binding.tasks for tensor in task.described]
+    if recipe.out_format == "dcp":
+        layout = make_dcp_layout(described, recipe.shard_bytes)
+    else:
+        layout = make_layout(described, recipe.shard_bytes, {})
     plan, device = planned(binding, layout, setting, share_of(setting.ranks, binding.tasks, layout))
     seed = recipe.seed if seed is None else seed
     return Prepared(recipe, checkpoints, binding, plan, seed, device, identities, setting)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from tvfast.checkpoint.reading import open_checkpoint
 from tvfast.checkpoint.stored import Piece, Stored
 from tvfast.engine.assembly import Assembly
 from tvfast.engine.reading import tensor_in_memory
-from tvfast.errors import CheckpointError
+from tvfast.errors import ArgumentError, CheckpointError
 
 SHAPES = {
     "embed.weight": (37, 24),
@@ -271,3 +272,118 @@ def test_the_files_of_a_checkpoint_are_its_headers(rows: Path) -> None:
         "__0_0.distcp",
         "__1_0.distcp",
     }
+
+
+# -- writing --------------------------------------------------------------------------------------------
+
+
+def _load(rank: int, port: int, folder: str, n: int) -> None:
+    """Into DTensors of two processes, and compare with the safetensors beside."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (n,))
+    expected = load(Path(folder) / "safe")
+    found = {name: distribute_tensor(torch.zeros_like(t), mesh, [Shard(0)]) for name, t in expected.items()}
+    dcp.load(found, checkpoint_id=f"{folder}/dcp")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].full_tensor(), tensor), name
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same merge as safetensors and as a distributed checkpoint of several files."""
+    folder = tmp_path_factory.mktemp("written")
+    for seed in range(3):
+        write_checkpoint(folder / f"{seed}", state(seed))
+    models = [folder / "1", folder / "2"]
+    plain = recipe(folder, folder / "0", models, "ties", out_shard_size="1KB")
+    tvfast.merge_checkpoints(plain, folder / "safe")
+    own = recipe(folder, folder / "0", models, "ties", tvfast={"out_format": "dcp", "out_shard_size": "1KB"})
+    tvfast.merge_checkpoints(own, folder / "dcp")
+    return folder
+
+
+def test_torch_loads_what_is_written(written: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    expected = load(written / "safe")
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        dcp.load(found, checkpoint_id=written / "dcp")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    files = {path.name for path in (written / "dcp").iterdir()}
+    assert {".metadata", "__0_0.distcp", "__0_1.distcp", "tvfast_manifest.json", "config.json"} <= files
+    assert not any(name.endswith((".safetensors", ".index.json")) for name in files)
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    ranks = [context.Process(target=_load, args=(rank, port, str(written), 2)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_torch_converts_what_is_written_to_one_file(written: Path, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(written / "dcp", tmp_path / "model.pt")
+    found, expected = torch.load(tmp_path / "model.pt"), load(written / "safe")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_is_written_is_read_verified_and_replaced(written: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(written / "dcp")
+    for name, tensor in load(written / "safe").items():
+        assert torch.equal(tensor_of(checkpoint.tensors[name]), tensor), name
+    own = written / "ties.yaml"
+    assert tvfast.merge_checkpoints(own, written / "dcp", resume=True).finished_before
+    shutil.copytree(written / "dcp", tmp_path / "out")
+    plain = recipe(tmp_path, written / "0", [written / "1"], "linear", base_model=None)
+    tvfast.merge_checkpoints(plain, tmp_path / "out", overwrite=True)
+    assert not list((tmp_path / "out").glob("*.distcp"))
+    assert not (tmp_path / "out" / ".metadata").exists()
+
+
+def test_ranks_write_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    merged(tmp_path / "logs", ["merge", written / "ties.yaml", tmp_path / "out"], 2)
+    for path in (written / "dcp").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["sizes-of-32-bits", "zip64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
+def test_an_entry_is_a_file_of_torch(
+    dtype: torch.dtype, shape: tuple[int, ...], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    from tvfast.checkpoint import dcp_entry
+    from tvfast.checkpoint.pytorch import TORCH_NAMES
+
+    if large:
+        monkeypatch.setattr(dcp_entry, "_ZIP64_FROM", 0)
+    tensor = (torch.randn(shape) * 3).to(dtype)
+    data = tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    entry = dcp_entry.make_entry(TORCH_NAMES[str(dtype)], shape, len(data), 128)
+    assert (128 + len(entry.before)) % 64 == 0
+    found = torch.load(io.BytesIO(entry.before + data + entry.after), weights_only=True)
+    assert (found.dtype, found.shape) == (dtype, tensor.shape)
+    assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_a_type_that_torch_does_not_know_is_refused() -> None:
+    from tvfast.checkpoint.dcp_layout import make_dcp_layout
+
+    with pytest.raises(ArgumentError, match="'t' has storage type 'F4', which torch does not know"):
+        make_dcp_layout([("t", "F4", (4,))], 100)

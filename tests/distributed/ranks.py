@@ -21,7 +21,13 @@ from typing import Any
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as tvfast.distributed does before torch is loaded
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "tvfast.distributed", "tests.distributed.ranks"]
+    [
+        "torch.distributed.tensor",
+        "torch.distributed.checkpoint",
+        "tvfast.distributed",
+        "tvfast.checkpoints",
+        "tests.distributed.ranks",
+    ]
 )
 
 

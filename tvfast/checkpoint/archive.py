@@ -15,11 +15,11 @@ from tvfast.errors import CheckpointError
 _MOST_DIRECTORY_BYTES = 2**26
 _MOST_COMMENT_BYTES = 2**16 - 1
 
-_LOCAL = Struct("<4s5H3I2H")
-_CENTRAL = Struct("<4s6H3I5H2I")
-_END = Struct("<4s4H2IH")
-_LOCATOR = Struct("<4sIQI")
-_END_64 = Struct("<4sQ2H2I4Q")
+LOCAL = Struct("<4s5H3I2H")
+CENTRAL = Struct("<4s6H3I5H2I")
+END = Struct("<4s4H2IH")
+LOCATOR = Struct("<4sIQI")
+END_64 = Struct("<4sQ2H2I4Q")
 
 _END_MAGIC = b"PK\x05\x06"
 _ENCRYPTED = 1
@@ -92,12 +92,12 @@ def place(file: OpenFile, archive: Archive, name: str) -> int:
             f"{where}: is compressed (method {member.compression}); expected stored bytes. "
             "Load it with torch.load(path, weights_only=True) and save it again."
         )
-    if member.local + _LOCAL.size > archive.start:
+    if member.local + LOCAL.size > archive.start:
         raise damaged(where, f"its header at byte {member.local} lies beyond the members' end")
-    fields = _LOCAL.unpack(file.read(_LOCAL.size, member.local))
+    fields = LOCAL.unpack(file.read(LOCAL.size, member.local))
     if fields[0] != b"PK\x03\x04":
         raise damaged(where, f"no zip header at byte {member.local}")
-    start: int = member.local + _LOCAL.size + fields[-2] + fields[-1]
+    start: int = member.local + LOCAL.size + fields[-2] + fields[-1]
     if start + member.n_bytes > archive.start:
         raise damaged(where, f"its {member.n_bytes} bytes at {start} go beyond the members' end")
     return start
@@ -105,22 +105,22 @@ def place(file: OpenFile, archive: Archive, name: str) -> int:
 
 def _end_record(file: OpenFile) -> tuple[int, int, int]:
     """Number of members, length and offset of the central directory."""
-    n_tail = min(file.n_bytes, _END.size + _MOST_COMMENT_BYTES)
+    n_tail = min(file.n_bytes, END.size + _MOST_COMMENT_BYTES)
     tail = file.read(n_tail, file.n_bytes - n_tail)
     found = tail.rfind(_END_MAGIC)
-    if found < 0 or found + _END.size > n_tail:
+    if found < 0 or found + END.size > n_tail:
         raise CheckpointError(
             f"{file.path}: is a zip file without its end: its directory, which is written last, is not in "
             f"the {file.n_bytes} bytes. The file was cut; download or save it again."
         )
-    _, disk, first_disk, _, n_members, n_bytes, start, _ = _END.unpack_from(tail, found)
-    locator = file.n_bytes - n_tail + found - _LOCATOR.size
+    _, disk, first_disk, _, n_members, n_bytes, start, _ = END.unpack_from(tail, found)
+    locator = file.n_bytes - n_tail + found - LOCATOR.size
     if locator >= 0 and (n_members == 2**16 - 1 or 2**32 - 1 in (n_bytes, start)):
-        magic, _, record, _ = _LOCATOR.unpack(file.read(_LOCATOR.size, locator))
+        magic, _, record, _ = LOCATOR.unpack(file.read(LOCATOR.size, locator))
         if magic == b"PK\x06\x07":
-            if record + _END_64.size > locator:
+            if record + END_64.size > locator:
                 raise damaged(file.path, f"its zip64 end record at byte {record} lies beyond the file's end")
-            fields = _END_64.unpack(file.read(_END_64.size, record))
+            fields = END_64.unpack(file.read(END_64.size, record))
             if fields[0] != b"PK\x06\x06":
                 raise damaged(file.path, f"no zip64 end record at byte {record}")
             disk, first_disk, _, n_members, n_bytes, start = fields[4:]
@@ -133,12 +133,12 @@ def _members(raw: bytes, path: str) -> dict[str, Member]:
     members: dict[str, Member] = {}
     position = 0
     while position < len(raw):
-        if position + _CENTRAL.size > len(raw) or raw[position : position + 4] != b"PK\x01\x02":
+        if position + CENTRAL.size > len(raw) or raw[position : position + 4] != b"PK\x01\x02":
             raise damaged(path, f"no member at byte {position} of its zip directory")
-        fields = _CENTRAL.unpack_from(raw, position)
+        fields = CENTRAL.unpack_from(raw, position)
         flags, compression, n_packed, n_bytes = fields[3], fields[4], *fields[8:10]
         n_name, n_extra, n_comment, disk, _, _, local = fields[10:]
-        name_end = position + _CENTRAL.size + n_name
+        name_end = position + CENTRAL.size + n_name
         position = name_end + n_extra + n_comment
         if position > len(raw):
             raise damaged(path, "its zip directory ends within a member")

@@ -33,11 +33,18 @@ class Shard:
         name: of the file.
         header: its first bytes, up to where data starts: a multiple of `PAGE`.
         n_bytes: of the whole file.
+        fills: what is known of it besides: (offset, bytes), ascending.
     """
 
     name: str
     header: bytes
     n_bytes: int
+    fills: tuple[tuple[int, bytes], ...] = ()
+
+    @property
+    def data_bytes(self) -> int:
+        """Of tensors."""
+        return self.n_bytes - len(self.header) - sum(len(data) for _, data in self.fills)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +62,17 @@ class Layout:
 
     Attributes:
         shards: in the order of their tensors.
-        places: of every tensor, in file order; within a shard they follow each other without holes.
-        index: bytes of `model.safetensors.index.json`; None where there is one shard.
+        places: of every tensor, in file order; between them are the shards' fills, and no holes.
+        index: bytes of the file that names all shards; None where there is none.
         n_bytes: of all shards, headers included.
+        index_name: of that file.
     """
 
     shards: tuple[Shard, ...]
     places: dict[str, Place]
     index: bytes | None
     n_bytes: int
+    index_name: str = INDEX_NAME
 
 
 def make_layout(tensors: Sequence[Described], shard_bytes: int, metadata: Mapping[str, str]) -> Layout:
@@ -84,12 +93,12 @@ def make_layout(tensors: Sequence[Described], shard_bytes: int, metadata: Mappin
     if shard_bytes < 1:
         raise ArgumentError(f"shard_bytes is {shard_bytes}; expected at least 1.")
     notes = _checked_metadata(metadata)
-    sizes = _checked_sizes(tensors)
-    cut = _cut(sizes, shard_bytes)
-    names = _shard_names(len(cut))
+    sizes = checked_sizes(tensors)
+    members_of = cut(sizes, shard_bytes)
+    names = _shard_names(len(members_of))
     shards: list[Shard] = []
     places: dict[str, Place] = {}
-    for number, (name, members) in enumerate(zip(names, cut, strict=True)):
+    for number, (name, members) in enumerate(zip(names, members_of, strict=True)):
         header, offsets = _header(name, [tensors[i] for i in members], [sizes[i] for i in members], notes)
         for i, offset in zip(members, offsets, strict=True):
             places[tensors[i][0]] = Place(number, len(header) + offset, sizes[i])
@@ -113,7 +122,7 @@ def file_header(
         ArgumentError: a name twice, a shape, dtype or metadata that the format cannot hold.
         CheckpointError: a header above the 100 MB that readers accept.
     """
-    header, _ = _header(where, tensors, _checked_sizes(tensors), _checked_metadata(metadata), at_least)
+    header, _ = _header(where, tensors, checked_sizes(tensors), _checked_metadata(metadata), at_least)
     return header
 
 
@@ -128,7 +137,12 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(notes.items()))
 
 
-def _checked_sizes(tensors: Iterable[Described]) -> list[int]:
+def checked_sizes(tensors: Iterable[Described]) -> list[int]:
+    """Bytes of each tensor.
+
+    Raises:
+        ArgumentError: as `make_layout`.
+    """
     sizes: list[int] = []
     seen: set[str] = set()
     for name, dtype, shape in tensors:
@@ -154,7 +168,7 @@ def _checked_sizes(tensors: Iterable[Described]) -> list[int]:
     return sizes
 
 
-def _cut(sizes: Sequence[int], shard_bytes: int) -> list[list[int]]:
+def cut(sizes: Sequence[int], shard_bytes: int) -> list[list[int]]:
     """Positions of the tensors of each shard; one empty shard for no tensors."""
     shards: list[list[int]] = [[]]
     filled = 0

@@ -21,7 +21,7 @@ from tvfast.errors import CheckpointError
 
 _WRAPPERS = ("state_dict", "model")
 _UNTYPED = "UntypedStorage"
-_KINDS = {
+KINDS = {
     "BoolStorage": "BOOL",
     "ByteStorage": "U8",
     "CharStorage": "I8",
@@ -34,7 +34,7 @@ _KINDS = {
     "DoubleStorage": "F64",
     "ComplexFloatStorage": "C64",
 }
-_DTYPES = {
+TORCH_NAMES = {
     "torch.bool": "BOOL",
     "torch.uint8": "U8",
     "torch.int8": "I8",
@@ -173,9 +173,9 @@ class _Storages:
 
 def _dtype(view: View, where: str) -> str:
     if view.storage.kind == _UNTYPED:
-        found, dtype = view.dtype or "untyped", _DTYPES.get(view.dtype or "")
+        found, dtype = view.dtype or "untyped", TORCH_NAMES.get(view.dtype or "")
     else:
-        found, dtype = f"torch.{view.storage.kind}", _KINDS.get(view.storage.kind)
+        found, dtype = f"torch.{view.storage.kind}", KINDS.get(view.storage.kind)
     if dtype is None:
         raise CheckpointError(
             f"{where}: its type is {shown(found)}, which safetensors files do not know; expected one of "

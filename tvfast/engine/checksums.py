@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tvfast.checkpoint.layout import Shard
-from tvfast.engine.journal import Coverage
+from tvfast.engine.journal import Coverage, Record
 from tvfast.engine.memory import Arena, Block
 from tvfast.errors import MergeError, OutputError
 from tvfast.ops.host import crc32c, crc32c_combine
@@ -56,6 +57,16 @@ def combined(parts: Iterable[tuple[int, int | None]]) -> int | None:
             return None
         total = crc32c_combine(total, crc, n_bytes)
     return total
+
+
+def known_coverage(number: int, shard: Shard) -> Coverage:
+    """What is finished of a shard's data before any tensor is: its fills."""
+    coverage = Coverage()
+    for offset, data in shard.fills:
+        memory = ctypes.create_string_buffer(data, len(data))
+        crc = crc32c(ctypes.addressof(memory), len(data))
+        coverage.add(Record(number, offset, len(data), crc))
+    return coverage
 
 
 def shard_checksum(shard: Shard, path: str, coverage: Coverage) -> int:

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
-from tvfast.checkpoint.layout import INDEX_NAME, Layout
+from tvfast.checkpoint.layout import Layout
 from tvfast.engine.checksums import file_checksum
 from tvfast.engine.durable import output_error, replace_file
 from tvfast.errors import OutputError
@@ -112,6 +112,8 @@ def layout_digest(layout: Layout) -> str:
     for shard in layout.shards:
         digest.update(f"{shard.name}\0{shard.n_bytes}\0{len(shard.header)}\0".encode())
         digest.update(shard.header)
+        for offset, data in shard.fills:
+            digest.update(f"{offset}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()
 
 
@@ -177,7 +179,7 @@ def _verify_files(out: str, layout: Layout, crcs: Mapping[str, tuple[int, int]])
             read = "cannot be read" if crc is None else f"has crc32c {crc:08x}"
             raise OutputError(f"{path}: {read}, the manifest beside it says {expected:08x}. {again}")
     if layout.index is not None:
-        path = os.path.join(out, INDEX_NAME)
+        path = os.path.join(out, layout.index_name)
         try:
             with open(path, "rb") as file:
                 index = file.read(len(layout.index) + 1)

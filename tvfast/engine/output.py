@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from tvfast.checkpoint.dcp import METADATA_NAME
 from tvfast.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from tvfast.engine.durable import output_error
 from tvfast.engine.manifest import FINISHED_NAME
@@ -15,8 +16,8 @@ from tvfast.errors import OutputError
 
 STAGING_NAME = ".tvfast"
 
-_ENTRIES = (INDEX_NAME, SINGLE_NAME, "pytorch_model.bin.index.json", "pytorch_model.bin")
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors|pytorch_model.*\.bin")
+_ENTRIES = (INDEX_NAME, SINGLE_NAME, METADATA_NAME, "pytorch_model.bin.index.json", "pytorch_model.bin")
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors|pytorch_model.*\.bin|__\d+_\d+\.distcp")
 _WEIGHTS = (".safetensors", ".bin")
 _MOST_LISTED = 5
 

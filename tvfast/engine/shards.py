@@ -86,8 +86,9 @@ class ShardFiles:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
                 try:
                     allocate(fd, shard.n_bytes)
-                    if os.pread(fd, len(shard.header), 0) != shard.header:
-                        write_fully(fd, memoryview(shard.header), 0, PIECE_BYTES)
+                    for offset, data in ((0, shard.header), *shard.fills):
+                        if os.pread(fd, len(data), offset) != data:
+                            write_fully(fd, memoryview(data), offset, PIECE_BYTES)
                 finally:
                     os.close(fd)
             except OSError as error:

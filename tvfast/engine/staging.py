@@ -11,9 +11,9 @@ from typing import Any
 
 from tvfast.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
 from tvfast.engine import commit
-from tvfast.engine.checksums import Range, checksums, shard_checksum
+from tvfast.engine.checksums import Range, checksums, known_coverage, shard_checksum
 from tvfast.engine.durable import output_error, sync_file, sync_folder, write_file
-from tvfast.engine.journal import Coverage, Journal, Record
+from tvfast.engine.journal import Journal, Record
 from tvfast.engine.locking import FolderLock
 from tvfast.engine.manifest import (
     FINISHED_NAME,
@@ -64,11 +64,11 @@ class Staging:
         self._folder = os.path.join(out, STAGING_NAME)
         self._files = os.path.join(self._folder, commit.FILES_NAME)
         self._shards = ShardFiles(self._files, layout, self._forget)
-        self._coverage = [Coverage() for _ in layout.shards]
+        self._coverage = [known_coverage(number, shard) for number, shard in enumerate(layout.shards)]
         self._guard = threading.Lock()
         self._lock: FolderLock | None = None
         self._journal: Journal | None = None
-        self._found: frozenset[Record] = frozenset()
+        self._found = frozenset(record for coverage in self._coverage for record in coverage.records)
         self._companions: list[str] = []
 
     @classmethod
@@ -127,7 +127,7 @@ class Staging:
         """
         staging = cls(os.path.realpath(out), layout, full_identity(identity, layout))
         staging.adopt(found)
-        staging._found = frozenset(found)
+        staging._found |= frozenset(found)
         staging.finished = finished
         if not finished:
             staging._journal = Journal(os.path.join(staging._folder, f"{_JOURNAL_NAME}{_OF_RANK}{rank}"))
@@ -207,7 +207,7 @@ class Staging:
     def _accept_finished(self) -> None:
         self.warnings += verify_finished(self.out, self._manifest.identity, self._layout)
         self.finished = True
-        self.n_resumed_bytes = sum(shard.n_bytes - len(shard.header) for shard in self._layout.shards)
+        self.n_resumed_bytes = sum(shard.data_bytes for shard in self._layout.shards)
 
     def _check_startable(self, resume: bool) -> None:
         here = entries(self.out)
@@ -310,7 +310,7 @@ class Staging:
         for record, crc in zip(latest.values(), checksums(ranges), strict=True):
             if crc == record.crc32c:
                 self._coverage[record.shard].add(record)
-        self.n_resumed_bytes = sum(coverage.n_bytes for coverage in self._coverage)
+        self.n_resumed_bytes = sum(record.n_bytes for record in self.new_records())
 
     def _is_inside(self, record: Record) -> bool:
         if record.shard >= len(self._layout.shards):
@@ -383,7 +383,7 @@ class Staging:
 
     def _forget(self, shard: int) -> None:
         with self._guard:
-            self._coverage[shard] = Coverage()
+            self._coverage[shard] = known_coverage(shard, self._layout.shards[shard])
             if self._journal is not None:
                 self._journal.rewrite(r for coverage in self._coverage for r in coverage.records)
 
@@ -396,7 +396,8 @@ class Staging:
         """
         self._open_journal()
         parts = name.split("/")
-        ours = {INDEX_NAME, SINGLE_NAME, FINISHED_NAME, *(shard.name for shard in self._layout.shards)}
+        ours = {INDEX_NAME, SINGLE_NAME, FINISHED_NAME, self._layout.index_name}
+        ours |= {shard.name for shard in self._layout.shards}
         if name in ours or parts[0] == STAGING_NAME or any(part in ("", ".", "..") for part in parts):
             raise ArgumentError(f"{name!r} cannot be the name of a file beside the weights.")
         self._stage(name, data)
@@ -431,8 +432,8 @@ class Staging:
         self._shards.sync()
         *shards, last = [shard.name for shard in self._layout.shards]
         if self._layout.index is not None:
-            shards, last = [*shards, last], INDEX_NAME
-            self._stage(INDEX_NAME, self._layout.index)
+            shards, last = [*shards, last], self._layout.index_name
+            self._stage(last, self._layout.index)
         self._stage(FINISHED_NAME, finished_manifest(self._manifest.identity, self._layout, crcs))
         moves = (*shards, *self._companions, FINISHED_NAME, last)
         retired = old_weights(self.out) if self._manifest.overwrite else ()

@@ -48,6 +48,7 @@ _OWN = (
     "on_missing_scale",
     "lora_merge_dtype",
     "instruct",
+    "out_format",
 )
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
@@ -140,6 +141,7 @@ class _Reader:
             on_missing_stats=self._word("on_missing_stats", _ON_MISSING_STATS) or "error",
             lora_merge_dtype=self._dtype_of(self.own.get("lora_merge_dtype")),
             on_missing_scale=self._word("on_missing_scale", _ON_MISSING_SCALE) or "error",
+            out_format=self._word("out_format", _OUT_FORMAT) or "safetensors",
             adapters=self.references.adapters,
             instruct=self.instruct,
             name=name,
@@ -464,6 +466,7 @@ class _Reader:
 _NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate")
 _ON_MISSING_STATS: tuple[Literal["error"], Literal["plain"]] = ("error", "plain")
 _ON_MISSING_SCALE: tuple[Literal["error"], Literal["one"]] = ("error", "one")
+_OUT_FORMAT: tuple[Literal["safetensors"], Literal["dcp"]] = ("safetensors", "dcp")
 _ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
 
 

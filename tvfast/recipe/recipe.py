@@ -97,6 +97,7 @@ class Recipe:
         warnings: what was ignored.
         adapters: models that are a base with an adapter added: (path of the base, path of the adapter).
         lora_merge_dtype: what these sums are rounded to; None: the type of the base's tensor.
+        out_format: of the output: safetensors, or a distributed checkpoint of torch.
         on_missing_scale: what 8-bit codes without factors mean: an error, or numbers as they are.
         instruct: the instruct model of the base, as written; None: the method compares with none.
     """
@@ -129,6 +130,7 @@ class Recipe:
     lora_merge_dtype: str | None = None
     on_missing_scale: Literal["error", "one"] = "error"
     instruct: str | None = None
+    out_format: Literal["safetensors", "dcp"] = "safetensors"
 
     @property
     def reads_base(self) -> bool:
