@@ -1,6 +1,7 @@
 """Write a family of checkpoints as sparse files: true headers and sizes, holes for data.
 
 python -m bench.checkpoints.sparse OUT --shape 70b     Llama-3.1-70B: 4 x 141 GB of holes
+python -m bench.checkpoints.sparse OUT --shape 405b    Llama-3.1-405B: 4 x 812 GB of holes
 python -m bench.checkpoints.sparse OUT --shape 2g      one tensor of over 2^31 elements, a few not zero
 """
 
@@ -16,26 +17,30 @@ from tvfast.checkpoint.layout import make_layout
 Described = tuple[str, str, tuple[int, ...]]
 
 SHARD_BYTES = 4_700_000_000
-HIDDEN, LAYERS, INTERMEDIATE, VOCABULARY, KEYS = 8192, 80, 28672, 128256, 1024
+VOCABULARY, KEYS = 128256, 1024
 
 
-def llama_70b() -> list[Described]:
-    """Names and shapes of Llama-3.1-70B."""
-    tensors = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN))]
-    for layer in range(LAYERS):
+LLAMAS = {"70b": (8192, 80, 28672), "405b": (16384, 126, 53248)}
+"""Hidden size, layers and intermediate size of Llama 3.1."""
+
+
+def llama(hidden: int, layers: int, intermediate: int) -> list[Described]:
+    """Names and shapes of one of them."""
+    tensors = [("model.embed_tokens.weight", (VOCABULARY, hidden))]
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         tensors += [
-            (prefix + "input_layernorm.weight", (HIDDEN,)),
-            (prefix + "self_attn.q_proj.weight", (HIDDEN, HIDDEN)),
-            (prefix + "self_attn.k_proj.weight", (KEYS, HIDDEN)),
-            (prefix + "self_attn.v_proj.weight", (KEYS, HIDDEN)),
-            (prefix + "self_attn.o_proj.weight", (HIDDEN, HIDDEN)),
-            (prefix + "post_attention_layernorm.weight", (HIDDEN,)),
-            (prefix + "mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)),
-            (prefix + "mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)),
-            (prefix + "mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)),
+            (prefix + "input_layernorm.weight", (hidden,)),
+            (prefix + "self_attn.q_proj.weight", (hidden, hidden)),
+            (prefix + "self_attn.k_proj.weight", (KEYS, hidden)),
+            (prefix + "self_attn.v_proj.weight", (KEYS, hidden)),
+            (prefix + "self_attn.o_proj.weight", (hidden, hidden)),
+            (prefix + "post_attention_layernorm.weight", (hidden,)),
+            (prefix + "mlp.gate_proj.weight", (intermediate, hidden)),
+            (prefix + "mlp.up_proj.weight", (intermediate, hidden)),
+            (prefix + "mlp.down_proj.weight", (hidden, intermediate)),
         ]
-    tensors += [("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (VOCABULARY, HIDDEN))]
+    tensors += [("model.norm.weight", (hidden,)), ("lm_head.weight", (VOCABULARY, hidden))]
     return [(name, "BF16", shape) for name, shape in tensors]
 
 
@@ -67,7 +72,8 @@ def write(folder: Path, tensors: list[Described], model: int, *, values: bool) -
         (folder / "model.safetensors.index.json").write_bytes(layout.index)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
     if len(tensors) > 3:
-        config |= {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}  # type: ignore[dict-item]
+        sizes = {"hidden_size": tensors[0][2][1], "num_hidden_layers": len(tensors) // 9}
+        config |= {**sizes, "vocab_size": VOCABULARY}  # type: ignore[dict-item]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -75,9 +81,9 @@ def main() -> None:
     """Write base, ft1, ft2 and ft3."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shape", choices=("70b", "2g"), required=True)
+    parser.add_argument("--shape", choices=(*LLAMAS, "2g"), required=True)
     options = parser.parse_args()
-    tensors = llama_70b() if options.shape == "70b" else over_2g()
+    tensors = over_2g() if options.shape == "2g" else llama(*LLAMAS[options.shape])
     for model, name in enumerate(("base", "ft1", "ft2", "ft3")):
         write(options.out / name, tensors, model, values=options.shape == "2g")
 

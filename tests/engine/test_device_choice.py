@@ -28,6 +28,26 @@ __all__ = ["small_units"]
 GB = 10**9
 
 
+def test_ranks_of_a_machine_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no number is given; `cuda:1` is one for all."""
+    asked = []
+
+    def find(name: str) -> SimpleNamespace:
+        asked.append(name)
+        if name == "cuda:2":
+            raise BackendError("device 'cuda:2' does not exist; found 2 GPU(s).")
+        return SimpleNamespace(traits=SimpleNamespace(description="a card"))
+
+    monkeypatch.setattr(devices, "no_driver", lambda: None)
+    monkeypatch.setattr(devices, "find", find)
+    for name, rank in (("auto", 0), ("auto", 1), ("cuda", 1), ("cuda:1", 0)):
+        assert choose(name, rank).device is not None
+    assert asked == ["cuda:0", "cuda:1", "cuda:1", "cuda:1"]
+    assert choose("auto", 2).device is None
+    with pytest.raises(BackendError, match="does not exist"):
+        choose("cuda", 2)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = write_family(tmp_path_factory.mktemp("family"), {"a": (30, 40), "b": (7,)})

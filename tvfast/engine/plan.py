@@ -244,7 +244,8 @@ def make_plan(
     if device:
         _check_runs_there(tasks, device)
     on_device = plan_device(single, groups, device, device_memory) if device else None
-    beside = binding.vocabulary_bytes + (TORCH_BYTES if share else 0)
+    loads_torch = device or any(task.tensor for task in single)  # and counts it already
+    beside = binding.vocabulary_bytes + (TORCH_BYTES if share and not loads_torch else 0)
     budget = _budget(groups, single, threads, memory, on_device, beside, per_host)
     arena, n_workers = budget.arena, budget.n_workers
     if on_device:
