@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,21 +37,24 @@ class _Search:
     query: RankQuery
     below: int
     over: int
-    edges: list[int] = field(default_factory=list)
+    edges: Tensor | None = None
 
-    def narrow(self, counts: Sequence[int]) -> tuple[int, int, int] | None:
+    def narrow(self, counts: Tensor) -> tuple[int, int, int] | None:
         """The answer (key, n_greater, n_equal) from what all ranks counted at the edges, if an edge is it."""
-        n_from = 0  # keys from the edge in hand on
-        for place in reversed(range(len(self.edges))):
-            edge, n_equal, n_above = self.edges[place], counts[2 * place], counts[2 * place + 1]
-            n_greater = n_from + n_above
-            if self.query.k <= n_greater:
-                self.below = edge
-                return None
-            if self.query.k <= n_greater + n_equal:
-                return edge, n_greater, n_equal
-            n_from = n_greater + n_equal
-            self.over = edge
+        assert self.edges is not None
+        n_equal = counts[0::2]
+        n_from = (n_equal + counts[1::2]).flip(0).cumsum(0).flip(0)  # keys from an edge on; they fall
+        place = int((n_from >= self.query.k).sum()) - 1
+        if place < 0:
+            self.over = int(self.edges[0])
+            return None
+        n_greater = int(n_from[place] - n_equal[place])
+        edge = int(self.edges[place])
+        if self.query.k > n_greater:
+            return edge, n_greater, int(n_equal[place])
+        self.below = edge
+        if place + 1 < self.edges.numel():
+            self.over = int(self.edges[place + 1])
         return None
 
 
@@ -86,18 +89,19 @@ def select(
     while still := [at for at, answer in enumerate(answers) if answer is None]:
         most = _clamp(_EDGES_OF_ALL // len(still), _FEWEST_EDGES, _LARGEST_EDGES)
         for at in still:
-            if not searches[at].edges:
+            if searches[at].edges is None:
                 searches[at].edges = _even(searches[at].below, searches[at].over, most)
-        asked = [(s.query.group, s.query.model, s.edges) for s in (searches[at] for at in still)]
+        open_ones = [(searches[at], edges) for at in still if (edges := searches[at].edges) is not None]
+        asked = [(search.query.group, search.query.model, edges.tolist()) for search, edges in open_ones]
         wide = max(group_sizes[group] for group, _, _ in asked) >= _INT32
         counts = torch.tensor(
             [count for row in keys.partition(asked) for count in row],
             dtype=torch.int64 if wide else torch.int32,
         )
         sizes = [2 * len(edges) for _, _, edges in asked]
-        for at, found in zip(still, torch.split(team.sum(counts), sizes), strict=True):
-            answer = searches[at].narrow(found.tolist())
-            searches[at].edges = []
+        for at, found in zip(still, torch.split(team.sum(counts).to(torch.int64), sizes), strict=True):
+            answer = searches[at].narrow(found)
+            searches[at].edges = None
             if answer is not None:
                 answers[at] = Threshold(keys.number(answer[0]), answer[1], answer[2])
     return [answer for answer in answers if answer is not None]
@@ -112,7 +116,7 @@ class _Sample:
     n_elements: int
     complete: bool
 
-    def edges(self, k: int) -> list[int]:
+    def edges(self, k: int) -> Tensor:
         """Sampled keys around the place of the k-th largest."""
         n = self.keys.numel()
         above = self.weights.flip(0).cumsum(0).flip(0)  # elements from a key on
@@ -124,7 +128,7 @@ class _Sample:
         if edges.numel() > _SAMPLE_EDGES:
             evenly = torch.linspace(0, edges.numel() - 1, _SAMPLE_EDGES).round().to(torch.int64)
             edges = edges[evenly]
-        return [int(key) for key in edges]
+        return edges
 
 
 def _samples(
@@ -164,12 +168,13 @@ def _of_sorted(ascending: Tensor, k: int, keys: Keys) -> Threshold:
     return Threshold(keys.number(int(key)), n - n_not_above, n_not_above - n_below)
 
 
-def _even(below: int, over: int, most: int) -> list[int]:
+def _even(below: int, over: int, most: int) -> Tensor:
     """At most so many keys strictly between two, all of them or evenly spread."""
     n = over - below - 1
     if n <= most:
-        return list(range(below + 1, over))
-    return [below + 1 + (i * (n - 1)) // (most - 1) for i in range(most)]
+        return torch.arange(below + 1, over)
+    step = -(-(n - 1) // (most - 1))
+    return torch.arange(below + 1, over, step)
 
 
 def nth_equal(
