@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -160,6 +162,27 @@ def test_float64_tensors(cluster: Cluster) -> None:
     cases = [("ties", {"density": 0.3}), ("dare_linear", {"density": 0.5}), ("slerp", {"t": 0.4})]
     cases += [("ties", {"density": 0.3, "tie": "index", "dialect": "paper"}), ("della", {"density": 0.5})]
     assert failures(cluster.run(4, merges, (2, 2), BOTH, cases, "float64", 1)) == []
+
+
+def merges_with(rank: int, environment: dict[str, str], *arguments: Any) -> list[str]:
+    with mock.patch.dict(os.environ, environment):
+        return merges(rank, *arguments)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({"TVFAST_BACKEND": "reference"}, id="reference"),
+        pytest.param({"TVFAST_BACKEND": "cuda", "TVFAST_SIMT": "1"}, id="cuda", marks=pytest.mark.slow),
+    ],
+)
+def test_backends_that_know_no_runs_or_partitions(cluster: Cluster, environment: dict[str, str]) -> None:
+    """The kernels for GPUs run on the host here; torch counts keys and adds up."""
+    cases = [("ties", {"density": 0.3}), ("dare_linear", {"density": 0.5}), ("della", {"density": 0.5})]
+    if environment["TVFAST_BACKEND"] == "cuda":
+        pytest.importorskip("tvfast._C_simt")
+    found = cluster.run(4, merges_with, environment, (2, 2), BOTH, cases, "bfloat16", 6)
+    assert failures(found) == []
 
 
 @pytest.mark.slow
