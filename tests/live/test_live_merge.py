@@ -23,7 +23,9 @@ from tvfast.methods import METHODS, ProgramMethod
 WEIGHTED = sorted(
     name
     for name, info in METHODS.items()
-    if "weights" in [p.name for p in info.parameters] and issubclass(info.cls, ProgramMethod)
+    if "weights" in [p.name for p in info.parameters]
+    and issubclass(info.cls, ProgramMethod)
+    and not info.needs_instruct
 )
 PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.4},
@@ -338,6 +340,7 @@ WRONG: list[tuple[dict[str, Any], type[ValueError], str]] = [
     ({"method": "linear"}, ArgumentError, "'linear' merges the models themselves"),
     ({"method": "regmean", "deltas": None, "models": [torch.ones(4)]}, ArgumentError, "no pass"),
     ({"method": "slerp", "deltas": None, "models": [torch.ones(4)]}, ArgumentError, "'slerp' has no weights"),
+    ({"method": "lata"}, ArgumentError, "compares with an instruct model, which LiveMerge does not take"),
     ({"method": "tise"}, UnknownNameError, "did you mean 'ties'"),
     ({"by": "layers"}, UnknownNameError, "by is 'layers'; expected 'layer', 'tensor'"),
     ({"by": 3}, ArgumentError, "by is a int"),

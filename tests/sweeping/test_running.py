@@ -257,11 +257,19 @@ def test_a_function_of_a_module_in_the_working_directory(
         ({"merge_method": "slerp", "models": 1, "parameters": {}}, {"t": [0.2, 0.8]}, "has no weights"),
         ({"parameters": {"density": [0.2, 0.8]}}, {"lambda": [0.5, 1.0]}, "numbers differ between layers"),
         ({"tvfast": {"on_missing": "base"}}, {"lambda": [0.5, 1.0]}, "models may lack tensors"),
+        (
+            {"merge_method": "lata", "tvfast": {"instruct": "ft3"}, "parameters": {}, "models": 2},
+            {"lambda": [0.5, 1.0]},
+            "compares with an instruct model",
+        ),
     ],
 )
 def test_what_is_not_merged_live_goes_through_files(
     configured: Configured, family: Any, tmp_path: Path, recipe: dict[str, Any], axes: Any, why: str
 ) -> None:
+    if recipe.get("models") == 2:
+        models = [{"model": str(family.path(name)), "parameters": {"weight": 1.0}} for name in ("ft1", "ft2")]
+        recipe = {**recipe, "models": models, "tvfast": {"instruct": str(family.path("ft3"))}}
     if recipe.get("models") == 1:
         recipe = {
             **recipe,

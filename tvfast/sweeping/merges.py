@@ -42,6 +42,7 @@ def why_files(recipe: Recipe) -> str | None:
         "it has adapters": bool(recipe.adapters),
         "models may lack tensors": recipe.on_missing != "error",
         "models may lack statistics": recipe.on_missing_stats != "error",
+        "it compares with an instruct model": recipe.instruct is not None,
         "numbers differ between layers or tensors": not Resolver(recipe, 0).is_constant(part),
     }
     for reason, stands in reasons.items():
