@@ -155,8 +155,8 @@ def _mean(suite: Digits, model: nn.Module, parts: Sequence[Batch]) -> float:
 def text(about: str, seeds: Sequence[Seed]) -> str:
     """The tables."""
     head = (
-        f"{about}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent, mean over tasks. "
-        f"Base {over(seeds, lambda s: s['base'])}, experts on their own task "
+        f"{about}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent, mean over "
+        f"tasks. Base {over(seeds, lambda s: s['base'])}, experts on their own task "
         f"{over(seeds, lambda s: s['experts'])}, one model trained on all data "
         f"{over(seeds, lambda s: s['joint'])}."
     )

@@ -1,10 +1,9 @@
 """Experiment "lata": a base, an instruct model and task fine-tunes of scikit-learn's digits.
 
 The base reads clean digits. Beside the pixels there is an instruction, one number, which is always 0 for the
-base; otherwise the answer is to be the digit plus five, modulo ten. The instruct model is the base fine-tuned to
-obey it.
-Tasks are the four faulty scanners of the suite "digits", fine-tuned from the instruct model on both
-instructions, so that every task vector against the base carries what the instruct model learned.
+base; where it is set, the answer is to be the digit plus five, modulo ten. The instruct model is the base
+fine-tuned to obey it. Tasks are the four faulty scanners of the suite "digits", fine-tuned from the instruct model
+on both instructions, so that every task vector against the base carries what the instruct model learned.
 """
 
 from __future__ import annotations
@@ -266,10 +265,10 @@ def text(about: str, seeds: Sequence[Seed]) -> str:
         for who in ("base", "instruct")
     )
     head = (
-        f"{about}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent, both instructions. "
-        f"Base: {base}. Instruct model: {instruct}. Experts on their own task "
-        f"{over(seeds, lambda s: s['experts'])}. Cosines of task vectors with the instruct model's, by layer: "
-        f"{cosines}."
+        f"{about}; {len(seeds)} seeds, mean ± standard deviation of test accuracy in percent, both "
+        f"instructions. Base: {base}. Instruct model: {instruct}. Experts on their own task "
+        f"{over(seeds, lambda s: s['experts'])}. Cosines of task vectors with the instruct model's, by "
+        f"layer: {cosines}."
     )
     columns = "| tasks | clean | mean of both |"
     merges = []

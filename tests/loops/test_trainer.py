@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.loops.networks import tasks as all_tasks
 from tvfast.errors import ArgumentError
 from tvfast.loops import alternate, with_trainer
 
-pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+needs_accelerate = pytest.mark.skipif(not find_spec("accelerate"), reason="the Trainer needs accelerate")
 
 
 class Classifier(nn.Module):
@@ -57,6 +58,7 @@ def maker(folder: Path, **own: Any) -> Any:
     return make
 
 
+@needs_accelerate
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("own", [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow)], ids=str)
 def test_a_trainer_tunes_every_turn_and_leaves_the_model_bare(tmp_path: Path, own: dict[str, Any]) -> None:
@@ -73,6 +75,7 @@ def test_a_trainer_tunes_every_turn_and_leaves_the_model_bare(tmp_path: Path, ow
     assert not equal(weights(model), before)
 
 
+@needs_accelerate
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
     make = maker(tmp_path)

@@ -147,7 +147,7 @@ def alternate(
         dropped after each turn, and modules go back into training or evaluation, as they were. Where a turn
         fails, the model holds the weights of its round again.
 
-    Source: Zhou et al. 2024, arXiv:2411.03055.
+    Source: Alternating Tuning and Merging 2024, arXiv:2411.03055.
     """
     loop = _Loop(
         model=model,
