@@ -2,8 +2,8 @@
 
 The base reads clean digits. Beside the pixels there is an instruction, one number, which is always 0 for the
 base; where it is set, the answer is to be the digit plus five, modulo ten. The instruct model is the base
-fine-tuned to obey it. Tasks are the four faulty scanners of the suite "digits", fine-tuned from the instruct model
-on both instructions, so that every task vector against the base carries what the instruct model learned.
+fine-tuned to obey it. Tasks are the four faulty scanners of the suite "digits", fine-tuned from the instruct
+model on both instructions, so that task vectors against the base carry what the instruct model learned.
 """
 
 from __future__ import annotations
