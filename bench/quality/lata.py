@@ -25,7 +25,8 @@ from bench.quality.suites import Batch, Training
 from bench.quality.training import accuracy, train
 
 ABOUT = "scikit-learn digits with an instruction, 65-256-256-256-256-10 network, four scanners"
-SCALES = tuple(round(0.1 * step, 1) for step in range(1, 21))
+SCALES = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, *(round(0.1 * step, 1) for step in range(3, 16)))
+"""Fine where sums of four vectors want it, each of which is mostly the instruct model's."""
 KEPT = 0.95
 """Share of the instruct model's accuracy on clean digits that forgetting must keep."""
 _WIDTHS = (65, 256, 256, 256, 256, 10)

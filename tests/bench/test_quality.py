@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.quality import __main__ as command
-from bench.quality import disentangling, lending, report
+from bench.quality import atm, disentangling, lata, lending, report
 from bench.quality.digits import Digits
 from bench.quality.experiment import PENALTY, PLAIN, TANGENT, TANGENT_PENALTY, run
 from bench.quality.merges import ARITHMETIC, AVERAGE, MERGES, NEGATIONS
@@ -131,7 +131,29 @@ def test_the_command_writes_a_file_and_a_picture(
     assert "| MaTS is above averaging |" in printed
 
 
-@pytest.mark.parametrize("name", ["digits", "adamerging", "disentanglement", "fairness"])
+@pytest.mark.slow
+def test_alternating_and_merging_in_short() -> None:
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    found = atm.run(1, steps=24)
+    assert found["atm"]["1"] == found["one_shot"]["average"]["test"][found["scales"].index(1.0)]
+    assert found["atm"]["24"] > found["atm"]["1"] > found["base"]
+    assert "| ATM, average, 24 rounds |" in atm.text(atm.ABOUT, [found])
+
+
+@pytest.mark.slow
+def test_an_instruct_family_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    monkeypatch.setattr(lata, "SCALES", (0.25, 0.5))
+    found = lata.run(1, task_steps=40)
+    assert found["instruct"][1] > 90.0 > 60.0 > found["base"][1], "it obeys, the base does not"
+    assert found["experts"] > found["instruct"][0] + 20.0
+    assert set(found["ways"]) == {way.name for way in lata.WAYS}
+    assert "| LATA, linear |" in lata.text(lata.ABOUT, [found])
+
+
+@pytest.mark.parametrize("name", ["digits", "atm", "lata", "adamerging", "disentanglement", "fairness"])
 def test_the_page_has_the_tables_of_the_results(name: str) -> None:
     result = json.loads((command.ROOT / "bench" / "results" / f"quality-{name}.json").read_text())
     page = (command.ROOT / "docs" / "quality.md").read_text()
