@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tvfast
+from tvfast.cli.main import main
 from tvfast.errors import ArgumentError, RecipeError, ShapeError
 from tvfast.recipe import parse_recipe
 
@@ -194,3 +196,20 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     flat = {member: {"weight": one["lm_head.weight"]} for member, one in members(24).items()}
     with pytest.raises(RecipeError, match="no tensor is in a numbered layer"):
         tvfast.plan(recipe(write(tmp_path / "b", flat), {}, {}))
+
+
+def test_the_documented_recipe_merges(family: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(merge_method: lata\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name, member in (
+        ("org/base", "base"),
+        ("org/instruct", "chat"),
+        ("./math", "math"),
+        ("./code", "code"),
+    ):
+        text = text.replace(name, str(family / member))
+    (tmp_path / "lata.yml").write_text(text)
+    assert main(["merge", str(tmp_path / "lata.yml"), str(tmp_path / "out")]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = expected(members(24), {"weight": [1.0, 0.7], "lambda": 0.8}, {"drop": "logarithmic"})
+    assert all(torch.equal(merged[name], tensor) for name, tensor in wanted.items())

@@ -381,7 +381,7 @@ def test_what_needs_no_weight() -> None:
 
 OURS = {  # the peer has not
     *("select_in_merge", "threshold", "shrink", "ridge", "iterations", "tolerance", "preconditioned"),
-    *("ftol", "common_space_fraction", "smallest", "agree", "ratio", "outliers"),
+    *("ftol", "common_space_fraction", "smallest", "agree", "ratio", "outliers", "sigma"),
 }
 OF_ALL = {("ram", "epsilon"), ("ramplus_tl", "epsilon"), ("knots", "density")}  # elsewhere of every model
 
