@@ -62,7 +62,7 @@ if (ROOT / "kernels" / "__init__.py").exists():
 setup(
     packages=packages,
     package_dir={"tvfast.kernels": "kernels"},
-    package_data={"tvfast": ["py.typed"]},
+    package_data={"tvfast": ["py.typed"], "tvfast.inspection": ["page/*"]},
     ext_modules=[
         Extension("tvfast._C_cpu", sources=[]),
         Extension("tvfast._C_cuda", sources=[], optional=True),

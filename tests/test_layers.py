@@ -296,11 +296,23 @@ LAYERS = {
         exactly=("tvfast",),
         outside=("torch", "peft", "fusion_bench"),
     ),
+    # What pages and pictures show of checkpoints and merges; matplotlib is imported where a picture is drawn.
+    "tvfast.inspection": Layer(
+        inside=(
+            "tvfast.errors",
+            "tvfast.dtypes",
+            "tvfast.program",
+            "tvfast.ops.raw",
+            "tvfast.checkpoint",
+            "tvfast.engine",
+        ),
+        outside=("matplotlib",),
+    ),
     "tvfast.__main__": Layer(inside=("tvfast.cli",)),
     # `inspect` shows what is in files, which is what two modules of the checkpoint layer tell.
     # `bench` times torch tensors.
     "tvfast.cli": Layer(
-        inside=("tvfast.demo",),
+        inside=("tvfast.demo", "tvfast.inspection"),
         exactly=(
             *PUBLIC,
             "tvfast.dtypes",

@@ -201,6 +201,12 @@ PYBIND11_MODULE(_C_cpu, m) {
     const py::gil_scoped_release unlocked;
     return count_equal(table, static_cast<Keep>(keep), queries, to_options(isa, n_threads, tile));
   });
+  // Counts are [(entry * n_models + model) * 256 + octave].
+  m.def("count_octaves",
+        [](const Table& table, const std::string& isa, int n_threads, std::int64_t tile) {
+          const py::gil_scoped_release unlocked;
+          return count_octaves(table, to_options(isa, n_threads, tile));
+        });
   // Queries are (group, model, value, r).
   m.def("nth_equal", [](const Table& table, int keep,
                         const std::vector<std::tuple<int, int, float, std::int64_t>>& asked,

@@ -112,6 +112,11 @@ std::vector<std::vector<std::int64_t>> partition(const Table& table, Keep keep,
                                                  const std::vector<PartitionQuery>& queries,
                                                  const Options& options);
 
+// How many magnitudes of every task vector lie in [2^(o - 127), 2^(o - 126)): the biased exponent o
+// of fp32. Octave 0 holds zero and subnormal numbers, the last one infinity and NaN.
+inline constexpr int kOctaves = 256;
+std::vector<std::int64_t> count_octaves(const Table& table, const Options& options);
+
 // How many magnitudes of task vectors are above each key, and equal to it: the check of a guessed
 // or remembered threshold.
 std::vector<Threshold> verify(const Table& table, const std::vector<CountQuery>& queries,

@@ -64,6 +64,35 @@ std::vector<std::int64_t> count_equal(const Table& table, Keep keep,
   return {counts.begin(), counts.end()};
 }
 
+std::vector<std::int64_t> count_octaves(const Table& table, const Options& options) {
+  KeyPasses passes(table, Keep::BAND, options);
+  const std::vector<Tile> tiles = table.tiles(passes.tile, false);
+  std::vector<Scratch> scratch(passes.n_threads);
+  const std::size_t of_entry = static_cast<std::size_t>(table.n_models) * kOctaves;
+  std::vector<std::atomic<std::int64_t>> counts(table.entries.size() * of_entry);
+  parallel_for(static_cast<std::int64_t>(tiles.size()), passes.n_threads,
+               [&](std::int64_t task, int thread) {
+                 const Tile& tile = tiles[task];
+                 for (int model = 0; model < table.n_models; ++model) {
+                   // Neighbours are of one size, and a counter cannot be raised twice at once.
+                   std::int64_t of_tile[4][kOctaves] = {};
+                   passes.for_each_keys(table.entries[tile.entry], model, tile.begin, tile.end,
+                                        scratch[thread],
+                                        [&](const std::uint32_t* keys, std::int64_t n) {
+                                          for (std::int64_t i = 0; i < n; ++i)
+                                            ++of_tile[i % 4][keys[i] >> 23];
+                                        });
+                   auto* const all = &counts[tile.entry * of_entry + model * kOctaves];
+                   for (int octave = 0; octave < kOctaves; ++octave) {
+                     const std::int64_t n = of_tile[0][octave] + of_tile[1][octave] +
+                                            of_tile[2][octave] + of_tile[3][octave];
+                     if (n > 0) all[octave].fetch_add(n, std::memory_order_relaxed);
+                   }
+                 }
+               });
+  return {counts.begin(), counts.end()};
+}
+
 std::vector<std::int64_t> nth_equal(const Table& table, Keep keep,
                                     const std::vector<EqualQuery>& queries,
                                     const Options& options) {

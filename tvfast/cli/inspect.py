@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tvfast.cli.progress import TerminalProgress
 from tvfast.cli.quantities import bytes_as_text, counted
+from tvfast.errors import ArgumentError
 
 if TYPE_CHECKING:
     from tvfast.checkpoint.reading import Checkpoint
-    from tvfast.cli.differences import HeaderDifferences, TaskVectors
+    from tvfast.inspection.figures import TaskVectors
+    from tvfast.inspection.headers import HeaderDifferences
+    from tvfast.inspection.measuring import Measured
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -50,50 +53,97 @@ def add_to(commands: Commands) -> None:
         "paths", nargs="+", metavar="CHECKPOINT", help="directory or file; the first is the base"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
+    command.add_argument(
+        "--html", metavar="FILE", help="write a page that shows how the models differ, in one file"
+    )
+    command.add_argument(
+        "--png", metavar="FILE", help="write the main picture (needs matplotlib: pip install 'tvfast[pictures]')"
+    )
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one description, or several and how they differ."""
+    """Print one description, or several and how they differ; write the page and the picture.
+
+    Raises:
+        ArgumentError: a page or picture of one checkpoint is asked for.
+        OutputError: a file cannot be written.
+        ImportError: a picture is asked for, and matplotlib is not installed.
+    """
     from tvfast.checkpoint.reading import open_checkpoint
 
+    written = {option: getattr(options, option) for option in ("html", "png") if getattr(options, option)}
+    _check(written, options.paths)
     checkpoints = [open_checkpoint(path) for path in options.paths]
     described = [describe(one) for one in checkpoints]
     if len(checkpoints) == 1:
         print(json.dumps(described[0], indent=2) if options.json else as_text(described[0]))
         return 0
-
-    from tvfast.cli.differences import by_layer, header_differences, task_vectors, together
-
-    headers = header_differences(checkpoints)
-    progress = TerminalProgress()
-    progress.start(sum(one.tensors[name].n_bytes for one in checkpoints for name in headers.common), 0)
-    try:
-        tensors = task_vectors(checkpoints, headers.common, read=progress.read)
-    finally:
-        progress.finish()
-    layers = by_layer(tensors)
-    total = together(list(tensors.values())) if tensors else None
+    headers, measured = _compared(checkpoints)
+    found = {
+        "checkpoints": described,
+        "differences": headers.as_json(options.paths),
+        "task_vectors": measured.as_json(),
+    }
+    _write(written, found)
     if options.json:
-        found = {
-            "checkpoints": described,
-            "differences": _headers_as_json(options.paths, headers),
-            "task_vectors": {
-                "tensors": {name: row.as_json() for name, row in tensors.items()},
-                "layers": {name: row.as_json() for name, row in layers.items()},
-                "total": None if total is None else total.as_json(),
-            },
-        }
         print(json.dumps(found, indent=2))
         return 0
     for role, one in zip(("base", *range(1, len(described))), described, strict=True):
         print(f"{role:>4}  {_one_line(one)}")
     print()
     print(_headers_as_text(options.paths, headers))
-    if total is not None:
+    if measured.tensors:
         print()
-        print(_table({**layers, "all": total}))
+        print(_table({**measured.layers(), "all": measured.total()}))
+    for path in written.values():
+        print(f"\nWritten: {path}")
     return 0
+
+
+def _compared(checkpoints: Sequence[Checkpoint]) -> tuple[HeaderDifferences, Measured]:
+    """Headers, and every tensor that all have, read once."""
+    from tvfast.checkpoint.factors import with_factors
+    from tvfast.inspection.headers import header_differences
+    from tvfast.inspection.measuring import task_vectors
+
+    numbers = [with_factors(one, missing_is_one=True) for one in checkpoints]
+    headers = header_differences(numbers)
+    progress = TerminalProgress()
+    stored = [one.tensors[name] for one in numbers for name in headers.common]
+    progress.start(sum(part.n_bytes for one in stored for part in (one, *one.sides)), 0)
+    try:
+        return headers, task_vectors(numbers, headers.common, read=progress.read)
+    finally:
+        progress.finish()
+
+
+def _check(written: dict[str, str], paths: Sequence[str]) -> None:
+    """Refuse before anything is read."""
+    from tvfast.inspection.page import check_place
+
+    for option, path in written.items():
+        if len(paths) == 1:
+            raise ArgumentError(
+                f"--{option} shows how models differ from their base, and there is one checkpoint; expected "
+                "the base and then one model at least."
+            )
+        check_place(path)
+    if "png" in written:
+        from tvfast.inspection.picture import check_library
+
+        check_library()
+
+
+def _write(written: dict[str, str], found: dict[str, Any]) -> None:
+    if "html" in written:
+        from tvfast.inspection.page import write_page
+
+        write_page(written["html"], "inspect", found)
+    if "png" in written:
+        from tvfast.inspection.picture import draw
+
+        draw(found, written["png"])
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -202,17 +252,6 @@ def _one_line(found: dict[str, Any]) -> str:
         f"{found['path']}: {counted(found['tensors'], 'tensor')}, {found['parameters']:,} parameters, "
         f"{bytes_as_text(found['bytes'])}, {dtypes}"
     )
-
-
-def _headers_as_json(paths: Sequence[str], found: HeaderDifferences) -> dict[str, Any]:
-    return {
-        "missing": [
-            {"path": path, "tensors": list(names)} for path, names in zip(paths, found.missing, strict=True)
-        ],
-        "shapes": {name: [one and list(one) for one in row] for name, row in found.shapes.items()},
-        "dtypes": {name: list(row) for name, row in found.dtypes.items()},
-        "not_compared": found.not_compared,
-    }
 
 
 def _headers_as_text(paths: Sequence[str], found: HeaderDifferences) -> str:

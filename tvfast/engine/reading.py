@@ -37,9 +37,9 @@ def tensor_in_memory(stored: Stored, n_threads: int = 0) -> Iterator[memoryview]
                 if extent.path not in opened:
                     opened[extent.path] = files.enter_context(open_regular(extent.path))
                 view = arena.view[extent.at : extent.at + extent.n_bytes]
-                _fill(opened[extent.path], extent.offset, view)
+                fill(opened[extent.path], extent.offset, view)
             for assembly in arrangement.assemblies:
-                assembly.fill(arena.view, _opened)
+                assembly.fill(arena.view, descriptor_of)
         widen_inputs([part], arrangement, arena.address, n_threads)
         at = arrangement.inputs[0][0]
         yield arena.view[at : at + dtypes.n_bytes(stored.operand, task.n_elements)]
@@ -60,12 +60,18 @@ def bytes_of(stored: Stored) -> Iterator[bytes]:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[int]:
+def descriptor_of(path: str) -> Iterator[int]:
+    """A descriptor of a regular file, closed afterwards."""
     with open_regular(path) as file:
         yield file.descriptor
 
 
-def _fill(file: OpenFile, offset: int, view: memoryview) -> None:
+def fill(file: OpenFile, offset: int, view: memoryview) -> None:
+    """Read consecutive bytes of a file.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
     done = 0
     while done < len(view):
         n = os.preadv(file.descriptor, [view[done : done + _REQUEST]], offset + done)

@@ -11,7 +11,7 @@ from tvfast import _C_cpu
 from tvfast.errors import ArgumentError
 from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
 from tvfast.ops.cpp_products import CppProducts
-from tvfast.ops.raw import AccumulatorStates, Wants
+from tvfast.ops.raw import OCTAVES, AccumulatorStates, Wants
 from tvfast.program import (
     Keep,
     Moments,
@@ -179,6 +179,12 @@ class CppBackend(CppProducts):
         n, asked = len(queries), list(queries)
         counts = _C_cpu.count_equal(_native_table(table), int(keep), asked, self._isa, n_threads, self._tile)
         return [counts[e * n : (e + 1) * n] for e in range(len(table.entries))]
+
+    def count_octaves(self, table: WorkTable, n_threads: int = 0) -> list[list[list[int]]]:
+        counts = _C_cpu.count_octaves(_native_table(table), self._isa, n_threads, self._tile)
+        rows = [counts[at : at + OCTAVES] for at in range(0, len(counts), OCTAVES)]
+        k = table.n_models
+        return [rows[e * k : (e + 1) * k] for e in range(len(table.entries))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,18 @@ class ResumableBackend(Backend, Protocol):
         """[entry][query] keys of `(group, model, value)` that equal the value; 0 in other groups."""
 
 
+OCTAVES = 256
+"""Octave o of a magnitude is the biased exponent of float32: [2^(o - 127), 2^(o - 126)). The first holds zero
+and subnormal numbers, the last infinity and NaN."""
+
+
+class HostBackend(ResumableBackend, Protocol):
+    """A backend of host memory that also makes histograms."""
+
+    def count_octaves(self, table: WorkTable, n_threads: int = 0) -> list[list[list[int]]]:
+        """[entry][model][octave] how many entries of a task vector have a magnitude in an octave."""
+
+
 @runtime_checkable
 class PartitioningBackend(ResumableBackend, Protocol):
     """A backend that can answer together with other processes, each of which holds a part of the data."""
@@ -291,14 +303,14 @@ def _first(why_not: Callable[[Backend], str | None]) -> Backend:
     raise BackendError(f"{which}: {'; '.join(reasons)}.")
 
 
-def host_backend() -> ResumableBackend:
+def host_backend() -> HostBackend:
     """What measures tensors in host memory where another backend merges them, parts of tensors too.
 
     Raises:
         BackendError: this build has none.
     """
     try:
-        return cast(ResumableBackend, _load("cpp"))
+        return cast(HostBackend, _load("cpp"))
     except ImportError as error:
         raise BackendError(f"backend 'cpp' is missing from this build: {error}.") from error
 

@@ -1,0 +1,1 @@
+"""What `tvfast inspect` and the report of a merge show: figures of task vectors, pages and pictures of them."""
