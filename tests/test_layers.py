@@ -280,6 +280,7 @@ LAYERS = {
             "tvfast.recipe",
             "tvfast.engine",
             "tvfast._preparing",
+            "tvfast.inspection",
         ),
         # It loads the latter where a merge has several ranks.
         exactly=("tvfast.distributed",),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tvfast._preparing import (
@@ -28,11 +26,13 @@ from tvfast.engine.communicator import Alone, Communicator
 from tvfast.engine.companions import companions
 from tvfast.engine.device import NOMINAL
 from tvfast.engine.joint import RankWork, check_agreement, open_staging, publish
+from tvfast.engine.observing import Observer
 from tvfast.engine.output import check_report_folder
 from tvfast.engine.plan import Plan
 from tvfast.engine.run import Outcome, Progress, Run, Silence, Unfinished
 from tvfast.engine.stages import Stages
 from tvfast.engine.staging import Staging
+from tvfast.inspection.merge_report import Merged, write_report
 from tvfast.recipe import Recipe, load_recipe
 
 __all__ = ["Plan", "Progress", "Recipe", "Report", "load_recipe", "merge_checkpoints", "plan"]
@@ -158,7 +158,9 @@ def merge_checkpoints(
         seed: key of random draws; None: the recipe's, or 0.
         nonfinite: "error" refuses NaN and infinity in an input, "propagate" lets them through; None: the
             recipe's, or "error".
-        report: a folder for `report.json`.
+        report: a folder for `report.json`, and for what the merge did to every tensor: `report.html`, a page
+            of its own, and `tensors.json`. Drift, kept shares and sign agreement are of a sample; with
+            several ranks, of the share of rank 0.
         progress: is told of the work; with several ranks, that of rank 0 of everybody's.
         distributed: every process of a `torchrun` calls this with the same arguments, and does a share of the
             work; `out` and the inputs are on directories that all of them see. Imports torch. Does not change
@@ -195,6 +197,7 @@ def merge_checkpoints(
             overwrite=overwrite,
             nonfinite=nonfinite,
             progress=progress or Silence(),
+            observer=None if report is None or ranks.rank else Observer(),
         )
         return _merge(
             loaded(config), job, None if report is None else path_of(report, "report"), dry_run=dry_run
@@ -220,6 +223,7 @@ class _Job:
     overwrite: bool
     nonfinite: str | None
     progress: Progress
+    observer: Observer | None
 
     @property
     def ranks(self) -> Communicator:
@@ -279,8 +283,8 @@ def _merge(recipe: Recipe, job: _Job, report_folder: str | None, *, dry_run: boo
         ranks=done.ranks,
     )
     if report_folder is not None and not job.ranks.rank:
-        Path(report_folder).mkdir(parents=True, exist_ok=True)
-        (Path(report_folder) / "report.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
+        merged = Merged(recipe.text, planned.binding.tasks, result.as_json())
+        write_report(report_folder, merged, None if dry_run else job.observer)
     return result
 
 
@@ -335,6 +339,7 @@ def _run(prepared: Prepared, job: _Job, staging: Staging) -> tuple[Outcome, tupl
         propagate=(job.nonfinite or prepared.recipe.nonfinite) == "propagate",
         progress=job.ranks.progress(job.progress),
         device=prepared.device,
+        observer=job.observer,
     )
     solves = any(part.task.tensor for unit in prepared.plan.units for part in unit.parts)
     with job.ranks.watching(run.stop, steady=not solves):
@@ -353,7 +358,8 @@ def _with_stages(recipe: Recipe, job: _Job, stages: Stages, done: _Done) -> Prep
     for stage in recipe.stages:
         assert stage.name is not None
         folder = stages.folder_of(stage.name)
-        own = replace(job, out=folder, resume=True, overwrite=False, progress=Unfinished(job.progress))
+        own = replace(job, out=folder, resume=True, overwrite=False)
+        own = replace(own, progress=Unfinished(job.progress), observer=None)
         prepared = prepare(stage, job.setting, real, stages.identities)
         made = _merge_prepared(prepared, own)
         done.read_bytes += made.read_bytes

@@ -22,7 +22,7 @@ from tvfast.errors import CheckpointError
 from tvfast.inspection.figures import TIE_DENSITY
 from tvfast.inspection.headers import header_differences
 from tvfast.inspection.measuring import task_vectors
-from tvfast.inspection.names import layer_of, module_of
+from tvfast.inspection.names import layer_of
 
 
 def found_by(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

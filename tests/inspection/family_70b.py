@@ -36,7 +36,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_family(root: Path, n_shards: int = 6) -> dict[str, Path]:
-    """Directories by name. Code and math share a direction in the middle layers; chat moved the last ones most."""
+    """Directories by name. Code and math share a direction in the middle; chat moved the last layers most."""
     generator = torch.Generator().manual_seed(70)
 
     def noise(shape: tuple[int, ...]) -> Tensor:
@@ -55,8 +55,7 @@ def write_family(root: Path, n_shards: int = 6) -> dict[str, Path]:
             moved = base[name].float() + size * own * noise(shape).abs()
             members[model][name] = moved.to(torch.bfloat16)
     return {
-        model: _write(root / model, tensors, n_shards)
-        for model, tensors in {"base": base, **members}.items()
+        model: _write(root / model, tensors, n_shards) for model, tensors in {"base": base, **members}.items()
     }
 
 

@@ -57,7 +57,9 @@ def add_to(commands: Commands) -> None:
         "--html", metavar="FILE", help="write a page that shows how the models differ, in one file"
     )
     command.add_argument(
-        "--png", metavar="FILE", help="write the main picture (needs matplotlib: pip install 'tvfast[pictures]')"
+        "--png",
+        metavar="FILE",
+        help="write the main picture; needs tvfast[pictures]",
     )
     command.set_defaults(run=run)
 

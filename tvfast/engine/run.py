@@ -20,6 +20,7 @@ from tvfast.engine.conversions import narrow_results, widen_inputs
 from tvfast.engine.device import Device, OutOfDeviceMemory
 from tvfast.engine.inputs import FileState, Inputs
 from tvfast.engine.memory import Arena, Block, Slots
+from tvfast.engine.observing import Blind, Clock, Observer
 from tvfast.engine.offload import Job, Offload, Region
 from tvfast.engine.passes import logical_table
 from tvfast.engine.plan import UNIT_BYTES, Plan
@@ -87,6 +88,7 @@ class Run:
         files: every input file as it was when its header was read.
         propagate: NaN and infinity in inputs go through; otherwise they are an error.
         device: what the plan is for; None: the host.
+        observer: is shown what is merged; None: nobody looks.
     """
 
     def __init__(
@@ -98,8 +100,10 @@ class Run:
         propagate: bool,
         progress: Progress,
         device: Device | None = None,
+        observer: Observer | Blind | None = None,
     ) -> None:
         self._plan = plan
+        self._observer = observer or Blind()
         self._staging = staging
         self._propagate = propagate
         self._progress = progress
@@ -207,12 +211,17 @@ class Run:
 
     def _process(self, unit: Unit, block: Block) -> None:
         self._go_on()
+        clock = Clock()
         if unit.chunk_bytes:
+            self._observer.know([part.task for part in unit.parts])
             self._process_in_chunks(unit, Slots(block, CHUNKS_IN_FLIGHT))
+            clock.lap("streaming")
+            self._observer.spent(unit.parts, clock.seconds)
             return
         loaded = Loaded(unit.parts, arrange(unit.parts, self._plan.layout), block)
         for read in load(self._inputs, loaded):
             read.result()
+        clock.lap("reading")
         plan = self._plan
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
         n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
@@ -224,8 +233,11 @@ class Run:
             self._merge(loaded, n_threads)
         else:
             self._merge_on_device(self._offload, unit, loaded, n_threads)
+        clock.lap("merging")
         self._go_on()
         self._write(loaded)
+        clock.lap("writing")
+        self._observer.spent(unit.parts, clock.seconds)
 
     def _merge_on_device(self, offload: Offload, unit: Unit, loaded: Loaded, n_threads: int) -> None:
         """Parts in memory, as `_merge`, through the ring of a device."""
@@ -261,6 +273,8 @@ class Run:
             self._go_on()
             program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
             self._go_on()
+            self._observer.know([loaded.parts[index].task for index in indices])
+            self._observer.kept(table, program, scalars)
             backend.combine(table, program, scalars, n_threads)
 
     def _merge_tensor(self, loaded: Loaded, index: int) -> None:
@@ -314,6 +328,8 @@ class Run:
         table, method = self._logical(unit)
         source = self._source(unit, table, slots, finish)
         measured = inner or self._backend(table)
+        if combine is None:
+            combine = self._observer.before(measured.combine)
         backend = StreamedBackend(measured, source, foresee=method.program(), combine=combine)
         threads = self._plan.n_threads
         program, scalars = method.resolve(TableStatistics(backend, table, None, threads))
@@ -355,6 +371,7 @@ class Run:
 
     def _write(self, loaded: Loaded) -> None:
         self._check_range(loaded)
+        self._observer.results(loaded)
         narrow_results(loaded.parts, loaded.arrangement, loaded.block.address)
         for span in loaded.arrangement.spans:
             if self._staging.is_done(span.shard, span.offset, span.n_bytes):

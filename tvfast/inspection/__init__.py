@@ -1,1 +1,1 @@
-"""What `tvfast inspect` and the report of a merge show: figures of task vectors, pages and pictures of them."""
+"""What `tvfast inspect` and the report of a merge show: figures of task vectors, and pages of them."""

@@ -23,7 +23,9 @@ def write_page(path: str | os.PathLike[str], kind: str, data: dict[str, Any]) ->
     try:
         Path(path).write_text(page(kind, data), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{os.fspath(path)}: cannot be written ({error.strerror}). Name another file.") from error
+        raise OutputError(
+            f"{os.fspath(path)}: cannot be written ({error.strerror}). Name another file."
+        ) from error
 
 
 def page(kind: str, data: dict[str, Any]) -> str:

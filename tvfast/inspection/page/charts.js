@@ -30,7 +30,7 @@ const digits = (value, n = 3) => {
   const after = size === 0 ? 0 : Math.max(0, n - 1 - Math.floor(Math.log10(size)));
   return value.toFixed(Math.min(after, 8));
 };
-const percent = (share) => (known(share) ? `${share === 0 ? "0" : digits(100 * share)} %` : "–");
+const percent = (share) => (known(share) ? `${share === 0 ? "0" : digits(100 * share)}\u00a0%` : "–");
 const fixed = (value) => (known(value) ? value.toFixed(3).replace("-", "−") : "–");
 const whole = (value) => value.toLocaleString("en");
 const bytes = (value) => {
@@ -45,6 +45,8 @@ const mean = (values) => {
   return some.length ? some.reduce((sum, value) => sum + value, 0) / some.length : NaN;
 };
 const natural = new Intl.Collator("en", { numeric: true }).compare;
+// A name that may be broken behind its dots and underscores.
+const breakable = (name) => name.split(/(?<=[._/])/).flatMap((part) => [part, make("wbr")]);
 const color = (k) => `var(--s${k % 8})`;
 const dash = (k) => ["", "7 4", "2 4", "10 3 2 3"][Math.floor(k / 8) % 4];
 const swatch = (k) => make("span", { class: "key", style: `--key:${color(k)}` });
@@ -280,17 +282,18 @@ function heat({ rows, axis, value, low, high, format, label }) {
   });
 }
 
-// A table that is searched and sorted. Columns are { title, value(row), text(row), share, left, key }.
+// A table that is searched and sorted. Columns are { title, of, value(row), text(row), share, left, key }.
 function table({ caption, columns, rows, sorted = -1, descending = true, page = 100 }) {
   const body = make("tbody");
   const heads = columns.map((column, i) => make("th", { scope: "col", class: column.left ? "text" : "" },
-    make("button", { type: "button", onclick: () => sort(i) }, column.key ?? null, column.title)));
+    make("button", { type: "button", onclick: () => sort(i) }, column.key ?? null,
+      make("span", {}, column.title, column.of ? make("small", {}, column.of) : null))));
   const more = make("button", { type: "button", class: "more", onclick: () => { limit = Infinity; fill(); } });
   const count = make("span", { class: "note", role: "status" });
   let shown = rows, limit = page, at = sorted, down = descending;
   const most = columns.map((column) => (column.share ? Math.max(...rows.map((row) => column.value(row)).filter(known), 0) : 0));
   const cell = (row, column, i) => {
-    if (!i) return make("th", { scope: "row" }, column.text(row));
+    if (!i) return make("th", { scope: "row" }, breakable(column.text(row)));
     const value = column.share ? column.value(row) : 0;
     const bar = column.share && known(value) && most[i] > 0;
     return make("td", bar ? { class: "bar", style: `--w:${((100 * Math.max(0, value)) / most[i]).toFixed(1)}%` } : { class: column.left ? "text" : "" }, column.text(row));

@@ -43,18 +43,23 @@ const perModel = (value) => EACH.map((k) => ({
 const perLayer = (name, value, k, style) => ({ name, color: color(k), dash: style ?? dash(k), values: AXIS.names.map((one) => value(FOUND.layers[one])) });
 const range = (values, format) => {
   const [low, high] = [Math.min(...values), Math.max(...values)].map(format);
-  return low === high ? low : `${low} to ${high}`;
+  return low === high ? low : `${low.replace(/\u00a0%$/, "")} – ${high}`;
+};
+
+const closest = (row) => {
+  const [j, k] = PAIRS.reduce((best, pair) => (cosine(row, pair) > cosine(row, best) ? pair : best));
+  return `${NAMES[j]} and ${NAMES[k]}`;
 };
 
 function head() {
   const others = K <= 3 ? NAMES.join(", ").replace(/, ([^,]*)$/, " and $1") : `${K} models`;
-  const member = (one, name, key) => make("li", {}, key, make("b", {}, name),
-    make("small", {}, `${whole(one.parameters)} parameters, ${bytes(one.bytes)}, ${Object.keys(one.dtypes).join(", ")}`),
+  const member = (one, name, key, role = "") => make("li", {}, key, make("b", {}, name),
+    make("small", {}, `${role}${whole(one.parameters)} parameters, ${bytes(one.bytes)}, ${Object.keys(one.dtypes).join(", ")}`),
     one.path !== name ? make("small", {}, one.path) : null);
   return [
     make("h1", {}, `How ${others} ${K === 1 ? "differs" : "differ"} from ${BASE_NAME}`),
     make("p", { class: "lead" }, "A task vector τ = θ − θ₀ is what fine-tuning changed in the base θ₀. These figures tell how much each model changed, where, and whether the changes get in each other's way when they are merged."),
-    make("ul", { class: "members" }, member(BASE, `${BASE_NAME} (base)`, make("span", { class: "key hollow" })),
+    make("ul", { class: "members" }, member(BASE, BASE_NAME, make("span", { class: "key hollow" }), "the base θ₀, "),
       MODELS.map((one, k) => member(one, NAMES[k], swatch(k)))),
   ];
 }
@@ -68,7 +73,7 @@ function summary() {
       : c > 0.15 ? ["Partly shared", "care", "A sum overshoots along what the models share. Use a scale below 1, or a mean of agreeing entries as in TIES."]
         : c > -0.05 ? ["Independent", "good", "The task vectors are close to orthogonal, so that their sum keeps most of each."]
           : ["Opposed", "care", "What one model adds, another takes away. Expect each to lose; merge fewer, or with smaller weights."];
-    tiles.push(tile("Direction", fixed(c), K > 2 ? `mean cosine, ${range(PAIRS.map((pair) => cosine(all, pair)), fixed)}` : "cosine", mark, tone, says));
+    tiles.push(tile("Direction", fixed(c), K > 2 ? `mean cosine, ${range(PAIRS.map((pair) => cosine(all, pair)), fixed)}` : "cosine", mark, tone, K > 2 ? `${says} Most alike: ${closest(all)}.` : says));
     const part = conflict(all) / chance(all);
     const [mark2, tone2, says2] = part < 0.9 ? ["Less than by chance", "good", "The models agree on signs more often than unrelated ones would."]
       : part <= 1.05 ? ["As by chance", "good", "Signs clash as often as in unrelated models; trimming small entries first, as TIES does, removes most clashes."]
@@ -87,8 +92,8 @@ function summary() {
     meanDensity(all) > 0.9 ? "Nearly every entry moved, mostly by little: methods that drop small entries have much to drop."
       : "The rest equals the base: its change was zero, or lost when the weights were rounded."));
   const tied = Math.max(...all.tie_mass);
-  tiles.push(tile("Tie mass", range(all.tie_mass, percent), "at the top 20 %", tied > 0.01 ? "Many ties" : "Few ties", tied > 0.01 ? "care" : "good",
-    tied > 0.01 ? "So many entries equal the threshold of a trim to 20 % that libraries keep different shares of them." : "A trim to 20 % is well defined: hardly an entry equals the threshold."));
+  tiles.push(tile("Tie mass", range(all.tie_mass, percent), "of entries equal the threshold of the top 20\u00a0%", tied > 0.01 ? "Many ties" : "Few ties", tied > 0.01 ? "care" : "good",
+    tied > 0.01 ? "Libraries keep different shares of so many tied entries, and a trim keeps more or less than it was told." : "A trim keeps the share that it was told: hardly an entry equals the threshold."));
   return section("summary", "Summary", "", make("div", { class: "tiles" }, tiles));
 }
 
@@ -141,11 +146,14 @@ function magnitudes() {
   const layers = { "": found.total, ...found.layers };
   const sums = (rows) => rows.map((row) => row.reduce((sum, n) => sum + n, 0));
   let layer = "";
+  const all = sums(found.total); // octaves with hardly anything are left out at both ends
+  const seen = found.total[0].map((_, i) => EACH.some((k) => found.total[k][i] > 1e-4 * all[k]));
+  const [begin, end] = [Math.max(0, seen.indexOf(true)), seen.lastIndexOf(true) + 1 || seen.length];
   const paint = () => octaves({
-    first: found.first_exponent, unit: "% of changed entries", label: "Histogram of the magnitudes of the task vectors",
+    first: found.first_exponent + begin, unit: "% of changed entries", label: "Histogram of the magnitudes of the task vectors",
     series: EACH.map((k) => {
       const total = sums(layers[layer])[k] || 1;
-      return { name: NAMES[k], color: color(k), dash: dash(k), values: layers[layer][k].map((n) => n / total) };
+      return { name: NAMES[k], color: color(k), dash: dash(k), values: layers[layer][k].slice(begin, end).map((n) => n / total) };
     }),
   });
   const place = make("div", {}, paint());
@@ -172,7 +180,7 @@ function map() {
     ...(K > 1 ? [["Mean cosine", meanCosine, fixed], ["Sign conflict", conflict, percent], ["Sign conflict above chance", (row) => conflict(row) - chance(row), percent]] : []),
     ["Density", meanDensity, percent], ["Tie mass", meanTied, percent],
   ];
-  const place = make("div");
+  const place = make("div"), scale = make("div");
   const paint = (at) => {
     const [name, metric, format] = metrics[at];
     const value = (r, i) => { const cell = cells[`${AXIS.names[i]} ${modules[r]}`]; return cell ? metric(cell) : NaN; };
@@ -180,13 +188,14 @@ function map() {
     const high = Math.max(...values), signed = Math.min(...values) < 0;
     const low = signed ? -Math.max(high, -Math.min(...values)) : 0;
     const top = signed ? -low : high;
-    place.replaceChildren(scaleOf(low, top, format), heat({ rows: modules, axis: AXIS, value, low, high: top, format, label: `${name} by layer and kind of module` }));
+    scale.replaceChildren(scaleOf(low, top, format));
+    place.replaceChildren(heat({ rows: modules, axis: AXIS, value, low, high: top, format, label: `${name} by layer and kind of module` }));
   };
   const select = choice("Show", metrics.map(([name], i) => [i, name]), (value) => paint(Number(value)));
   paint(0);
   return section("map", "Map", "", make("div", { class: "figures" }, figure("Where in the model",
-    "Every kind of module in every layer. Bright rows are kinds of modules, bright columns layers, that deserve weights or densities of their own in the recipe.",
-    [make("div", { class: "row" }, select), place])));
+    "Every kind of module in every layer. Rows and columns that stand out are kinds of modules and layers that may deserve weights or densities of their own in the recipe.",
+    [make("div", { class: "row" }, select, scale), place])));
 }
 
 function numbers() {
@@ -194,14 +203,14 @@ function numbers() {
   const columns = (first) => [
     { title: first, value: (row) => row.name ?? "", text: (row) => row.name },
     { title: "Elements", value: (row) => row.n_elements, text: (row) => whole(row.n_elements) },
-    ...(one ? EACH.map((k) => ({ title: `Change, ${NAMES[k]}`, key: swatch(k), value: (row) => change(row, k), text: (row) => percent(change(row, k)), share: true }))
+    ...(one ? EACH.map((k) => ({ title: "Change", of: NAMES[k], key: swatch(k), value: (row) => change(row, k), text: (row) => percent(change(row, k)), share: true }))
       : [{ title: "Mean change", value: meanChange, text: (row) => percent(meanChange(row)), share: true }]),
-    ...(one ? EACH.map((k) => ({ title: `Norm, ${NAMES[k]}`, key: swatch(k), value: (row) => row.norms[k], text: (row) => digits(row.norms[k], 4) })) : []),
     ...(PAIRS.length > 3 ? [{ title: "Mean cosine", value: meanCosine, text: (row) => fixed(meanCosine(row)) }]
-      : PAIRS.map((pair) => ({ title: `Cosine ${NAMES[pair[0]]}, ${NAMES[pair[1]]}`, value: (row) => cosine(row, pair), text: (row) => fixed(cosine(row, pair)) }))),
+      : PAIRS.map((pair) => ({ title: "Cosine", of: `${NAMES[pair[0]]}, ${NAMES[pair[1]]}`, value: (row) => cosine(row, pair), text: (row) => fixed(cosine(row, pair)) }))),
     ...(K > 1 ? [{ title: "Sign conflict", value: conflict, text: (row) => percent(conflict(row)), share: true }, { title: "By chance", value: chance, text: (row) => percent(chance(row)) }] : []),
     { title: K > 1 ? "Mean density" : "Density", value: meanDensity, text: (row) => percent(meanDensity(row)), share: true },
     { title: K > 1 ? "Mean tie mass" : "Tie mass", value: meanTied, text: (row) => percent(meanTied(row)), share: true },
+    ...(one ? EACH.map((k) => ({ title: "Norm", of: NAMES[k], key: swatch(k), value: (row) => row.norms[k], text: (row) => digits(row.norms[k], 4) })) : []),
   ];
   const rows = (found) => Object.entries(found).map(([name, row]) => ({ name, ...row }));
   const shapes = [{ title: "Shape", left: true, value: (row) => row.n_elements, text: (row) => row.shape.join(" × ") || "scalar" }, { title: "Type", left: true, value: (row) => row.dtype ?? "", text: (row) => row.dtype }];
