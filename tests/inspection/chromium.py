@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -71,9 +72,12 @@ class Browser:
         while self.value("document.documentElement?.dataset.ready") != "yes":
             if time.monotonic() - began > _PATIENCE_S:
                 raise TimeoutError(f"{path} is not ready; its log: {self.log}")
-        # Two frames: sizes are observed in the first, and what follows from them is painted in the second.
-        self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        self.frames()
         return time.monotonic() - began
+
+    def frames(self) -> None:
+        """Wait for two: sizes are observed in the first, what follows from them is painted in the second."""
+        self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 
     def value(self, expression: str) -> Any:
         """What an expression of the page gives, a promise awaited."""
@@ -139,16 +143,25 @@ class Browser:
         return message
 
 
+def _pipe() -> tuple[int, int]:
+    """Descriptors above those that the browser wants."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved[0], moved[1]
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A new browser with an empty profile."""
     program = executable()
     assert program is not None
-    to_read, to_write = os.pipe()
-    from_read, from_write = os.pipe()
+    to_read, to_write = _pipe()
+    from_read, from_write = _pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The pipe is descriptors 3 and 4 of the browser.
-        command = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh", program, *_FLAGS]
+        # It reads descriptor 3 and writes 4.
+        command = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", program, *_FLAGS]
         process = subprocess.Popen(
             [*command, f"--user-data-dir={profile}"],
             pass_fds=(to_read, from_write),

@@ -32,8 +32,6 @@ RUN = 2**14
 SHARE = 32
 """Of a larger tensor, one such run in so many."""
 
-_WORD = 64  # elements of a mask that share a word
-
 
 @dataclass(slots=True)
 class Observation:
@@ -88,16 +86,13 @@ class Observer:
             for row, entry in enumerate(table.entries)
             for piece in _runs(entry, _step(program, entry))
         ]
-        if not pieces:
+        if not pieces or program.keep is Keep.ALL:
             return
-        if program.keep is Keep.ALL:
-            kept = [[piece.n_elements] * table.n_models for _, piece in pieces]
-        else:
-            sampled = WorkTable([piece for _, piece in pieces], table.n_models)
-            numbers = [scalars[row] for row, _ in pieces]
-            kept = [m.n_kept for m in host_backend().measure(sampled, program, numbers, Wants.COUNTS, 1)]
+        sampled = WorkTable([piece for _, piece in pieces], table.n_models)
+        numbers = [scalars[row] for row, _ in pieces]
+        moments = host_backend().measure(sampled, program, numbers, Wants.COUNTS, 1)
         with self._lock:
-            for (_, piece), counts in zip(pieces, kept, strict=True):
+            for (_, piece), counts in zip(pieces, [one.n_kept for one in moments], strict=True):
                 for seen in self._of_key(piece.name, table.n_models):
                     seen.n_asked = [n + piece.n_elements for n in seen.n_asked]
                     seen.n_kept = [a + b for a, b in zip(seen.n_kept, counts, strict=True)]

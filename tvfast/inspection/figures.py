@@ -122,6 +122,11 @@ class Histograms:
                 for octave, n in enumerate(of_model):
                     row[octave] += n
 
+    def order(self, names: Sequence[str]) -> None:
+        """Layers come in the order of tensors, in whatever order these were added."""
+        layers = dict.fromkeys(map(layer_of, names))
+        self.layers = {layer: self.layers[layer] for layer in layers if layer in self.layers}
+
     def as_json(self) -> dict[str, Any]:
         """Counts of [2^e, 2^(e + 1)) for e from `first_exponent` on; what is not finite is left out."""
         used = [o for o in range(OCTAVES - 1) if any(row[o] for row in self.total)] or [_BIAS]

@@ -95,6 +95,7 @@ def task_vectors(
         for part in whole:
             if block_bytes(part) > chunk_bytes:
                 measure.in_chunks(part)
+    measured.histograms.order([task.name for task in tasks])
     for task in tasks:
         measured.tensors[task.name] = found[task.name]
         measured.described[task.name] = {

@@ -137,21 +137,19 @@ function pointed(svg, n, placeOf, describe, mark) {
   }, []);
 }
 
-function ticksOf(low, high, n) {
+// The distance of about n round values between two numbers.
+function stepOf(low, high, n) {
   const rough = (high - low) / n || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((one) => one >= rough * 0.999);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) found.push(i * step);
-  return { ticks: found, step };
+  const size = 10 ** Math.floor(Math.log10(rough));
+  return [1, 2, 2.5, 5, 10].map((m) => m * size).find((step) => step >= rough * 0.999);
 }
 
 // Axes of a drawing: a scale for values, its grid, and the room that is left.
 function frame(width, height, low, high, unit, format) {
-  const { ticks, step } = ticksOf(low, high, 4);
-  const top = Math.max(high, Math.ceil(high / step - 1e-9) * step);
-  const bottom = Math.min(low, Math.floor(low / step + 1e-9) * step);
-  const shown = ticksOf(bottom, top, (top - bottom) / step).ticks.length ? ticksOf(bottom, top, (top - bottom) / step).ticks : ticks;
+  const step = stepOf(low, high, 4);
+  const top = Math.ceil(high / step - 1e-9) * step;
+  const bottom = Math.floor(low / step + 1e-9) * step;
+  const shown = Array.from({ length: Math.round((top - bottom) / step) + 1 }, (_, i) => bottom + i * step);
   const texts = shown.map((value) => format(value, step));
   const left = 10 + 7 * Math.max(...texts.map((text) => text.length));
   const room = { left, right: width - 8, top: 24, bottom: height - 38 };
@@ -162,8 +160,12 @@ function frame(width, height, low, high, unit, format) {
   ]);
   return { room, y, nodes: [grid.flat(), draw("text", { x: 0, y: 11 }, unit)].flat() };
 }
-const byStep = (scale = 1, sign = "") => (value, step) =>
-  `${(value * scale).toFixed(Math.max(0, -Math.floor(Math.log10(step * scale) + 1e-9))).replace("-", "−")}${sign}`;
+const byStep = (scale = 1) => (value, step) => {
+  const size = step * scale;
+  let after = Math.max(0, -Math.floor(Math.log10(size) + 1e-9));
+  if (Math.abs(Number(size.toFixed(after)) / size - 1) > 1e-6) after += 1; // 0.25
+  return (value * scale).toFixed(after).replace(/^-(?=.*[1-9])/, "−").replace("-", "");
+};
 
 // Values along the layers. `axis` is { names, ticks: text of each, title }; series are { name, color, dash, values }.
 function lines({ axis, series, unit, scale = 1, format, from = 0, label }) {

@@ -217,7 +217,7 @@ function numbers() {
   const tensors = columns("Tensor");
   tensors.splice(1, 1, ...shapes);
   return section("numbers", "Numbers", "Every figure of every tensor; a click on a heading sorts.", tables([
-    ["Tensors", () => table({ caption: "Task vectors of every tensor", columns: tensors, rows: TENSORS })],
+    ["Tensors", () => table({ caption: "Task vectors of every tensor", columns: tensors, rows: TENSORS, sorted: 0, descending: false })],
     ["Layers", () => table({ caption: "Task vectors of every layer", columns: columns("Layer"), rows: rows(FOUND.layers), sorted: 0, descending: false })],
     ["Modules", () => table({ caption: "Task vectors of every kind of module", columns: columns("Kind of module"), rows: rows(FOUND.modules), sorted: 2 })],
   ], "Search names, e.g. 31 q_proj"));

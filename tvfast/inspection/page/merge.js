@@ -88,8 +88,8 @@ function times() {
     { title: "Time", value: spent, text: (row) => seconds(spent(row)), share: true },
   ];
   return section("times", "Time", "", make("div", { class: "figures" },
-    figure("Where the workers were", "Seconds of all workers together. If most are reading or writing, the disk sets the pace; if most are merging, more cores help.", [phaseTable], "third"),
-    figure("Slowest tensors", "Small tensors are handled together and share their time by bytes.", [table({ caption: "The slowest tensors", columns, rows: slowest }).node], "two")));
+    figure("Where the workers were", "Seconds of all workers together. If most are reading or writing, the disk sets the pace; if most are merging, more cores help.", [phaseTable], "half"),
+    figure("Slowest tensors", "Small tensors are handled together and share their time by bytes.", [table({ caption: "The slowest tensors", columns, rows: slowest, sorted: 2 }).node], "half")));
 }
 
 function numbers() {
@@ -104,7 +104,7 @@ function numbers() {
   ];
   const rows = (found) => Object.entries(found).map(([name, row]) => ({ name, ...row }));
   return section("numbers", "Numbers", "Every figure of every tensor; a click on a heading sorts.", tables([
-    ["Tensors", () => table({ caption: "Every tensor of the merge", columns: columns("Tensor", true), rows: TENSORS })],
+    ["Tensors", () => table({ caption: "Every tensor of the merge", columns: columns("Tensor", true), rows: TENSORS, sorted: 0, descending: false })],
     ["Layers", () => table({ caption: "Every layer of the merge", columns: columns("Layer"), rows: rows(DATA.layers), sorted: 0, descending: false })],
     ["Modules", () => table({ caption: "Every kind of module", columns: columns("Kind of module"), rows: rows(DATA.modules), sorted: 1 })],
   ], "Search names, e.g. 31 q_proj"));
