@@ -18,7 +18,7 @@ from tests.engine.devices import small_units  # noqa: F401  (a fixture)
 from tvfast.engine.observing import RUN, SHARE
 from tvfast.errors import MergeError
 
-LARGE = (3 * SHARE + 1, RUN)  # four runs are seen
+LARGE = (SHARE * 5 // 4, RUN)  # two runs are seen, or more where it is streamed
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_large_tensors_are_sampled(tmp_path: Path, method: str, memory: int | No
     paths = large_family(tmp_path, torch.bfloat16)
     found = observed(of_large(paths, method, density=0.25), tmp_path / "out", memory=memory, threads=1)
     row = found["tensors"]["model.layers.0.w"]
-    assert RUN * 4 <= row["n_seen"] < row["n_elements"] / 8
+    assert RUN * 2 <= row["n_seen"] < row["n_elements"] / 8
     assert ("streaming" in row["seconds"]) is (memory is not None)
     assert row["kept"] == pytest.approx([0.25] * 2, abs=0.02)
     base, merged = (
