@@ -42,6 +42,7 @@ CPU_GB_S = {
     "nuslerp": 6.5,
     "multislerp": 5.3,
     "model_stock": 5.3,
+    "lata": 5.3,
     "geometric_median": 5.3,
     "ramplus_tl": 4.6,
     "karcher": 3.8,
@@ -61,7 +62,8 @@ CPU_GB_S = {
 bench/results/20261122T001050-01a477f164e7.json; `ties`, `slerp` and `della`: what whole merges took beside
 READ_GB_S and WRITE_GB_S, in 20261122T031110-06461a166e30.json and 20261126T004923-4cbf8ef3e9f5.json. Those
 that read float32 scores: processor time of one thread there, beside other work; `ram` to `knots`: the same,
-as multiples of what `ties` took in memory. Those from `iso_c` on decompose matrices or solve equations:
+as multiples of what `ties` took in memory; `lata`: taken to be `model_stock`'s, which measures as much.
+Those from `iso_c` on decompose matrices or solve equations:
 layers of 1024 x 1024, and as much slower as layers are wider."""
 
 MEMORY_GB_S = 40.0

@@ -425,10 +425,8 @@ class Staging:
         if self.finished:
             return
         self._open_journal()
-        crcs = [
-            shard_checksum(shard, self._shards.path(number), self._coverage[number])
-            for number, shard in enumerate(self._layout.shards)
-        ]
+        paths = map(self._shards.path, range(len(self._layout.shards)))
+        crcs = list(map(shard_checksum, self._layout.shards, paths, self._coverage))
         self._shards.sync()
         *shards, last = [shard.name for shard in self._layout.shards]
         if self._layout.index is not None:
