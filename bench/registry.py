@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from tvfast.program import Entry, Keep, RankQuery, View, WorkTable
 
 WEIGHTS = (0.5, 0.3, 0.2)
 TIES_DENSITY = 0.2
+SHARD_RUN = 2048
 DELLA: dict[str, Any] = {"density": 0.5, "epsilon": 0.1}
 
 
@@ -107,6 +108,20 @@ def combine_row(method: str, **parameters: Any) -> Callable[[Buffers, int], Run]
         statistics = TableStatistics(backend, table, no_planes, n_threads)
         program, scalars = make_method(method, **parameters).resolve(statistics)
         return lambda: backend.combine(table, program, scalars, n_threads)
+
+    return make
+
+
+def shard_row(method: str, **parameters: Any) -> Callable[[Buffers, int], Run]:
+    """The merge pass of a shard that has `SHARD_RUN` columns of a tensor of four times as many."""
+
+    def make(buffers: Buffers, n_threads: int) -> Run:
+        table, backend = merge_table(buffers)
+        statistics = TableStatistics(backend, table, no_planes, n_threads)
+        program, scalars = make_method(method, **parameters).resolve(statistics)
+        entries = [replace(entry, run=SHARD_RUN, run_step=4 * SHARD_RUN) for entry in table.entries]
+        shard = WorkTable(entries, N_MODELS)
+        return lambda: backend.combine(shard, program, scalars, n_threads)
 
     return make
 
@@ -281,6 +296,7 @@ ROWS: tuple[Row, ...] = (
         goals=_TIES_PASS,
         rounds=15,
     ),
+    Row("ties pass, tie=hash, columns", "combine", shard_row("ties", tie="hash", **_TIES), rounds=15),
     Row("verify pass", "thresholds", verify_row, READ_4, goals=(Goal(LIMIT, 0.85),), rounds=15),
     Row("thresholds", "thresholds", thresholds_row, READ_4, rounds=9),
     Row(

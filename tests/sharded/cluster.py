@@ -15,6 +15,14 @@ SIZE = 4
 TIMEOUT = 60.0
 """Seconds until a call that does not return is a failure of the test."""
 
+PRELOADED = [
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "tests.sharded.test_merging",
+]
+"""What every process would import at its first call."""
+
 Work = Callable[..., Any]
 
 
@@ -50,7 +58,7 @@ class Cluster:
     def __init__(self) -> None:
         os.environ["TORCH_LOGS"] = "-distributed"
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "tvfast.sharded.merging"])
+        context.set_forkserver_preload(PRELOADED)
         self._pipes = []
         self._processes = []
         for rank in range(SIZE):

@@ -129,7 +129,7 @@ def layouts_of(draw: Any, mesh: tuple[int, ...]) -> dict[str, Layout]:
 
 
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=10)
 def test_every_program_method_on_any_layout(cluster: Cluster, data: st.DataObject) -> None:
     mesh = data.draw(st.sampled_from(MESHES), "mesh")
     layouts = data.draw(layouts_of(mesh), "layouts")
@@ -152,7 +152,7 @@ BOTH = {
 }
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), (4,)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((4,), marks=pytest.mark.slow)], ids=str)
 def test_every_program_method(cluster: Cluster, mesh: tuple[int, ...]) -> None:
     layouts = BOTH if len(mesh) == 2 else FSDP
     assert failures(cluster.run(4, merges, mesh, layouts, PROGRAMS, "bfloat16", 3)) == []
@@ -178,7 +178,7 @@ def merges_with(rank: int, environment: dict[str, str], *arguments: Any) -> list
 )
 def test_backends_that_know_no_runs_or_partitions(cluster: Cluster, environment: dict[str, str]) -> None:
     """The kernels for GPUs run on the host here; torch counts keys and adds up."""
-    cases = [("ties", {"density": 0.3}), ("dare_linear", {"density": 0.5}), ("della", {"density": 0.5})]
+    cases = [("ties", {"density": 0.3}), ("dare_linear", {"density": 0.5})]
     if environment["TVFAST_BACKEND"] == "cuda":
         pytest.importorskip("tvfast._C_simt")
     found = cluster.run(4, merges_with, environment, (2, 2), BOTH, cases, "bfloat16", 6)

@@ -36,7 +36,7 @@ def table_of(base: Tensor, models: list[Tensor]) -> WorkTable:
     density=st.sampled_from([0.0001, 0.1, 0.2, 0.5, 0.97, 1.0]),
     seed=st.integers(0, 50),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_thresholds(backend: str, n: int, dtype: torch.dtype, shape: str, density: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     base = (0.02 * torch.randn(n, generator=generator)).to(dtype)

@@ -124,7 +124,7 @@ class _Sample:
         share = k / self.n_elements
         margin = _WIDTH * math.sqrt(n * share * (1.0 - share)) + _WIDTH
         low, high = max(0, math.floor(place - margin)), min(n - 1, math.ceil(place + margin))
-        edges = torch.unique(self.keys[low : high + 1])
+        edges: Tensor = torch.unique(self.keys[low : high + 1])
         if edges.numel() > _SAMPLE_EDGES:
             evenly = torch.linspace(0, edges.numel() - 1, _SAMPLE_EDGES).round().to(torch.int64)
             edges = edges[evenly]
