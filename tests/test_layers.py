@@ -552,7 +552,16 @@ def test_forbidden_includes_are_found(path: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["tvfast", "tvfast.cli.main", "tvfast.methods", "tvfast.ops", "tvfast.ops.raw"]
+    "module",
+    [
+        "tvfast",
+        "tvfast.cli.main",
+        "tvfast.methods",
+        "tvfast.ops",
+        "tvfast.ops.raw",
+        "tvfast.search",
+        "tvfast.sweeping",
+    ],
 )
 def test_import_is_light(module: str) -> None:
     """The import starts no framework and loads no native code."""
