@@ -1,4 +1,4 @@
-"""The pictures of docs/inspecting.md: python -m tests.inspection.screenshots DIR (needs Chromium and Pillow)."""
+"""The pictures of docs/inspecting.md: python -m tests.inspection.screenshots DIR. Needs Chromium, Pillow."""
 
 from __future__ import annotations
 

@@ -97,8 +97,7 @@ class Reader:
                 n = min(REQUEST, extent.n_bytes - at)
                 view = block.view[extent.at + at : extent.at + at + n]
                 reads.append(self._pool.submit(self._read, file, extent.offset + at, view))
-        for assembly in arrangement.assemblies:
-            reads.append(self._pool.submit(assembly.fill, block.view, descriptor_of))
+        reads += [self._pool.submit(a.fill, block.view, descriptor_of) for a in arrangement.assemblies]
         return _Ahead(parts, arrangement, block, reads)
 
     def _file(self, path: str) -> OpenFile:
