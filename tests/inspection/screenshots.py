@@ -1,4 +1,4 @@
-"""The pictures of docs/inspecting.md: python -m tests.inspection.screenshots DIR. Needs Chromium, Pillow."""
+"""The pictures of docs/inspecting.md, by Chromium and Pillow: python -m tests.inspection.screenshots DIR."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ class Reader:
                 n = min(REQUEST, extent.n_bytes - at)
                 view = block.view[extent.at + at : extent.at + at + n]
                 reads.append(self._pool.submit(self._read, file, extent.offset + at, view))
-        reads += [self._pool.submit(a.fill, block.view, descriptor_of) for a in arrangement.assemblies]
+        reads += [
+            self._pool.submit(assembly.fill, block.view, descriptor_of) for assembly in arrangement.assemblies
+        ]
         return _Ahead(parts, arrangement, block, reads)
 
     def _file(self, path: str) -> OpenFile:
