@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.families import make_family
 from tests.inspection import chromium
 from tests.inspection.family_70b import LAYERS, MODELS, write_family
 from tests.inspection.test_page import EVIL
@@ -121,6 +122,20 @@ def test_a_drawing_tells_its_numbers(browser: chromium.Browser, pages: dict[str,
     browser.move(x, y)
     assert browser.value("document.getElementById('tip').hidden") is False
     assert browser.value("document.querySelectorAll('#tip div').length") == len(MODELS)
+
+
+@pytest.mark.parametrize("members", [("ft1",), ("base",), tuple(f"ft{k % 3 + 1}" for k in range(9))], ids=len)
+def test_any_number_of_models_and_none_that_differs(
+    browser: chromium.Browser, tmp_path: Path, members: tuple[str, ...]
+) -> None:
+    family = make_family(tmp_path)
+    paths = [str(family.path(name)) for name in ("base", *members)]
+    assert main(["inspect", *paths, "--html", str(tmp_path / "page.html")]) == 0
+    browser.open(tmp_path / "page.html", width=390, height=800)
+    assert browser.log == []
+    assert browser.value("document.documentElement.scrollWidth") == 390
+    assert browser.value(_OUTSIDE) == []
+    assert "NaN" not in browser.value("document.getElementById('main').innerText")
 
 
 def test_names_stay_text(browser: chromium.Browser, tmp_path: Path) -> None:

@@ -172,8 +172,9 @@ function lines({ axis, series, unit, scale = 1, format, from = 0, label }) {
   return chart((width) => {
     const height = width < 500 ? 210 : 250;
     const values = series.flatMap((one) => one.values).filter(known);
-    const low = Math.min(from ?? Infinity, ...values);
-    const high = Math.max(...values, low + 1e-12);
+    const low = Math.min(from, ...values);
+    const most = Math.max(low, ...values);
+    const high = most > low ? most : low + 1 / scale;
     const { room, y, nodes } = frame(width, height, low, high, unit, byStep(scale));
     const n = axis.names.length;
     const x = (i) => room.left + (n > 1 ? (i * (room.right - room.left)) / (n - 1) : (room.right - room.left) / 2);
