@@ -152,6 +152,11 @@ def test_arcee_fusion(shape: tuple[int, ...], spread: float) -> None:
     assert bool(((out.double() - expected).abs() <= bound(base, [model], out))[sure].all())
 
 
+def test_arcee_fusion_of_nothing_is_nothing() -> None:
+    base = {"none": torch.zeros(0, 4), "some": torch.ones(2, 4)}
+    assert tvfast.merge(base, [base], method="arcee_fusion")["none"].shape == (0, 4)
+
+
 def test_arcee_fusion_of_a_copy_is_the_copy() -> None:
     base = normal(8, 9)
     assert exact_bits(tvfast.merge(base, [base.clone()], method="arcee_fusion"), base)

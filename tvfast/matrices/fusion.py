@@ -27,6 +27,8 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
         A tensor of the shape of `base`, float32, or float64 where an input is.
     """
     wide = torch.promote_types(torch.promote_types(base.dtype, model.dtype), torch.float32)
+    if base.numel() == 0:
+        return base.to(wide)
     length = base.shape[-1] if base.dim() else 1
     start, end = base.reshape(-1, length), model.reshape(-1, length)
     out = torch.empty(start.shape, dtype=wide, device=base.device)
