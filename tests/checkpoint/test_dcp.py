@@ -253,10 +253,10 @@ def test_any_range_of_any_grid_of_pieces(
     start = data.draw(st.integers(0, tensor.numel() - 1))
     n = data.draw(st.integers(1, tensor.numel() - start))
     block = bytearray(4 * n + 8)
-    from tvfast.engine.reading import _opened
+    from tvfast.engine.reading import descriptor_of
 
     for part in Assembly(stored, start, n, 4).pieces():
-        part.fill(memoryview(block), _opened)
+        part.fill(memoryview(block), descriptor_of)
     assert block[4 : 4 + 4 * n] == tensor.view(-1)[start : start + n].numpy().tobytes()
     assert block[:4] == block[4 + 4 * n :] == bytes(4)
 
