@@ -15,7 +15,7 @@ from torch import Tensor
 import tvfast
 from tests.cli.families import Family, digest, load, make_family, recipe
 from tests.engine.devices import small_units  # noqa: F401  (a fixture)
-from tvfast.engine.observing import RUN, SHARE
+from tvfast.engine.observing import RUN, SHARE, Observation, summary
 from tvfast.errors import MergeError
 
 LARGE = (SHARE * 5 // 4, RUN)  # two runs are seen, or more where it is streamed
@@ -178,3 +178,17 @@ def test_models_keep_their_columns_where_slices_use_some(family: Family, tmp_pat
     assert found["layers"]["model.layers.0"]["sign_agreement"][ft3] is None
     assert found["layers"]["model.layers.2"]["sign_agreement"][ft3] is not None
     assert found["layers"]["model.layers.2"]["sign_agreement"][0] is None
+
+
+def test_what_is_seen_stands_for_the_whole_tensor() -> None:
+    """A tensor that is seen in part weighs as much as one of its size that is seen as a whole."""
+    part, whole = Observation(1, 1000, n_seen=10), Observation(1, 100, n_seen=100)
+    part.base, part.drift, part.models, part.dots = [4.0], [1.0], [[1.0]], [[0.5]]
+    whole.base, whole.drift, whole.models, whole.dots = [50.0], [2.0], [[3.0]], [[1.0]]
+    part.n_moved, part.n_reversed, part.n_asked, part.n_kept = [8], [2], [20], [5]
+    whole.n_moved, whole.n_reversed, whole.n_asked, whole.n_kept = [50], [10], [100], [60]
+    found = summary([part, whole], 1)
+    assert found["drift"] == pytest.approx(math.sqrt((100 * 1 + 2) / (100 * 4 + 50)))
+    assert found["cosines"] == pytest.approx([(50 + 1) / math.sqrt(102 * 103)])
+    assert found["sign_agreement"] == pytest.approx([1 - (200 + 10) / (800 + 50)])
+    assert found["kept"] == pytest.approx([(250 + 60) / 1100])

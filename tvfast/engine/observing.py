@@ -40,6 +40,7 @@ class Observation:
     """What was seen of one tensor; K models. Sums are lists of addends, so that their order does not matter.
 
     Attributes:
+        n_elements: of the tensor.
         n_seen: elements whose result was compared with base and models.
         base, drift: ‖θ₀‖² and ‖θ - θ₀‖² of these.
         models, dots: [K] ‖τ_k‖² and ⟨τ, τ_k⟩.
@@ -50,6 +51,7 @@ class Observation:
     """
 
     n_models: int
+    n_elements: int
     n_seen: int = 0
     base: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
@@ -166,7 +168,7 @@ class Observer:
 
     def _of(self, task: Task) -> Observation:
         if task.name not in self.tensors:
-            self.tensors[task.name] = Observation(len(task.models))
+            self.tensors[task.name] = Observation(len(task.models), task.n_elements)
             self._tasks.setdefault(task.key, []).append(self.tensors[task.name])
         return self.tensors[task.name]
 
@@ -206,29 +208,29 @@ class Blind:
         return combine
 
 
-def share_of(count: float, n: int) -> float | None:
-    """None where nothing was seen."""
-    return count / n if n else None
-
-
 def summary(seen: Sequence[Observation], n_models: int) -> dict[str, Any]:
-    """Observations of some tensors, as if they were one, as plain data; what was not seen is None."""
-    moved = [sum(one.n_moved[k] for one in seen) for k in range(n_models)]
-    base, drift = (_norm([x for one in seen for x in addends(one)]) for addends in (_base, _drift))
-    models = [_norm([x for one in seen for x in one.models[k]]) for k in range(n_models)]
-    dots = [math.fsum(x for one in seen for x in one.dots[k]) for k in range(n_models)]
-    asked = [sum(one.n_asked[k] for one in seen) for k in range(n_models)]
-    has_drift = any(one.drift for one in seen)
+    """Observations of some tensors, as if they were one, as plain data; what was not seen is None.
+
+    What was seen of a tensor stands for all of it.
+    """
+    looked = [(one, one.n_elements / one.n_seen) for one in seen if one.n_seen]
+    base = _norm([weight * x for one, weight in looked for x in one.base])
+    drift = _norm([weight * x for one, weight in looked for x in one.drift])
+    models = [_norm([weight * x for one, weight in looked for x in one.models[k]]) for k in range(n_models)]
+    dots = [math.fsum(weight * x for one, weight in looked for x in one.dots[k]) for k in range(n_models)]
+    moved = [sum(weight * one.n_moved[k] for one, weight in looked) for k in range(n_models)]
+    against = [sum(weight * one.n_reversed[k] for one, weight in looked) for k in range(n_models)]
+    asked = [sum(one.n_elements for one in seen if one.n_asked[k]) for k in range(n_models)]
+    kept = [
+        sum(one.n_elements / one.n_asked[k] * one.n_kept[k] for one in seen if one.n_asked[k])
+        for k in range(n_models)
+    ]
     return {
         "n_seen": sum(one.n_seen for one in seen),
-        "drift": drift / base if has_drift and base > 0 else None,
-        "kept": [share_of(sum(one.n_kept[k] for one in seen), asked[k]) for k in range(n_models)],
-        "sign_agreement": [
-            share_of(moved[k] - sum(one.n_reversed[k] for one in seen), moved[k]) for k in range(n_models)
-        ],
-        "cosines": [
-            dots[k] / (drift * models[k]) if drift * models[k] > 0 else None for k in range(n_models)
-        ],
+        "drift": _ratio(drift, base),
+        "kept": [_ratio(kept[k], asked[k]) for k in range(n_models)],
+        "sign_agreement": [_ratio(moved[k] - against[k], moved[k]) for k in range(n_models)],
+        "cosines": [_ratio(dots[k], drift * models[k]) for k in range(n_models)],
         "seconds": {
             phase: math.fsum(one.seconds.get(phase, 0.0) for one in seen)
             for phase in dict.fromkeys(phase for one in seen for phase in one.seconds)
@@ -236,12 +238,9 @@ def summary(seen: Sequence[Observation], n_models: int) -> dict[str, Any]:
     }
 
 
-def _base(one: Observation) -> list[float]:
-    return one.base
-
-
-def _drift(one: Observation) -> list[float]:
-    return one.drift
+def _ratio(part: float, whole: float) -> float | None:
+    """None where there is nothing to compare with, or no number."""
+    return part / whole if whole > 0 and math.isfinite(part) and math.isfinite(whole) else None
 
 
 def _norm(squares: Sequence[float]) -> float:

@@ -117,6 +117,7 @@ def _aligned(task: Task, one: Observation, models: Sequence[str]) -> Observation
 
     found = Observation(
         len(models),
+        one.n_elements,
         n_seen=one.n_seen,
         base=one.base,
         drift=one.drift,
