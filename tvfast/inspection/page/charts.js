@@ -378,8 +378,9 @@ function namesOf(paths) {
   return parts.map((own, k) => {
     for (let n = 1; n < own.length; n += 1) {
       const name = own.slice(-n).join("/");
-      if (parts.every((other, j) => j === k || other.slice(-n).join("/") !== name)) return name;
+      const twins = parts.filter((other) => other.slice(-n).join("/") === name);
+      if (twins.every((other) => other.join("/") === own.join("/"))) return twins.length > 1 ? `${name} (${k})` : name;
     }
-    return paths.indexOf(paths[k]) === k && paths.lastIndexOf(paths[k]) === k ? paths[k] : `${paths[k]} (${k})`;
+    return paths.indexOf(paths[k]) === paths.lastIndexOf(paths[k]) ? paths[k] : `${paths[k]} (${k})`;
   });
 }
