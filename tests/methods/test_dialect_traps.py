@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tvfast
 from tvfast.errors import UnknownNameError
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 
 # -- ties at the threshold -------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import tvfast
 from tests.methods.inputs import bound, exact_bits, models_for, normal
 from tvfast.errors import ArgumentError
 from tvfast.methods import statistics as method_statistics
-from tvfast.methods.base import draw_limit, model_key
+from tvfast.methods.scalars import draw_limit, model_key
 from tvfast.methods.slerp import coefficients
 from tvfast.program import ALWAYS
 

@@ -25,7 +25,7 @@ from tvfast.errors import (
     TvfastError,
     UnknownNameError,
 )
-from tvfast.methods.base import model_key
+from tvfast.methods.scalars import model_key
 from tvfast.ops._philox_torch import tie_hash
 from tvfast.ops.raw import Wants
 from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote

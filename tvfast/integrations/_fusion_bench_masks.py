@@ -13,7 +13,7 @@ from tvfast.integrations._fusion_bench_leaves import leaves
 from tvfast.integrations._fusion_bench_models import negative_zeros_
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 from tvfast.ops.raw import Wants
 from tvfast.program import Members, Program, Reduce, Vote, ZeroSign
 

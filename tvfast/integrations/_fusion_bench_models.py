@@ -28,7 +28,8 @@ from tvfast.integrations._tables import (
     random_keys,
     scalars,
 )
-from tvfast.methods.base import draw_limit, float32, share_groups
+from tvfast.methods.base import share_groups
+from tvfast.methods.scalars import draw_limit, float32
 from tvfast.methods.slerp import coefficients
 from tvfast.methods.ties import Ties
 from tvfast.program import Entry, Gain, Keep, Program, Reduce, TensorScalars

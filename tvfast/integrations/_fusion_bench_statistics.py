@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars, view
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 from tvfast.ops.raw import Wants
 from tvfast.program import Divisor, Program, ScoreMap, Weighting
 

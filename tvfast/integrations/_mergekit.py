@@ -20,7 +20,7 @@ from tvfast.integrations._tables import (
     number,
     scalars,
 )
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 from tvfast.methods.slerp import coefficients
 from tvfast.program import Divisor, Program
 

@@ -12,8 +12,8 @@ from tvfast.integrations._chunks import row_chunks
 from tvfast.integrations._magnitudes import draw_by_magnitude
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, random_keys, scalars
-from tvfast.methods.base import draw_limit
 from tvfast.methods.dialects import kept_sd_mecha
+from tvfast.methods.scalars import draw_limit
 from tvfast.program import (
     SMALLEST_POSITIVE,
     Divisor,

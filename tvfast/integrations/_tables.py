@@ -13,7 +13,7 @@ from torch import Tensor
 from tvfast.errors import ArgumentError, BackendError, MergeError
 from tvfast.integrations._patching import NotServed
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
-from tvfast.methods.base import model_key
+from tvfast.methods.scalars import model_key
 from tvfast.ops.host import first_nonfinite
 from tvfast.ops.raw import backend_for
 from tvfast.program import (

@@ -30,7 +30,7 @@ from tvfast.integrations._tables import (
     random_keys,
     scalars,
 )
-from tvfast.methods.base import draw_limit, float32
+from tvfast.methods.scalars import draw_limit, float32
 from tvfast.ops import combine
 from tvfast.program import Divisor, Gain, Keep, Members, Program, Tie, Vote
 

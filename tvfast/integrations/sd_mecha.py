@@ -21,7 +21,7 @@ from tvfast.integrations import _sd_mecha_ties as elected
 from tvfast.integrations._chunks import flat_chunks, row_chunks
 from tvfast.integrations._patching import Function, Hook, Integration, IntegrationModule, NotServed, same
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 from tvfast.program import Program
 
 

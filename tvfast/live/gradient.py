@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tvfast.errors import ArgumentError, BackendError
 from tvfast.methods import ProgramMethod
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 from tvfast.ops._views import check_same, view
 from tvfast.ops.raw import Backend, Wants
 from tvfast.program import (

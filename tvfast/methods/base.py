@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,8 +11,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from tvfast.errors import ArgumentError, UnknownNameError
+from tvfast.methods.scalars import float32, model_key
 from tvfast.methods.statistics import TableStatistics
-from tvfast.program import ALWAYS, Entry, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
+from tvfast.program import Entry, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -491,33 +490,3 @@ def nearest(found: str, known: Iterable[str]) -> str:
     """ " did you mean 'x'?" for the nearest known name, or nothing."""
     matches = get_close_matches(found, list(known), n=1)
     return f" did you mean {matches[0]!r}?" if matches else ""
-
-
-def model_key(seed: int, name: str, model: int) -> int:
-    """The 64-bit key of one model's draws and tie hashes in one tensor; see docs/numerics.md, Keys."""
-    digest = hashlib.blake2b(f"{seed}\0{name}\0{model}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def draw_limit(probability: float) -> int:
-    """The 32-bit draws below it are a share `probability` of all."""
-    return min(ALWAYS, max(0, round(probability * ALWAYS)))
-
-
-def float32(value: float) -> float:
-    """Rounded once to float32; infinity where it does not fit."""
-    try:
-        return float(struct.unpack("<f", struct.pack("<f", value))[0])
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def next_float32(value: float) -> float:
-    """The least float32 above one of 0 or more."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    return float(struct.unpack("<f", struct.pack("<I", bits + 1))[0])
-
-
-def top_count(density: float, n: int) -> int:
-    """Entries kept at a density: truncated, in float64."""
-    return int(density * n)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tvfast.methods.base import PerModel, parameter, register_method, top_count
+from tvfast.methods.base import PerModel, parameter, register_method
+from tvfast.methods.scalars import top_count
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.task_vectors import (
     CONSENSUS,

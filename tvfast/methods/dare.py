@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tvfast.methods.base import (
-    PerModel,
-    draw_limit,
-    float32,
-    parameter,
-    register_method,
-)
+from tvfast.methods.base import PerModel, parameter, register_method
 from tvfast.methods.dialects import TIES_DIALECTS
+from tvfast.methods.scalars import draw_limit, float32
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.task_vectors import (
     CONSENSUS,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import PerModel, draw_limit, float32, parameter, register_method
+from tvfast.methods.base import PerModel, parameter, register_method
+from tvfast.methods.scalars import draw_limit, float32
 from tvfast.methods.statistics import TableStatistics, plane_bytes
 from tvfast.methods.task_vectors import (
     CONSENSUS,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import PerModel, ProgramMethod, float32, parameter, register_method
+from tvfast.methods.base import PerModel, ProgramMethod, parameter, register_method
 from tvfast.methods.linear import Linear
+from tvfast.methods.scalars import float32
 from tvfast.methods.scored import inverse, map_scores
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import Divisor, Program, ScoreMap, ScoreSummary, TensorScalars, Weighting

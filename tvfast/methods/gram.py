@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import ProgramMethod, float32
+from tvfast.methods.base import ProgramMethod
+from tvfast.methods.scalars import float32
 from tvfast.methods.span import Gram, is_finite
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import Program, TensorScalars

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import Aside, ProgramMethod, float32, parameter, register_method
+from tvfast.methods.base import Aside, ProgramMethod, parameter, register_method
+from tvfast.methods.scalars import float32
 from tvfast.methods.span import Gram
 from tvfast.methods.statistics import TableStatistics
 from tvfast.methods.task_arithmetic import TaskArithmetic

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvfast.methods.base import ProgramMethod, float32, parameter, register_method
+from tvfast.methods.base import ProgramMethod, parameter, register_method
+from tvfast.methods.scalars import float32
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import Program, TensorScalars, View, Weighting
 

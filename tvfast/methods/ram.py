@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from tvfast.methods.base import ProgramMethod, float32, next_float32, parameter, register_method
+from tvfast.methods.base import ProgramMethod, parameter, register_method
+from tvfast.methods.scalars import float32, next_float32
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.raw import Wants
 from tvfast.program import Divisor, Keep, Members, Program, TensorScalars, Tie, Weighting

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from tvfast.methods.base import float32, model_key, parameter, register_method
+from tvfast.methods.base import parameter, register_method
+from tvfast.methods.scalars import float32, model_key
 from tvfast.methods.statistics import Band, TableStatistics
 from tvfast.methods.task_vectors import CONSENSUS, TaskVectorMethod, write_bands
 from tvfast.program import Ballot, Keep, Program, TensorScalars

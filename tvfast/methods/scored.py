@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import float32
+from tvfast.methods.scalars import float32
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import ScoreMap, ScoreSummary
 

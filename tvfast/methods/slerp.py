@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import ProgramMethod, float32, parameter, register_method
+from tvfast.methods.base import ProgramMethod, parameter, register_method
+from tvfast.methods.scalars import float32
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import Program, TensorScalars, View
 

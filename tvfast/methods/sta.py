@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from tvfast.errors import ArgumentError
-from tvfast.methods.base import TIES, PerModel, ProgramMethod, float32, parameter, register_method, top_count
+from tvfast.methods.base import TIES, PerModel, ProgramMethod, parameter, register_method
+from tvfast.methods.scalars import float32, top_count
 from tvfast.methods.scored import as_mean, by_l1, by_most, by_range, map_scores
 from tvfast.methods.statistics import ALL, Band, TableStatistics
 from tvfast.methods.task_arithmetic import TaskArithmetic

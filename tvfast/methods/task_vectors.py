@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tvfast.methods.base import ProgramMethod, float32
+from tvfast.methods.base import ProgramMethod
+from tvfast.methods.scalars import float32
 from tvfast.methods.statistics import Band, Norms, TableStatistics
 from tvfast.program import Ballot, Divisor, Members, Program, TensorScalars, Vote, ZeroSign
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Literal, TypeVar
 
@@ -12,6 +11,7 @@ from tvfast.methods import METHODS, MethodInfo, make_method
 from tvfast.methods.base import TIES
 from tvfast.recipe.document import Value, nearest, shortened
 from tvfast.recipe.keys import BASE_IS_AN_INPUT, PEER_KEYS, WORDS, Key, method_keys
+from tvfast.recipe.quantities import layer_range, n_bytes
 from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
 from tvfast.recipe.references import References
 from tvfast.recipe.resolution import Resolver
@@ -50,10 +50,6 @@ _OWN = (
     "instruct",
     "out_format",
 )
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
-_POWERS = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
-_MOST_BYTES = 2**62
-_WHAT_SIZE = "a size such as 5B, 500M, 2GB or a number of bytes"
 _MAX_PROBED = 1000  # values of one setting that are tried one by one
 
 Word = TypeVar("Word", bound=str)
@@ -297,7 +293,7 @@ class _Reader:
         if model == self.instruct:
             level = "instruct model"
         parameters = self._settings(found.get("parameters"), level=level)
-        layers = _layer_range(found["layer_range"]) if stacked else None
+        layers = layer_range(found["layer_range"]) if stacked else None
         return Source(model, layers, parameters, item.path, self._stats_of(model, found.get("stats")))
 
     def _stats_of(self, model: str, value: Value | None) -> str | None:
@@ -424,7 +420,7 @@ class _Reader:
             if value is not None:
                 raise own.error("there is an out_shard_size outside of tvfast, too; expected one of them.")
             value = own
-        return SHARD_BYTES if value is None else _n_bytes(value)
+        return SHARD_BYTES if value is None else n_bytes(value)
 
     def _seed(self) -> int:
         value = self.own.get("seed")
@@ -474,44 +470,3 @@ def _inputs(slices: Iterable[Slice], base: str | None) -> list[str]:
     """Every model of a recipe, once."""
     sources = [source.model for part in slices for source in part.sources]
     return list(dict.fromkeys([*([] if base is None else [base]), *sources]))
-
-
-def _layer_range(value: Value) -> tuple[int, int]:
-    what = "[first, one past the last], two integers"
-    items = value.sequence(what)
-    if len(items) != 2:
-        raise value.expected(what)
-    first, last = (_integer(item) for item in items)
-    if not 0 <= first < last:
-        raise value.error(f"is [{first}, {last}]; expected 0 <= first < last, counted from 0.")
-    return first, last
-
-
-def _integer(value: Value) -> int:
-    plain = value.plain
-    if isinstance(plain, str) and re.fullmatch(r"\s*[+-]?\d{1,9}\s*", plain):
-        plain = int(plain)
-    if isinstance(plain, float) and plain.is_integer():
-        plain = int(plain)
-    if isinstance(plain, bool) or not isinstance(plain, int):
-        raise value.expected("an integer")
-    return plain
-
-
-def _n_bytes(value: Value) -> int:
-    """Bytes; the suffixes k, m and b are mergekit's: thousand, million and billion."""
-    plain = value.plain
-    if isinstance(plain, str):
-        match = _SIZE.fullmatch(plain)
-        if match is None:
-            raise value.expected(_WHAT_SIZE)
-        unit = (match[2] or "").lower()
-        factor = (1024 if "i" in unit else 1000) ** _POWERS.get(unit[:1], 0)
-        plain = round(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
-    if isinstance(plain, float) and plain.is_integer():
-        plain = int(plain)
-    if isinstance(plain, bool) or not isinstance(plain, int):
-        raise value.expected(_WHAT_SIZE)
-    if not 1 <= plain <= _MOST_BYTES:
-        raise value.error(f"is {plain} bytes; expected at least 1 and at most {_MOST_BYTES}.")
-    return plain
