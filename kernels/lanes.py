@@ -20,7 +20,8 @@ MIXED = tl.constexpr(-1)
 
 @triton.jit
 def load_fixed(address, i, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """Elements i [n] int64 of one dtype at a scalar int64 address, widened to float32; +0 outside."""
+    """Elements i [n] int64 of one dtype at a scalar address, widened to float32; +0 outside."""
+    address = address.to(tl.int64)  # an argument below 2^31 comes as an int32
     if DTYPE == F32:
         pointer = address.to(tl.pointer_type(tl.float32))
     elif DTYPE == BF16:
@@ -70,7 +71,8 @@ def rounded_bits(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_fixed(address, i, x, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """Rounds x [n] float32 into elements i [n] int64 of one dtype at a scalar int64 address."""
+    """Rounds x [n] float32 into elements i [n] int64 of one dtype at a scalar address."""
+    address = address.to(tl.int64)
     if DTYPE == F32:
         pointer = address.to(tl.pointer_type(tl.int32))
     else:

@@ -24,6 +24,7 @@ import tvfast
 from tests.cli.families import load, write_checkpoint
 from tests.distributed.ranks import free_port, merged
 from tvfast.checkpoint.dcp import read_dcp
+from tvfast.checkpoint.dcp_pickle import load_metadata
 from tvfast.checkpoint.reading import open_checkpoint
 from tvfast.checkpoint.stored import Piece, Stored
 from tvfast.engine.assembly import Assembly
@@ -225,6 +226,24 @@ def test_metadata_runs_no_code(rows: Path, tmp_path: Path) -> None:
     (tmp_path / "dcp" / ".metadata").write_bytes(b"\x80\x04N.")
     with pytest.raises(CheckpointError, match="holds no Metadata"):
         open_checkpoint(tmp_path / "dcp")
+
+
+def test_members_of_enumerations_are_taken_by_name_and_nothing_else_is(tmp_path: Path) -> None:
+    """Python before 3.11.4 writes a member as a call of getattr; getattr of anything else reaches everything."""
+
+    def taken(module: str, name: str, member: str) -> bytes:
+        text = f"cbuiltins\ngetattr\nc{module}\n{name}\nX".encode()
+        return b"\x80\x02" + text + len(member).to_bytes(4, "little") + member.encode() + b"\x86R."
+
+    encoding = taken(
+        "torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", "TORCH_CONTIGUOUS_FORMAT"
+    )
+    assert load_metadata(encoding, "file") == ("TORCH_CONTIGUOUS_FORMAT",)
+    assert pickle.loads(encoding).name == "TORCH_CONTIGUOUS_FORMAT"
+    with pytest.raises(CheckpointError, match=r"asks to run 'os\.environ'"):
+        load_metadata(taken("os", "environ", "clear"), "file")
+    with pytest.raises(CheckpointError, match=r"calls 'builtins\.getattr'"):
+        load_metadata(taken("torch", "Size", "__init__"), "file")
 
 
 @settings(max_examples=60, deadline=None)

@@ -196,13 +196,13 @@ def test_workspace_is_bounded(emulated: Any) -> None:
     module = emulated._module
     native = module.Table(3)
     for group in range(40):
-        native.add((0, 0), [(0, 1)] * 3, (0, 0), [], [], [], 1 << 32, 0, 0, group, 0, False)
+        native.add((0, 0), [(0, 1)] * 3, (0, 0), [], [], [], 1 << 32, 0, 0, 0, 0, group, 0, False)
     asked = [(group, model, 1 << 31) for group in range(40) for model in range(3)]
     queries = module.ResidentQueries(native, 1, asked, module.LIMITS)
     assert queries.n_batches == 120
     assert queries.n_workspace < 4 * module.LIMITS[1] + (8 << 20)
     small = module.Table(1)
-    small.add((0, 0), [(0, 1)], (0, 0), [], [], [], 1000, 0, 0, 0, 0, False)
+    small.add((0, 0), [(0, 1)], (0, 0), [], [], [], 1000, 0, 0, 0, 0, 0, 0, False)
     assert module.ResidentQueries(small, 1, [(0, 0, 1)], module.LIMITS).n_workspace < 32 << 10
 
 
@@ -212,7 +212,7 @@ def test_workspace_of_places_grows_with_the_entries(emulated: Any) -> None:
     native = module.Table(1)
     n = 2000
     for group in range(n):
-        native.add((0, 0), [(0, 1)], (0, 0), [], [], [], 1000, 0, 0, group, 0, False)
+        native.add((0, 0), [(0, 1)], (0, 0), [], [], [], 1000, 0, 0, 0, 0, group, 0, False)
     asked = module.ResidentQueries(native, 1, [(group, 0, 1) for group in range(n)], module.LIMITS)
     assert module.equals_of(native, asked).n_workspace < 64 * n
     assert module.ResidentEquals(native, 1, [(0, 0, 1.0, 0)] * n, True).n_workspace > 8 * n * n

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tvfast import ops
 from tvfast.ops.raw import ProductBackend
 
 REFERENCE = load("reference")
+_MAP_32BIT = 0x40  # of Linux; a name in mmap from Python 3.13 on
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,6 +64,17 @@ def test_layer_with_bias_is_exact_on_dyadic_numbers(gpu: ProductBackend, kind: s
     expected, _ = plain_scores(ones, [1.0] * 2)
     short: Any = {**case, "activations": [a[:, :-1].contiguous() for a in case["activations"]]}
     assert torch.equal(ops.score(**short, bias_column=True).double(), expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="mmap gives memory below 2^31 on x86-64 alone")
+def test_addresses_below_two_to_the_31(gpu: ProductBackend) -> None:
+    """Triton takes so small an argument for an int32."""
+    x = drawn(0, 12, 10)
+    low = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT)
+    there = torch.frombuffer(low, dtype=x.dtype, count=x.numel()).view_as(x)
+    assert there.copy_(x).data_ptr() < 2**31
+    a, b = blocks_of(10, 5, 1), blocks_of(12, 5, 60)
+    assert_same_bits([ops.kron(there, a, b, block=5)[0]], [ops.kron(x, a, b, block=5)[0]])
 
 
 @pytest.mark.parametrize("s", [1, 5, 16, 40, 128])

@@ -31,6 +31,8 @@ _CLASSES = frozenset(
     }
 )
 _NEWOBJ = 0x81
+_GETATTR = "builtins.getattr"
+"""What the first releases of Python 3.11 take members of enumerations by."""
 
 
 class Record:
@@ -66,11 +68,15 @@ class _Machine(unpickling.Machine):
     """Knows the classes of `torch.distributed.checkpoint` by name."""
 
     def named(self, name: str) -> Global:
-        return Global(name) if name in _CLASSES or name in _VALUES else super().named(name)
+        known = name in _CLASSES or name in _VALUES or name == _GETATTR
+        return Global(name) if known else super().named(name)
 
     def call(self, function: object, arguments: object) -> Any:
-        if isinstance(function, Global) and function.name in _VALUES and isinstance(arguments, tuple):
-            return _VALUES[function.name](arguments)
+        match function, arguments:
+            case Global(name), tuple() if name in _VALUES:
+                return _VALUES[name](arguments)
+            case Global(name), (Global(of), str(member)) if name == _GETATTR and of in _VALUES:
+                return (member,)
         return super().call(function, arguments)
 
     def is_key(self, key: object) -> bool:
