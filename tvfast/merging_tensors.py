@@ -66,8 +66,7 @@ def merge_tensors(
         StatisticsError: statistics of other models: of no tensor here, or of another shape.
         SolveError: singular or non-finite factors.
     """
-    sources = [statistics_of(source, f"stats[{k}]") for k, source in enumerate(stats or ())]
-    _check_names(sources, pairs)
+    sources = checked_sources(stats, [leaf for leaf, _ in pairs])
     rest: list[tuple[Leaf, Tensor]] = []
     mine: list[tuple[Leaf, Tensor]] = []
     reasons: dict[str, list[Leaf]] = defaultdict(list)
@@ -108,6 +107,32 @@ def merge_tensors(
     return rest, average
 
 
+def checked_sources(stats: Sequence[Any] | None, leaves: Sequence[Leaf]) -> list[Mapping[str, Curvature]]:
+    """Statistics, opened where paths were given, once names and shapes are those of the leaves.
+
+    Raises:
+        StatisticsError: statistics of other models: of no tensor here, or of another shape.
+        ArgumentError: something else.
+    """
+    sources = [statistics_of(source, f"stats[{k}]") for k, source in enumerate(stats or ())]
+    _check_names(sources, leaves)
+    for source in sources:
+        for leaf in leaves:
+            if leaf.name not in source:
+                continue
+            shape = _shape_of(source, leaf.name)
+            if shape != tuple(leaf.base.shape):
+                raise StatisticsError(
+                    f"parameter {leaf.name!r} has shape {list(leaf.base.shape)}, its statistics have "
+                    f"{list(shape)}; expected equal ones. These are the statistics of another model."
+                )
+    return sources
+
+
+def _shape_of(source: Mapping[str, Curvature], name: str) -> tuple[int, ...]:
+    return source.shape(name) if isinstance(source, Statistics) else source[name].shape
+
+
 def kind_of(source: Mapping[str, Curvature], leaf: Leaf) -> str | None:
     if leaf.name not in source:
         return None
@@ -119,16 +144,11 @@ def kind_of(source: Mapping[str, Curvature], leaf: Leaf) -> str | None:
 def _curvature(source: Mapping[str, Curvature], leaf: Leaf) -> Curvature:
     wide = torch.float64 if leaf.float64 else torch.float32
     found = source.read(leaf.name, wide) if isinstance(source, Statistics) else source[leaf.name]
-    if found.shape != tuple(leaf.base.shape):
-        raise StatisticsError(
-            f"parameter {leaf.name!r} has shape {list(leaf.base.shape)}, its statistics have "
-            f"{list(found.shape)}; expected equal ones. These are the statistics of another model."
-        )
     return found.to(leaf.base.device)
 
 
-def _check_names(sources: Sequence[Mapping[str, Curvature]], pairs: Sequence[tuple[Leaf, Tensor]]) -> None:
-    names = {name for leaf, _ in pairs for name in (leaf.name, *leaf.aliases)}
+def _check_names(sources: Sequence[Mapping[str, Curvature]], leaves: Sequence[Leaf]) -> None:
+    names = {name for leaf in leaves for name in (leaf.name, *leaf.aliases)}
     for k, source in enumerate(sources):
         unknown = [name for name in source if name not in names]
         if unknown:

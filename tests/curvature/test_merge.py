@@ -114,6 +114,23 @@ def test_what_has_no_factors_is_averaged_and_reported(method: str) -> None:
         assert not torch.allclose(state(merged)["norm.weight"], mean["norm.weight"])
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_nothing_is_written_where_statistics_have_another_shape(tmp_path: Path, in_memory: bool) -> None:
+    base, models, _ = family()
+    found: list[Any] = statistics()
+    if not in_memory:
+        for k, one in enumerate(found):
+            one.save(tmp_path / str(k))
+        found = [tmp_path / str(k) for k in range(len(found))]
+    states = [{**state(one), "out.weight": torch.zeros(4, 5).double()} for one in (base, *models)]
+    before = {name: tensor.clone() for name, tensor in states[0].items()}
+    with pytest.raises(
+        StatisticsError, match=r"'out.weight' has shape \[4, 5\], its statistics have \[3, 5\]"
+    ):
+        tvfast.merge_(states[0], states[1:], "regmean", stats=found, report=[])
+    assert all(torch.equal(before[name], tensor) for name, tensor in states[0].items())
+
+
 def test_vectors_with_blocks_satisfy_their_equations() -> None:
     base, models, _ = family()
     found = statistics()

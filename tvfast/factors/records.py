@@ -137,6 +137,17 @@ class Statistics(Mapping[str, Curvature]):
         where = self.path or "statistics"
         return curvature_of(self._record(parameter, self.kinds[parameter]), where, dtype)
 
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Of a parameter, as its statistics have it; reads no sums."""
+        key = parameter, self.kinds[parameter]
+        found = self._source.entries[key] if isinstance(self._source, StatisticsFile) else self._source[key]
+        return tuple(found.shape)
+
+    @property
+    def file(self) -> StatisticsFile | None:
+        """Where they are read from; None: in memory."""
+        return self._source if isinstance(self._source, StatisticsFile) else None
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a statistics file.
 
