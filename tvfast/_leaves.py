@@ -66,7 +66,8 @@ def any_sharded(*weights: Any) -> bool:
         return False  # there is none in this process
     for one in weights:
         if isinstance(one, nn.Module):
-            found = any_sharded(*one.parameters(), *one.buffers())
+            # Unlike parameters(), it has the shards of a module of FSDP2 between a forward pass and the next.
+            found = any_sharded(one.state_dict(keep_vars=True))
         elif isinstance(one, Mapping):
             found = any_sharded(*one.values())
         elif isinstance(one, list | tuple):

@@ -74,6 +74,27 @@ def test_fsdp_modules_are_merged_in_place_and_train_on(cluster: Cluster, mesh: t
     assert failures(cluster.run(torch.Size(mesh).numel(), fsdp, mesh)) == []
 
 
+def evaluated(rank: int) -> list[str]:
+    """A forward pass without a backward pass leaves the parameters of the root gathered."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    mesh = mesh_of((2,))
+    made = [fully_shard(torch.nn.Linear(5, 3), mesh=mesh) for _ in range(3)]
+    whole = [{name: tensor.full_tensor() for name, tensor in one.state_dict().items()} for one in made]
+    want = tvfast.merge(whole[0], whole[1:], "linear")
+    with torch.no_grad():
+        for one in made:
+            one(torch.ones(2, 5))
+    tvfast.merge_(made[0], made[1:], "linear")
+    state = made[0].state_dict()
+    return [name for name, tensor in want.items() if not same_bits(state[name].full_tensor(), tensor)]
+
+
+def test_a_module_that_was_evaluated_is_merged(cluster: Cluster) -> None:
+    assert failures(cluster.run(2, evaluated)) == []
+
+
 def live(rank: int, mesh_shape: tuple[int, ...], layouts: dict[str, Layout]) -> list[str]:
     """`LiveMerge` with every way of using coefficients, beside that of whole tensors."""
     mesh, wrong = mesh_of(mesh_shape), []

@@ -22,8 +22,8 @@ def meshes_of(weights: Any) -> Iterator[DeviceMesh]:
     if isinstance(weights, DTensor):
         yield weights.device_mesh
     elif isinstance(weights, nn.Module):
-        for tensor in (*weights.parameters(), *weights.buffers()):
-            yield from meshes_of(tensor)
+        # Unlike parameters(), it has the shards of a module of FSDP2 between a forward pass and the next.
+        yield from meshes_of(weights.state_dict(keep_vars=True))
     elif isinstance(weights, Mapping):
         for value in weights.values():
             yield from meshes_of(value)
