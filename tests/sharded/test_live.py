@@ -127,6 +127,10 @@ def live(rank: int, mesh_shape: tuple[int, ...], layouts: dict[str, Layout]) -> 
                 found, want = many.gradient(spread(grads)), one.gradient(grads)
                 if not torch.equal(torch.as_tensor(found), torch.as_tensor(want)):
                     wrong.append(f"gradient of {method}")
+                shards["embed.weight"].grad = spread(grads)["embed.weight"]
+                many.zero_grad()
+                if shards["embed.weight"].grad is not None:
+                    wrong.append(f"gradient left by {method}")
         wrong += [n for n, t in before.items() if not same_bits(local(t), local(shards[n]))]
     return wrong
 

@@ -247,8 +247,8 @@ class LiveMerge:
 
     def zero_grad(self) -> None:
         """Drop the gradients of the live tensors, as `torch.optim.Optimizer.zero_grad` does."""
-        for leaf in self._live:
-            leaf.base.grad = None
+        for tensor in self._tensors.values():
+            tensor.grad = None
 
     def restore(self) -> None:
         """Put θ₀ back, bit for bit (rounded once where `base` has a wider dtype)."""
