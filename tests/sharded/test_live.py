@@ -216,6 +216,31 @@ def test_a_base_that_lies_otherwise(cluster: Cluster, kind: str) -> None:
     assert failures(cluster.run(4, redistributed, OTHERWISE[kind], rows, False)) == []
 
 
+def unfinished(rank: int) -> list[str]:
+    """A base of unfinished sums, by a method on whole tensors and one that reads norms of scores."""
+    mesh, wrong = mesh_of((2, 2)), []
+    shapes = {"w": (9, 10), "v": (5, 4)}
+    base, *models = weights(shapes, "float32", 2, 3)
+    sums, rows = Layout((("partial", 0, 0), ("shard", 0, 0))), Layout((("replicate", 0, 0), ("shard", 0, 0)))
+    scores = [{name: tensor.abs() for name, tensor in model.items()} for model in models]
+    scores[1] = {name: 3.0 * tensor for name, tensor in scores[1].items()}
+    for method, extra in (("model_stock", {"filter_wise": True}), ("fisher", {"scores": scores})):
+        want = tvfast.merge(base, models, method, **extra)
+        target, *others = (
+            {name: (rows if k or name == "v" else sums).place(t, mesh) for name, t in one.items()}
+            for k, one in enumerate((base, *models))
+        )
+        tvfast.merge_(target, others, method, redistribute=True, **extra)
+        wrong += [
+            f"{method} {name}" for name, t in target.items() if not same_bits(t.full_tensor(), want[name])
+        ]
+    return wrong
+
+
+def test_the_result_of_a_base_of_unfinished_sums_adds_up(cluster: Cluster) -> None:
+    assert failures(cluster.run(4, unfinished)) == []
+
+
 ELEMENTS = 2**25
 
 

@@ -140,12 +140,16 @@ def return_to(local: Tensor, out: Tensor, like: DTensor, placements: Placements)
     with torch.no_grad():
         target = settled(like)
         moved = as_dtensor(local, like, placements).redistribute(placements=target)
-        own = local_of(moved)
-        coordinates = like.device_mesh.get_coordinate() or ()
-        for placement, at in zip(like.placements, coordinates, strict=True):
-            if isinstance(placement, Partial) and placement.reduce_op == "sum" and at > 0:
-                own = torch.zeros_like(own)  # the first rank's term is the sum
-        out.copy_(own)
+        out.copy_(term_of(local_of(moved), like))
+
+
+def term_of(own: Tensor, like: DTensor) -> Tensor:
+    """This rank's term of a result whose sum is not finished; elsewhere the result itself."""
+    coordinates = like.device_mesh.get_coordinate() or ()
+    for placement, at in zip(like.placements, coordinates, strict=True):
+        if isinstance(placement, Partial) and placement.reduce_op == "sum" and at > 0:
+            return torch.zeros_like(own)  # the first rank's term is the sum
+    return own
 
 
 def _plain(tensor: DTensor) -> Placements:

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
@@ -38,7 +38,7 @@ class Part:
         shape: of the whole tensor.
         pieces: of the local shard, in its order; none if it is empty.
         whole: every rank holds all of it.
-        counted: this rank speaks for these elements; among replicas the first does.
+        counted: this rank speaks for these elements; among replicas, and terms of a sum, the first does.
     """
 
     shape: tuple[int, ...]
@@ -76,9 +76,7 @@ def part_of(tensor: Tensor, first_rank: int, rank: int) -> Part:
         if is_shard(placement)
     )
     replicas = (
-        at
-        for placement, at in zip(tensor.placements, coordinates, strict=True)
-        if isinstance(placement, Replicate)
+        at for placement, at in zip(tensor.placements, coordinates, strict=True) if not is_shard(placement)
     )
     return Part(
         shape,

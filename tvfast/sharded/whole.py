@@ -15,7 +15,7 @@ from tvfast.factors.records import statistics_of
 from tvfast.merging_tensors import check_statistics, kind_of, merge_tensors
 from tvfast.methods import Method, ProgramMethod, TensorMethod
 from tvfast.program import DType, View
-from tvfast.sharded.layouts import described, is_whole
+from tvfast.sharded.layouts import described, is_whole, term_of
 from tvfast.sharded.leaves import ShardedLeaf
 from tvfast.sharded.shards import local_slice
 
@@ -71,7 +71,7 @@ def merge_whole(
     def put(leaf: Leaf, out: Tensor, merged: Tensor) -> None:
         base = by_name[leaf.name].base
         if isinstance(base, DTensor):
-            merged = local_slice(merged, base.device_mesh, base.placements)
+            merged = term_of(local_slice(merged, base.device_mesh, base.placements), base)
         out.copy_(merged)
 
     pairs = [(_leaf(one), targets[one.name]) for one in leaves]
