@@ -241,6 +241,15 @@ def test_the_result_of_a_base_of_unfinished_sums_adds_up(cluster: Cluster) -> No
     assert failures(cluster.run(4, unfinished)) == []
 
 
+def emptied(rank: int) -> None:
+    empty = {"w": Layout((("shard", 0, 0),)).place(torch.zeros(0, 3), mesh_of((2,)))}
+    assert tvfast.merge(empty, [empty, empty], "sta", scores=[empty, empty])["w"].shape == (0, 3)
+
+
+def test_scores_of_nothing_but_empty_tensors(cluster: Cluster) -> None:
+    cluster.run(2, emptied)
+
+
 ELEMENTS = 2**25
 
 

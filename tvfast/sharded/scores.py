@@ -50,9 +50,9 @@ class ShardScores:
 
     def completed(self, team: Communicator, n_threads: int) -> list[LeafScores]:
         """With summaries of whole tensors: three reductions if any model's scores came in memory."""
-        if not self.partial or not self.scores:
-            return self.scores
         kept = [at for at, one in enumerate(self.leaves) if one.base.numel() > 0]
+        if not self.partial or not kept:
+            return self.scores
         extremes = torch.tensor(
             [
                 [
