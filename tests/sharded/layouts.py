@@ -64,3 +64,17 @@ def weights(
         for _ in range(n_models)
     ]
     return [{name: tensor.to(kind) for name, tensor in one.items()} for one in found]
+
+
+def factors_of(name: str, shape: Sequence[int], seed: int) -> Any:
+    """Kronecker factors of a matrix, positive definite; everywhere the same."""
+    from tvfast.factors import Dense
+    from tvfast.factors.records import Curvature
+
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (
+        Dense(roots @ roots.T / n)
+        for n in reversed(shape)
+        for roots in [torch.randn(n, n + 3, generator=generator)]
+    )
+    return Curvature(name, tuple(shape), a, b, None, None, False, 10.0)

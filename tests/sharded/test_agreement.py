@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import tvfast
+from tests.methods.test_scored import stats_file
 from tests.sharded.cluster import Cluster
-from tests.sharded.layouts import Layout, mesh_of, weights
+from tests.sharded.layouts import Layout, factors_of, mesh_of, weights
 from tvfast.errors import (
     ArgumentError,
+    DTypeError,
     LayoutError,
     ShapeError,
     StateDictError,
@@ -131,6 +137,106 @@ def base_is_a_model(rank: int) -> None:
     tvfast.merge_({"a": base["a.weight"]}, [{"a": models[1]["a.weight"]}] * 2 + [{"a": 1}], "ties")
 
 
+def other_order_of_dtypes(rank: int) -> None:
+    base, *models = spread()
+    models[rank == 1] = {name: tensor.bfloat16() for name, tensor in models[rank == 1].items()}
+    tvfast.merge_(base, models, "linear")
+
+
+def other_world_size(rank: int) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    base, _ = spread(1)
+    half = DeviceMesh("cpu", [0, 1])
+    shard = torch.zeros(6 if rank < 2 else 0, 8)
+    model = DTensor.from_local(shard, half, [Shard(0)], run_check=False, shape=(12, 8), stride=(8, 1))
+    tvfast.merge_({"w": base["a.weight"]}, [{"w": model}], "linear")
+
+
+def rank_outside_a_mesh(rank: int) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    base, _ = spread(1)
+    most = DeviceMesh("cpu", [0, 1, 2])
+    shard = torch.zeros(4 if rank < 3 else 0, 8)
+    model = DTensor.from_local(shard, most, [Shard(0)], run_check=False, shape=(12, 8), stride=(8, 1))
+    tvfast.merge_({"w": base["a.weight"]}, [{"w": model}], "linear", redistribute=True)
+
+
+def no_backend(rank: int) -> None:
+    base, *models = spread()
+    with mock.patch.dict(os.environ, {"TVFAST_BACKEND": "none" if rank == 3 else ""}):
+        tvfast.merge_(base, models, "ties", density=0.5)
+
+
+def other_statistics(rank: int) -> None:
+    """Factors of one tensor more, which that rank alone would gather."""
+    base, *models = spread()
+    names = ["a.weight", "c.weight"][: 1 + (rank == 1)]
+    for one in (base, *models):
+        one["c.weight"] = one["a.weight"] + 0
+    stats = [{name: factors_of(name, SHAPES["a.weight"], k) for name in names} for k in range(2)]
+    tvfast.merge_(base, models, "regmean", stats=stats, report=[], redistribute=True)
+
+
+def other_scores(rank: int) -> None:
+    """Tensors on one rank, a file of the same on the others."""
+    base, *models = spread()
+    whole = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    with tempfile.TemporaryDirectory() as directory:
+        path = stats_file(Path(directory) / "file", whole, "weight")
+        tvfast.merge_(base, models, "sta", density=0.5, stats=[whole if rank == 1 else path, path])
+
+
+def other_file_of_scores(rank: int) -> None:
+    base, *models = spread()
+    whole = {name: torch.full(shape, 1.0 + (rank == 1)) for name, shape in SHAPES.items()}
+    with tempfile.TemporaryDirectory() as directory:
+        path = stats_file(Path(directory) / "file", whole, "weight")
+        tvfast.merge_(base, models, "sta", density=0.5, stats=[path, path])
+
+
+def dtype_that_is_not_merged(rank: int) -> None:
+    base, *models = spread()
+    models[1] = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in spread(layout=COLUMNS)[2].items()}
+    tvfast.merge_(base, models, "linear", redistribute=True)
+
+
+def tied_base_only(rank: int) -> None:
+    base, *models = spread()
+    models = [{"v": model["b.weight"], "w": model["b.weight"] + 1} for model in models]
+    mesh = mesh_of((4,))
+    models[1] = {name: REPLICAS.place(tensor.full_tensor(), mesh) for name, tensor in models[1].items()}
+    tvfast.merge_({"v": base["b.weight"], "w": base["b.weight"]}, models, "linear", redistribute=True)
+
+
+def deltas_for_models(rank: int) -> None:
+    base, *models = spread()
+    tasks: dict[str, Any] = {"models" if rank else "deltas": models}
+    tvfast.LiveMerge(base, **tasks)
+
+
+def base_of_live(rank: int) -> None:
+    live, base, model = spread()
+    tvfast.LiveMerge(live, models=[model], base=base if rank == 2 else None)
+
+
+def no_gradient(rank: int) -> None:
+    base, *models = spread()
+    with tvfast.LiveMerge(base, models=models) as merge:
+        merge.set([0.5, 0.5])
+        merge.gradient(models[0] if rank else {})
+
+
+def other_gradients(rank: int) -> None:
+    base, *models = spread()
+    with tvfast.LiveMerge(base, models=models) as merge:
+        merge.set([0.5, 0.5])
+        merge.gradient({name: tensor for name, tensor in models[0].items() if rank or name == "a.weight"})
+
+
 CASES: list[tuple[Callable[[int], None], type[TvfastError], str]] = [
     (
         other_method,
@@ -152,6 +258,19 @@ CASES: list[tuple[Callable[[int], None], type[TvfastError], str]] = [
     (plain_model, LayoutError, "has placements none (a plain tensor)"),
     (whole_method, LayoutError, "'a.weight': method 'tsv_m' needs whole tensors"),
     (base_is_a_model, ArgumentError, "models[2]['a'] is a int; expected a tensor"),
+    (other_order_of_dtypes, ArgumentError, "rank 1 has [12, 8] float32/float32/bfloat16"),
+    (other_world_size, LayoutError, "has placements [S(0)] on a mesh of 2, base has [S(0)] on a mesh of 4"),
+    (rank_outside_a_mesh, LayoutError, "lies on a mesh that does not have rank 3"),
+    (no_backend, ArgumentError, "TVFAST_BACKEND='none' is not a backend"),
+    (other_statistics, ArgumentError, "rank 1 has stats[0] of 'c.weight': kfac"),
+    (other_scores, ArgumentError, "ranks do not agree on stats[0]: rank 0 has a statistics file"),
+    (other_file_of_scores, ArgumentError, "ranks do not agree on stats[0]: rank 0 has a statistics file"),
+    (dtype_that_is_not_merged, DTypeError, "'a.weight': models[1] has dtype float8_e4m3fn"),
+    (tied_base_only, StateDictError, "base ties 'v' and 'w', but they differ in models[0]"),
+    (deltas_for_models, ArgumentError, "rank 1 has LiveMerge of 2 models"),
+    (base_of_live, ArgumentError, "rank 2 has LiveMerge of 1 models and a base"),
+    (no_gradient, ArgumentError, "grads is empty"),
+    (other_gradients, ArgumentError, "ranks do not agree on gradients: rank 0 has ['a.weight'], rank 1"),
 ]
 
 

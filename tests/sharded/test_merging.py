@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tvfast
 from tests.methods.inputs import scores_for
 from tests.sharded.cluster import Cluster, failures, same_bits
-from tests.sharded.layouts import MESHES, Layout, mesh_of, weights
+from tests.sharded.layouts import MESHES, Layout, factors_of, mesh_of, weights
 from tvfast.methods import METHODS, make_method
 from tvfast.methods.base import TensorMethod
 
@@ -195,6 +195,31 @@ def test_all_methods_on_any_layout(cluster: Cluster, dtype: str, data: st.DataOb
     seed = data.draw(st.integers(0, 100), "seed")
     found = cluster.run(torch.Size(mesh).numel(), merges, mesh, layouts, PROGRAMS, dtype, seed)
     assert failures(found) == []
+
+
+def curvature(rank: int, layouts: dict[str, Layout]) -> list[str]:
+    """Methods that solve equations, where only some tensors have factors and are gathered."""
+    mesh, wrong = mesh_of((2,)), []
+    base, *models = weights(SHAPES, "float32", 8, 2)
+    names = ["embed.weight", "layers.1.mlp.weight"]
+    stats = [{name: factors_of(name, SHAPES[name], k) for name in names} for k in range(2)]
+    for method in ("regmean", "mats", "kfac"):
+        want = tvfast.merge(base, models, method, stats=stats, report=[])
+        target, *others = (
+            {name: layouts[name].place(tensor, mesh) for name, tensor in one.items()}
+            for one in (base, *models)
+        )
+        tvfast.merge_(target, others, method, stats=stats, report=[], redistribute=True)
+        wrong += [
+            f"{method} {name}"
+            for name, tensor in want.items()
+            if not same_bits(local(target[name]), local(layouts[name].place(tensor, mesh)))
+        ]
+    return wrong
+
+
+def test_methods_on_curvature_gather_when_asked(cluster: Cluster) -> None:
+    assert failures(cluster.run(2, curvature, FSDP)) == []
 
 
 def test_methods_of_whole_tensors_gather_when_asked(cluster: Cluster) -> None:

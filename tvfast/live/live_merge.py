@@ -103,6 +103,7 @@ class LiveMerge:
     ) -> None:
         tasks = models if deltas is None else deltas
         tasks = list(tasks) if isinstance(tasks, Iterator) else tasks
+        role = "models" if deltas is None else "deltas"
         self._shards: LiveShards | None = None
         with _agreed(model, base, tasks) as said:
             self._n_threads = threads(n_threads)
@@ -118,9 +119,9 @@ class LiveMerge:
             if said is None:
                 self._live, leaves = _leaves(model, base, operands)
             else:
-                self._shards = _shards(said, self._method, model, base, operands)
+                self._shards = _shards(said, self._method, role, model, base, operands)
                 self._live, leaves = self._shards.live, self._shards.rows
-            _check_memory(self._live, leaves, "models" if deltas is None else "deltas")
+            _check_memory(self._live, leaves, role)
             self._base = [leaf.base for leaf in leaves]
             self._addresses = [leaf.base.data_ptr() for leaf in self._live]
             name_group = group_of(by)
@@ -130,10 +131,10 @@ class LiveMerge:
             in_group = {leaf.name: numbers[name] for leaf, name in zip(leaves, group_names, strict=True)}
             given_scores = one_of(stats, scores)
             with torch.no_grad():
-                if self._shards is None:
+                if said is None or self._shards is None:
                     found = scores_of(self._method, leaves, given_scores, n_threads)
                 else:
-                    of_shards = self._shards.scores(self._method, given_scores, n_threads)
+                    of_shards = self._shards.scores(said, self._method, given_scores, n_threads)
         with torch.no_grad():
             if self._shards is not None:
                 found = of_shards.completed(self._shards.team, n_threads)
@@ -234,7 +235,8 @@ class LiveMerge:
         if self._columns is None:
             raise ArgumentError("no coefficients are set; expected live.set(...) before live.gradient().")
         check_differentiable(self._method, self._parts[0].program if self._parts else Program())
-        found = self._gradients(grads)
+        find = partial(self._gradients, grads)
+        found = find() if self._shards is None else self._shards.gradients(find)
         totals = [[0.0] * self._n_tasks for _ in self.groups]
         with torch.no_grad():
             for part in self._parts:
@@ -395,13 +397,18 @@ def _agreed(*weights: Any) -> AbstractContextManager[Description | None]:
 def _shards(
     said: Description,
     method: ProgramMethod,
+    role: str,
     model: Weights,
     base: Weights | None,
     tasks: Sequence[Weights],
 ) -> LiveShards:
     from tvfast.sharded.live import LiveShards
 
-    said.add("the method", f"LiveMerge of {len(tasks)} tasks by {method.info.name}, {own_values(method)}")
+    beside = "a copy of the model" if base is None else "a base"
+    said.add(
+        "the method",
+        f"LiveMerge of {len(tasks)} {role} and {beside} by {method.info.name}, {own_values(method)}",
+    )
     return LiveShards.of(said, method, model, base, tasks)
 
 

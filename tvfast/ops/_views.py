@@ -72,6 +72,17 @@ def view(tensor: Tensor, name: str, role: str, *, float64: bool = False) -> View
         LayoutError: see `check_plain`.
     """
     check_plain(tensor, name, role)
+    dtype = check_dtype(tensor, name, role, float64=float64)
+    owner = tensor.detach()
+    return View(owner.data_ptr(), owner.numel(), dtype, owner)
+
+
+def check_dtype(tensor: Tensor, name: str, role: str, *, float64: bool = False) -> DType:
+    """What a `View` of the tensor says of its elements; arguments as for `view`.
+
+    Raises:
+        DTypeError: kernels do not read its dtype.
+    """
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None and float64 and tensor.dtype == torch.float64:
         dtype = DType.F32
@@ -80,8 +91,7 @@ def view(tensor: Tensor, name: str, role: str, *, float64: bool = False) -> View
             f"{where(name, role)} has dtype {_short(tensor.dtype)}; expected float32, bfloat16 or float16"
             f"{' or float64' if float64 else ''}. Cast it first."
         )
-    owner = tensor.detach()
-    return View(owner.data_ptr(), owner.numel(), dtype, owner)
+    return dtype
 
 
 def check_same(

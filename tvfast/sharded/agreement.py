@@ -14,6 +14,7 @@ from tvfast import errors
 from tvfast.errors import ArgumentError, TvfastError
 from tvfast.sharded.communicator import Communicator, communicator_of
 from tvfast.sharded.layouts import team_meshes
+from tvfast.statistics import StatisticsFile
 
 _DIGEST_BYTES = 32
 _OTHER_ERROR = TvfastError
@@ -31,6 +32,11 @@ class Description:
 
     def digest(self) -> bytes:
         return hashlib.blake2b("\n".join(self.lines).encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+def file_in_words(file: StatisticsFile) -> str:
+    """What tells statistics files apart, wherever each rank has its own copy."""
+    return f"a statistics file of {file.header.n_bytes} bytes, header {file.header.crc32:08x}"
 
 
 def agreement_of(*weights: Any) -> AbstractContextManager[Description]:

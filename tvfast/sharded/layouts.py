@@ -121,7 +121,7 @@ def brought(tensor: Tensor, like: Tensor, placements: Placements) -> Tensor:
     """This rank's elements of a tensor under placements on the mesh of `like`; collective."""
     with torch.no_grad():
         if not isinstance(like, DTensor):
-            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
         if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
             return local_of(tensor.redistribute(placements=placements)).contiguous()
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from tvfast._leaves import Leaf, Weights, check_names, is_merged, match, named_tensors
-from tvfast.errors import LayoutError
-from tvfast.ops._views import check_same, view
+from tvfast.errors import LayoutError, StateDictError
+from tvfast.ops._views import check_dtype, check_plain, check_same, view
+from tvfast.ops.raw import backend_for
+from tvfast.program import Entry, WorkTable
 from tvfast.sharded.agreement import Description
 from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.layouts import alike, check_alike, described, local_of
@@ -60,6 +62,7 @@ def sharded_leaves(
 
     Raises:
         StateDictError, ShapeError, DeviceError, DTypeError: as `_leaves.match`.
+        BackendError: no backend can merge this rank's shards.
         LayoutError: layouts differ and `redistribute` is not set; or this rank has no part of a tensor.
     """
     base_tensors = named_tensors(base, "base")
@@ -84,6 +87,9 @@ def sharded_leaves(
             together[name] = counterparts
         else:
             apart[name] = counterparts
+            check_plain(local_of(tensor), name, "base")
+            for role, operand in [("base", tensor), *roled]:
+                check_dtype(operand, name, role, float64=True)
     found = {leaf.name: leaf for leaf in _matched(base_tensors, together, called)}
     leaves: list[ShardedLeaf] = []
     seen: dict[Any, ShardedLeaf] = {}
@@ -98,11 +104,13 @@ def sharded_leaves(
         # What match could not see: empty shards of tied tensors, and tied tensors that lie apart.
         key = _memory(tensor)
         if key in seen and tensor.numel() > 0:
+            _check_tied(seen[key], name, tuple(t[name] for t in model_tensors), called)
             seen[key].aliases.append(name)
             continue
         seen[key] = one
         leaves.append(one)
     said.add("tensors to merge", [leaf.name for leaf in leaves])
+    _check_backend(leaves, len(models))
     return leaves
 
 
@@ -124,6 +132,34 @@ def leaf_of(name: str, base: Tensor, models: Sequence[Tensor]) -> Leaf:
     return Leaf(name, base, tuple(models), view(base, name, "base", float64=True), views)
 
 
+def _check_tied(first: ShardedLeaf, name: str, models: Sequence[Tensor], roles: Sequence[str]) -> None:
+    """Raise if a model has different tensors where the base has one; compares what this rank holds."""
+    for role, left, right in zip(roles, first.models, models, strict=True):
+        if _memory(left) == _memory(right):
+            continue
+        one_layout = alike(left, right) or described(left) == described(right)
+        if not one_layout or left.dtype != right.dtype or not torch.equal(local_of(left), local_of(right)):
+            raise StateDictError(
+                f"base ties {first.name!r} and {name!r}, but they differ in {role}; expected equal tensors "
+                "of one layout, because there is one result for both. Untie the base or tie the model."
+            )
+
+
+def _check_backend(leaves: Sequence[ShardedLeaf], n_models: int) -> None:
+    """Raise if nothing on this rank can merge its shards: later, other ranks would wait for it."""
+    if any(one.float64 for one in leaves):
+        from tvfast.merging import float64_backend
+
+        float64_backend()
+    entries = [
+        Entry(name=leaf.name, models=leaf.model_views, base=leaf.base_view)
+        for one in leaves
+        if (leaf := one.leaf) is not None and not one.float64
+    ]
+    if entries or not all(one.float64 for one in leaves):
+        backend_for(WorkTable(entries, n_models))
+
+
 def _check_member(name: str, roled: Sequence[tuple[str, Tensor]], team: Communicator) -> None:
     for role, tensor in roled:
         mesh = getattr(tensor, "device_mesh", None)
@@ -143,6 +179,12 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 def _in_words(base: Tensor, models: Sequence[Tensor]) -> str:
     """Shape, dtypes and layouts; the same on every rank where the calls are."""
-    layouts = dict.fromkeys(described(tensor) for tensor in (base, *models))
-    dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in (base, *models))
+    tensors = (base, *models)
+    layouts = _once([described(tensor) for tensor in tensors])
+    dtypes = _once([str(tensor.dtype).removeprefix("torch.") for tensor in tensors])
     return f"{list(base.shape)} {'/'.join(dtypes)} {'/'.join(layouts)}"
+
+
+def _once(words: list[str]) -> list[str]:
+    """One word where base and models have the same, otherwise that of each of them."""
+    return words[:1] if len(set(words)) == 1 else words

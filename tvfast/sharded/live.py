@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from tvfast.methods import ProgramMethod
 from tvfast.ops._views import check_same, view
 from tvfast.ops.raw import Backend, Wants
 from tvfast.program import Moments, Program, TensorScalars, View, WorkTable
-from tvfast.sharded.agreement import Description
+from tvfast.sharded.agreement import Description, agreement
 from tvfast.sharded.backend import ShardedBackend
 from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.layouts import check_alike, described, local_of, splits_rows
@@ -64,9 +64,11 @@ class LiveShards:
         live = [one.leaf for one in leaves if one.leaf is not None]
         return LiveShards(said.team, leaves, live, [_row(leaf, copies=base is None) for leaf in live])
 
-    def scores(self, method: ProgramMethod, stats: Iterable[Scores] | None, n_threads: int) -> ShardScores:
+    def scores(
+        self, said: Description, method: ProgramMethod, stats: Iterable[Scores] | None, n_threads: int
+    ) -> ShardScores:
         """Of the shards; `completed` makes them those of the tensors."""
-        return shard_scores(method, self.leaves, stats, None, n_threads)
+        return shard_scores(said, method, self.leaves, stats, None, n_threads)
 
     def tables(
         self, method: ProgramMethod, scores: Sequence[LeafScores], *, task_vectors: bool
@@ -87,6 +89,21 @@ class LiveShards:
         """The live tensors as they were given, by name of their leaf."""
         return {one.name: one.base for one in self.leaves}
 
+    def gradients(self, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `find` finds, gradients by name, once every rank has the same ones.
+
+        Raises:
+            ArgumentError, ShapeError, DTypeError, DeviceError, LayoutError: a gradient does not fit its
+                tensor, or ranks differ.
+        """
+        with agreement(self.team) as said:
+            found = find()
+            tensors = self.tensors
+            for name, gradient in found.items():
+                _score(name, gradient, tensors[name])
+            said.add("gradients", sorted(found))
+        return found
+
     def dots(
         self,
         backend: Backend,
@@ -96,11 +113,7 @@ class LiveShards:
         scalars: Sequence[TensorScalars],
         n_threads: int,
     ) -> list[Moments]:
-        """Products of gradients with kept task vectors of some entries of a table, over all ranks.
-
-        Raises:
-            ShapeError, DTypeError, DeviceError, LayoutError: a gradient that does not fit its tensor.
-        """
+        """Products of gradients with kept task vectors of some entries of a table, over all ranks."""
         assert isinstance(backend, ShardedBackend)
         tensors = self.tensors
         pairs = []

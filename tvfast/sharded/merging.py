@@ -176,10 +176,10 @@ def _agreed(base: Weights, models: Iterable[Weights], call: Call, *, writes: boo
         scores = None
         if isinstance(method, ProgramMethod):
             _check_ranked(method, leaves)
-            scores = shard_scores(method, leaves, call.stats, call.scores, call.n_threads)
+            scores = shard_scores(said, method, leaves, call.stats, call.scores, call.n_threads)
         elif call.scores is not None:
             raise ArgumentError(f"method {method.info.name!r} reads no scores; expected stats.")
-        statistics = Statistics.of(method, leaves, call.stats, call.report)
+        statistics = Statistics.of(said, method, leaves, call.stats, call.report)
         if isinstance(method, TensorMethod) and not call.redistribute:
             check_whole(method, leaves, statistics)
     with torch.no_grad():

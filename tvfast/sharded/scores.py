@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tvfast._leaves import Leaf, named_tensors
+from tvfast._leaves import Leaf, model_list, named_tensors
 from tvfast._scores import LeafScores, one_of, scores_of
 from tvfast.methods import ProgramMethod
 from tvfast.ops._views import check_same, view
 from tvfast.ops.raw import Wants
 from tvfast.program import Entry, ModelScalars, Program, ScoreSummary, TensorScalars
+from tvfast.sharded.agreement import Description, file_in_words
 from tvfast.sharded.communicator import Communicator
 from tvfast.sharded.layouts import check_alike, local_of
 from tvfast.sharded.leaves import ShardedLeaf
 from tvfast.sharded.shards import local_slice, part_of
 from tvfast.sharded.tables import table_of
-from tvfast.statistics import StatisticsFile
+from tvfast.statistics import StatisticsFile, open_statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class ShardScores:
 
 
 def shard_scores(
+    said: Description,
     method: ProgramMethod,
     leaves: Sequence[ShardedLeaf],
     stats: Iterable[Any] | None,
@@ -104,16 +106,19 @@ def shard_scores(
 ) -> ShardScores:
     """Checked as `_scores.scores_of` does; tensors must be laid out as the base's, or be whole.
 
+    Args:
+        said: gets what must be equal on all ranks.
+
     Raises:
         LayoutError: scores in DTensors of another layout.
     """
     given = one_of(stats, scores)
-    if given is not None and not isinstance(given, Mapping | Tensor):
+    if given is not None and method.score_kind is not None:
         given = [
             one
             if isinstance(one, str | os.PathLike | StatisticsFile)
             else _localised(one, leaves, f"stats[{k}]")
-            for k, one in enumerate(given)
+            for k, one in enumerate(model_list(given, "stats"))
         ]
     locals_ = []
     for one in leaves:
@@ -123,11 +128,17 @@ def shard_scores(
         )
     places = [_Place(one.base) for one in leaves]
     found = scores_of(method, locals_, given, n_threads, places)
-    partial = (
-        []
-        if method.score_kind is None or given is None
-        else [k for k, one in enumerate(given) if not isinstance(one, str | os.PathLike | StatisticsFile)]
-    )
+    if method.score_kind is None or given is None:
+        return ShardScores(leaves, found, [])
+    partial = []
+    for k, one in enumerate(given):
+        if isinstance(one, str | os.PathLike | StatisticsFile):
+            said.add(
+                f"stats[{k}]", file_in_words(one if isinstance(one, StatisticsFile) else open_statistics(one))
+            )
+        else:
+            said.add(f"stats[{k}]", "tensors")
+            partial.append(k)
     return ShardScores(leaves, found, partial)
 
 

@@ -11,10 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from tvfast._leaves import Leaf
 from tvfast.errors import LayoutError
+from tvfast.factors.records import Statistics as Curvatures
 from tvfast.factors.records import statistics_of
-from tvfast.merging_tensors import check_statistics, kind_of, merge_tensors
+from tvfast.merging_tensors import check_statistics, checked_sources, kind_of, merge_tensors
 from tvfast.methods import Method, ProgramMethod, TensorMethod
 from tvfast.program import DType, View
+from tvfast.sharded.agreement import Description, file_in_words
 from tvfast.sharded.layouts import described, is_whole, term_of
 from tvfast.sharded.leaves import ShardedLeaf
 from tvfast.sharded.shards import local_slice
@@ -29,15 +31,33 @@ class Statistics:
 
     @staticmethod
     def of(
-        method: Method, leaves: Sequence[ShardedLeaf], stats: Iterable[Any] | None, report: list[str] | None
+        said: Description,
+        method: Method,
+        leaves: Sequence[ShardedLeaf],
+        stats: Iterable[Any] | None,
+        report: list[str] | None,
     ) -> Statistics:
         """
+        Args:
+            said: gets what must be equal on all ranks.
+
         Raises:
             ArgumentError: statistics of a wrong number, or of a method that reads none.
+            StatisticsError: of another model, or damaged.
         """
         if not isinstance(method, TensorMethod):
             return Statistics(None, report)
-        return Statistics(check_statistics(method, stats, len(leaves[0].models) if leaves else None), report)
+        given = check_statistics(method, stats, len(leaves[0].models) if leaves else None)
+        whole = [_leaf(one) for one in leaves]
+        for k, source in enumerate(checked_sources(given, whole)):
+            file = source.file if isinstance(source, Curvatures) else None
+            if file is not None:
+                said.add(f"stats[{k}]", file_in_words(file))
+                continue
+            for leaf in whole:
+                if (kind := kind_of(source, leaf)) is not None:
+                    said.add(f"stats[{k}] of {leaf.name!r}", kind)
+        return Statistics(given, report)
 
 
 def check_whole(method: TensorMethod, leaves: Sequence[ShardedLeaf], statistics: Statistics) -> None:
