@@ -105,7 +105,7 @@ def test_tables_picture_and_best_recipe(configured: Configured, tmp_path: Path) 
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     recipe = tvfast.load_recipe(tmp_path / "out" / "best.yml")
     assert recipe.parameters["density"].values == {outcome.rows[least].parameters["density"]}
-    assert not (tmp_path / "out" / "merged").exists()
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,28 @@ def test_a_run_that_was_cut_off_goes_on(
     assert finished.n_before == 9
 
 
+@pytest.mark.parametrize("written", [0, 7, 40])
+def test_a_run_that_was_stopped_within_its_first_write_goes_on(
+    configured: Configured, tmp_path: Path, written: int
+) -> None:
+    sweep = read_sweep(configured({"lambda": [1.0]}))
+    run(sweep, tmp_path, device="cpu")
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    for path in tmp_path.glob("table.*"):
+        path.unlink()
+    (tmp_path / "rows.jsonl").write_bytes(before[:written])
+    assert run(sweep, tmp_path, resume=True, device="cpu").n_before == 0
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.json", "table.png", "best.yml"])
+def test_files_of_others_are_not_touched(configured: Configured, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=f"{name}: is there already; .* Pass --overwrite"):
+            run(read_sweep(configured({"lambda": [1.0]})), tmp_path, resume=resume, device="cpu")
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_another_sweeps_table_is_not_touched(configured: Configured, tmp_path: Path) -> None:
     run(read_sweep(configured({"lambda": [1.0]})), tmp_path, device="cpu")
     before = (tmp_path / "rows.jsonl").read_bytes()
@@ -189,6 +211,17 @@ def test_a_function_that_fails_stops_and_leaves_its_rows(configured: Configured,
     with pytest.raises(EvaluationError, match=message):
         run(sweep, tmp_path / "out", device="cpu")
     assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 3
+
+
+def test_a_function_that_exits_fails(configured: Configured, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"exits raised SystemExit in functions.py, line \d+: 0"):
+        run(read_sweep(configured({"lambda": [1.0]}, "exits")), tmp_path / "out", device="cpu")
+
+
+def test_numbers_that_json_has_not_are_texts(configured: Configured, tmp_path: Path) -> None:
+    outcome = run(read_sweep(configured({"lambda": [1.0]}, "odd", maximise="good")), tmp_path, device="cpu")
+    found = json.loads(json.dumps(outcome.as_json(), allow_nan=False))
+    assert found["best"]["metrics"] == {"good": 1.0, "bad": "nan", "large": "inf"}
 
 
 def test_failures_can_be_recorded(configured: Configured, tmp_path: Path) -> None:
@@ -277,10 +310,14 @@ def test_what_is_not_merged_live_goes_through_files(
         }
     sweep = read_sweep(configured(axes, "digest", recipe=recipe))
     assert why in str(preview(sweep, device="cpu").why_files)
+    mine = tmp_path / "out" / "merged" / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("of another merge")
     outcome = run(sweep, tmp_path / "out", device="cpu")
     assert {row.measured for row in outcome.rows} == {"files"}
     assert len({row.metrics["value"] for row in outcome.rows}) == 2
-    assert not (tmp_path / "out" / "merged").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["merged"]
+    assert mine.read_text() == "of another merge"
 
 
 @pytest.fixture(scope="module")

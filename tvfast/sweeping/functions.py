@@ -29,7 +29,7 @@ def load_function(reference: str, where: str) -> Function:
     place, _, name = reference.rpartition(":")
     try:
         module = _of_file(place) if place.endswith(".py") else _of_module(place)
-    except Exception as error:  # whatever the caller's code raises as it is imported
+    except (Exception, SystemExit) as error:  # whatever the caller's code raises as it is imported
         raise RecipeError(
             f"{where}: evaluate: {place} cannot be imported ({type(error).__name__}: {_one_line(error)}); "
             "expected a file or module that imports."
@@ -54,7 +54,7 @@ def measured(function: Function, reference: str, merged: Any) -> dict[str, float
     """
     try:
         found = function(merged)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = _line_of(error, reference)
         raise EvaluationError(
             f"{reference} raised {type(error).__name__}{line}: {_one_line(error)}; expected a number, or a "
@@ -101,7 +101,7 @@ def _of_module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _line_of(error: Exception, reference: str) -> str:
+def _line_of(error: BaseException, reference: str) -> str:
     """The last line of the caller's own file on the way to the error."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     place = os.path.abspath(reference.rpartition(":")[0])
@@ -109,5 +109,5 @@ def _line_of(error: Exception, reference: str) -> str:
     return f" in {os.path.basename(own[-1].filename)}, line {own[-1].lineno}" if own else ""
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

@@ -26,6 +26,7 @@ from tvfast.sweeping.table import (
     Row,
     Table,
     column_clashes,
+    metrics_as_json,
     write_tables,
     write_text,
 )
@@ -33,7 +34,8 @@ from tvfast.sweeping.table import (
 _CHECKED = 2000
 """Recipes of a grid that are read before anything is merged; of a larger one, those along each axis."""
 
-_MERGED = "merged"
+_MERGED = ".tvfast-merged"
+"""Of nobody else, because it is removed: OUT may be any folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,11 @@ class Outcome:
             "evaluate_s": math.fsum(row.evaluate_s for row in self.rows),
             "best": None
             if best is None
-            else {"point": best.point, "parameters": dict(best.parameters), "metrics": dict(best.metrics)},
+            else {
+                "point": best.point,
+                "parameters": dict(best.parameters),
+                "metrics": metrics_as_json(best.metrics),
+            },
             "tables": [str(self.folder / CSV), str(self.folder / JSON)],
             "picture": None if self.picture is None else str(self.picture),
             "warnings": list(self.warnings),

@@ -20,6 +20,8 @@ ROWS, CSV, JSON, PICTURE, BEST = "rows.jsonl", "table.csv", "table.json", "table
 NEW, REUSED, FILES = "new", "reused", "files"
 """How a merge was made: live and measured anew, live by what an earlier point measured, or as files."""
 
+_OPENING = b'{"sweep": '
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -53,8 +55,8 @@ class Table:
         overwrite: replace what is there.
 
     Raises:
-        OutputError: something is there and neither was asked for, it is another sweep's, or it cannot be
-            written.
+        OutputError: rows, tables, picture or recipe are there and neither was asked for, rows are another
+            sweep's, or it cannot be written.
     """
 
     def __init__(self, folder: Path, described: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -63,18 +65,19 @@ class Table:
         self.rows: list[Row] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self._path.exists() and not overwrite:
-                if not resume:
+            existing = [folder / name for name in (ROWS, CSV, JSON, PICTURE, BEST) if (folder / name).exists()]
+            if existing and not overwrite:
+                if not resume or not self._path.exists():
                     raise OutputError(
-                        f"{self._path}: is there already; expected a new folder. Pass --resume to go on, "
-                        "--overwrite to replace it, or another --out."
+                        f"{existing[0]}: is there already; expected a new folder. Pass "
+                        f"{'--resume to go on, ' * self._path.exists()}--overwrite to replace it, or another "
+                        "--out."
                     )
                 self._file = self._continued()
             else:
-                for name in (CSV, JSON, PICTURE, BEST):  # an older sweep's
-                    (folder / name).unlink(missing_ok=True)
-                self._file = self._path.open("w", encoding="utf-8")
-                self._write({"sweep": self._described})
+                for path in existing:
+                    path.unlink()
+                self._file = self._begun()
         except OSError as error:
             raise _unusable(self._path, error) from None
 
@@ -98,20 +101,22 @@ class Table:
             OutputError: it cannot be written.
         """
         try:
-            self._write(_as_json(row))
+            _write(self._file, _as_json(row))
         except OSError as error:
             raise _unusable(self._path, error) from None
         self.rows.append(row)
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _begun(self) -> TextIO:
+        file = self._path.open("w", encoding="utf-8")
+        _write(file, {"sweep": self._described})
+        return file
 
     def _continued(self) -> TextIO:
         """The rows that were finished; a last line that was cut off is not one."""
         data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        if not whole and _OPENING.startswith(data[: len(_OPENING)]):  # stopped before the first line was whole
+            return self._begun()
         first, *lines = whole.decode().splitlines() or [""]
         try:
             before = json.loads(first)["sweep"]
@@ -181,10 +186,19 @@ def column_clashes(axes: Iterable[str], metrics: Iterable[str]) -> list[str]:
     return [name for name in metrics if name in taken]
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def metrics_as_json(metrics: Mapping[str, float]) -> dict[str, float | str]:
     """NaN and infinity, which JSON has not, as texts."""
-    metrics = {n: v if math.isfinite(v) else str(v) for n, v in row.metrics.items()}
-    return {**asdict(row), "parameters": dict(row.parameters), "metrics": metrics}
+    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+
+
+def _write(file: TextIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "parameters": dict(row.parameters), "metrics": metrics_as_json(row.metrics)}
 
 
 def _row(found: Mapping[str, Any]) -> Row:
