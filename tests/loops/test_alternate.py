@@ -330,6 +330,8 @@ def test_state_folders_of_others(tmp_path: Path) -> None:
         ArgumentError, match=r"round-0001.*holds a loop with merge 'task_arithmetic', this one has 'ties'"
     ):
         alternate(network(), tasks(), never, rounds=2, merge="ties", state=tmp_path / "mine")
+    with pytest.raises(ArgumentError, match=r"holds a loop with scale \[1.0\], this one has \[0.5\]"):
+        alternate(network(), tasks(), never, rounds=2, scale=0.5, state=tmp_path / "mine")
     with pytest.raises(ArgumentError, match="holds a loop with tasks"):
         alternate(network(), {"red": task(1)}, never, rounds=2, state=tmp_path / "mine")
     (tmp_path / "other").mkdir()
@@ -339,6 +341,15 @@ def test_state_folders_of_others(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         alternate(network(), tasks(), never, rounds=1, state=tmp_path / "file" / "state")
+
+
+def test_files_of_others_stay_in_the_state_folder(tmp_path: Path) -> None:
+    names = ["round-0001.safetensors.bak", "round-best.safetensors", "round-1-task-0.safetensors"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "round-0001-task-0000.safetensors.unfinished").write_text("of a loop that was killed")
+    alternate(network(), tasks(), tune, rounds=2, scale=[1.0, 0.5], state=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "round-0002.safetensors"])
 
 
 # -- memory -------------------------------------------------------------------------------------------------

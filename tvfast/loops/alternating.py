@@ -165,7 +165,7 @@ def alternate(
         ranks=Ranks(_checked_parallel(parallel)),
     )
     loop.check()
-    kept = None if state is None else LoopState(state, loop.settings())
+    kept = None if state is None else LoopState(state, loop.settings(), loop.scales)
     resumed = loop.begin(start, kept)
     found = []
     with live.modes_kept(model):
@@ -230,7 +230,7 @@ class _Loop(Generic[M, T]):
 
     def begin(self, start: Weights | str | os.PathLike[str] | None, kept: LoopState | None) -> int | None:
         """Put θ^(0), or what the state folder has, into the model; the round that it has."""
-        self.ranks.check_same("the loop", {**self.settings(), "rounds": self.rounds})
+        self.ranks.check_same("the loop", {**self.settings(), "scale": self.scales})
         last = None
         if kept is not None:
             last = kept.last_round()

@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from tvfast.loops.live import State
 
 _KEY = "tvfast.loop"
 _PIECE_BYTES = 2**24
-_ROUND = re.compile(r"round-(\d{4,})\.safetensors")
 _UNFINISHED = ".unfinished"
+_ROUND = re.compile(r"round-(\d{4,})\.safetensors")
+_OWN = re.compile(rf"round-\d{{4,}}(-task-\d{{4,}})?\.safetensors({re.escape(_UNFINISHED)})?")
 
 _NAMES = {
     torch.float64: "F64",
@@ -49,11 +50,15 @@ class LoopState:
     Args:
         folder: made if it does not exist.
         settings: plain data that every run of one loop shares.
+        scales: λ of every round; runs of one loop share those of the rounds that are done.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], settings: Mapping[str, Any], scales: Sequence[float]
+    ) -> None:
         self.folder = Path(folder)
         self._settings = dict(settings)
+        self._scales = list(scales)
 
     def last_round(self) -> int | None:
         """The last round that is whole, whose settings are this loop's; None: nothing is there.
@@ -69,8 +74,10 @@ class LoopState:
             return None
         number = max(found)
         path = self.round_path(number)
-        kept = self._document(path)["settings"]
-        for key, value in json.loads(json.dumps(self._settings)).items():
+        document = self._document(path)
+        kept = {**document["settings"], "scale": document["scales"][: len(self._scales)]}
+        wanted = {**self._settings, "scale": self._scales[:number]}
+        for key, value in json.loads(json.dumps(wanted)).items():
             if kept.get(key) != value:
                 raise ArgumentError(
                     f"{path}: holds a loop with {key} {kept.get(key)!r}, this one has {value!r}; expected "
@@ -92,9 +99,9 @@ class LoopState:
 
     def save_round(self, number: int, state: State) -> None:
         """The weights after a round; what led to them is removed."""
-        self._write(self.round_path(number), state, {"round": number})
-        for path in self.folder.glob("round-*.safetensors*"):
-            if path != self.round_path(number):
+        self._write(self.round_path(number), state, {"round": number, "scales": self._scales[:number]})
+        for path in list(self.folder.iterdir()):
+            if _OWN.fullmatch(path.name) and path != self.round_path(number):
                 path.unlink()
 
     def read_round(self, number: int) -> State:
