@@ -180,6 +180,13 @@ def test_models_keep_their_columns_where_slices_use_some(family: Family, tmp_pat
     assert found["layers"]["model.layers.2"]["sign_agreement"][0] is None
 
 
+def test_infinities_of_both_signs_have_no_sum() -> None:
+    up, down = Observation(1, 4, n_seen=4), Observation(1, 4, n_seen=4)
+    for one, dot in ((up, math.inf), (down, -math.inf)):
+        one.base, one.drift, one.models, one.dots = [1.0], [math.inf], [[math.inf]], [[dot]]
+    assert summary([up, down], 1)["cosines"] == [None]
+
+
 def test_what_is_seen_stands_for_the_whole_tensor() -> None:
     """A tensor that is seen in part weighs as much as one of its size that is seen as a whole."""
     part, whole = Observation(1, 1000, n_seen=10), Observation(1, 100, n_seen=100)

@@ -217,7 +217,7 @@ def summary(seen: Sequence[Observation], n_models: int) -> dict[str, Any]:
     base = _norm([weight * x for one, weight in looked for x in one.base])
     drift = _norm([weight * x for one, weight in looked for x in one.drift])
     models = [_norm([weight * x for one, weight in looked for x in one.models[k]]) for k in range(n_models)]
-    dots = [math.fsum(weight * x for one, weight in looked for x in one.dots[k]) for k in range(n_models)]
+    dots = [_sum([weight * x for one, weight in looked for x in one.dots[k]]) for k in range(n_models)]
     moved = [sum(weight * one.n_moved[k] for one, weight in looked) for k in range(n_models)]
     against = [sum(weight * one.n_reversed[k] for one, weight in looked) for k in range(n_models)]
     asked = [sum(one.n_elements for one in seen if one.n_asked[k]) for k in range(n_models)]
@@ -243,8 +243,12 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 and math.isfinite(part) and math.isfinite(whole) else None
 
 
+def _sum(values: Sequence[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def _norm(squares: Sequence[float]) -> float:
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+    return math.sqrt(_sum(squares))
 
 
 def _neutral(n_entries: int, n_models: int) -> list[TensorScalars]:
