@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tvfast import analysis
 from tvfast.errors import ArgumentError
 
 pytest.importorskip("fairlearn", reason="fairness is computed by fairlearn")
+pd = pytest.importorskip("pandas", reason="fairlearn stands on it")
 
 
 def rate(found: Any, rows: Any) -> float:
@@ -57,6 +59,18 @@ def test_a_name_per_sample_and_samples_of_no_group() -> None:
     assert found.accuracy == 2 / 5
     assert found.accuracies == {"a": 1.0, "b": 0.0}
     assert (found.demographic_parity_difference, found.equalised_odds_difference) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, np.nan, pd.NA, pd.NaT])
+def test_what_tables_hold_for_no_group_is_none(missing: Any) -> None:
+    groups = pd.Series(["a", "a", "b", "b", missing], dtype=object)
+    for given in (groups, groups.to_numpy(), groups.to_list()):
+        assert analysis.fairness([1, 0, 1, 0, 1], [1, 0, 0, 1, 0], given).counts == {"a": 2, "b": 2}
+
+
+def test_groups_may_be_numbers_in_tensors() -> None:
+    groups = torch.tensor([3, 3, 10, 10])
+    assert analysis.fairness([1, 0, 1, 0], [1, 0, 0, 1], groups).counts == {"3": 2, "10": 2}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tvfast.errors import ArgumentError
 from tvfast.live import LiveMerge
 
 Groups: TypeAlias = Sequence[Any] | Mapping[str, Any]
-"""A name per sample, None for none; or masks [N] by name, where a sample may be in several groups or none."""
+"""A name per sample, None or NaN for none; or masks [N] by name, where a sample may be in several groups or none."""
 
 SCALES = tuple(round(0.1 * k, 1) for k in range(11))
 INJECTED = tuple(round(0.2 * k, 1) for k in range(6))
@@ -224,7 +224,11 @@ def _members(groups: Groups, n: int) -> tuple[list[int], list[str]]:
             raise ArgumentError(
                 f"{len(groups)} groups for {n} labels; expected a name each, None for no group."
             )
-        pairs = [(row, str(name)) for row, name in enumerate(groups) if name is not None]
+        import pandas as pd  # fairlearn stands on it
+
+        plain = groups.tolist() if hasattr(groups, "tolist") else groups  # numbers of tensors and arrays
+        named = pd.Series(list(plain), dtype=object).notna()
+        pairs = [(row, str(name)) for row, name in enumerate(plain) if named[row]]
     return [row for row, _ in pairs], [name for _, name in pairs]
 
 
