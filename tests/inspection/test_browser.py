@@ -138,6 +138,34 @@ def test_any_number_of_models_and_none_that_differs(
     assert "NaN" not in browser.value("document.getElementById('main').innerText")
 
 
+@pytest.mark.parametrize("third", [0.0, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("n_models", [2, 3])
+def test_what_has_no_size_or_direction_is_not_judged(
+    browser: chromium.Browser, tmp_path: Path, third: float, n_models: int
+) -> None:
+    """A model that is the base, or is not finite."""
+    import torch
+    from safetensors.torch import save_file
+
+    names = [f"layers.{k}.weight" for k in range(2)]
+    models = {"base": 1.0, "same": 1.0 + third, "tuned": 1.5, "other": 1.7}
+    for model, value in models.items():
+        save_file({name: torch.full((4, 4), value) for name in names}, tmp_path / f"{model}.safetensors")
+    paths = [str(tmp_path / f"{model}.safetensors") for model in [*models][: n_models + 1]]
+    assert main(["inspect", *paths, "--html", str(tmp_path / "page.html")]) == 0
+    browser.open(tmp_path / "page.html", width=1440, height=900)
+    assert browser.log == []
+    text = browser.value("document.getElementById('summary').innerText")
+    assert ("equals the base and adds nothing" in text) == (third == 0)
+    assert ("holds NaN or infinity" in text) == (third != 0)
+    assert ("An angle needs two models" in text) == (n_models == 2)
+    assert ("Most alike: tuned.safetensors and other.safetensors" in text) == (n_models == 3)
+    assert not any(word in text for word in ("NaN%", "Opposed", "Balanced", "Lopsided", "More than by chance"))
+    cells = "[...document.querySelectorAll('#numbers tbody tr:first-child td')].map((cell) => cell.innerText)"
+    change = browser.value(cells)[2]
+    assert change == ("0\xa0%" if third == 0 else "–")
+
+
 def test_names_stay_text(browser: chromium.Browser, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -11,7 +11,7 @@ const TENSORS = Object.entries(FOUND.tensors).map(([name, row]) => ({ name, ...r
 const AXIS = layersOf(Object.keys(FOUND.layers));
 
 // Figures of a row of the data.
-const change = (row, k) => (row.base_norm > 0 ? row.norms[k] / row.base_norm : NaN);
+const change = (row, k) => (row.base_norm > 0 ? (row.norms[k] ?? NaN) / row.base_norm : NaN);
 const cosine = (row, [j, k]) => row.cosines[j][k] ?? NaN;
 const meanCosine = (row) => mean(PAIRS.map((pair) => cosine(row, pair)));
 const meanChange = (row) => mean(EACH.map((k) => change(row, k)));
@@ -26,7 +26,7 @@ function together(rows) {
   if (rows.length < 2) return rows[0];
   const n = rows.reduce((sum, row) => sum + row.n_elements, 0) || 1;
   const share = (of) => rows.reduce((sum, row) => sum + of(row) * row.n_elements, 0) / n;
-  const length = (of) => Math.sqrt(rows.reduce((sum, row) => sum + of(row) ** 2, 0));
+  const length = (of) => Math.sqrt(rows.reduce((sum, row) => sum + (of(row) ?? NaN) ** 2, 0));
   const norms = EACH.map((k) => length((row) => row.norms[k]));
   const dot = (j, k) => rows.reduce((sum, row) => sum + (row.cosines[j][k] ?? 0) * row.norms[j] * row.norms[k], 0);
   return {
@@ -42,12 +42,12 @@ const perModel = (value) => EACH.map((k) => ({
 }));
 const perLayer = (name, value, k, style) => ({ name, color: color(k), dash: style ?? dash(k), values: AXIS.names.map((one) => value(FOUND.layers[one])) });
 const range = (values, format) => {
-  const [low, high] = [Math.min(...values), Math.max(...values)].map(format);
+  const [low, high] = [Math.min(...values.filter(known)), Math.max(...values.filter(known))].map(format);
   return low === high ? low : `${low.replace(/\u00a0%$/, "")} – ${high}`;
 };
 
 const closest = (row) => {
-  const [j, k] = PAIRS.reduce((best, pair) => (cosine(row, pair) > cosine(row, best) ? pair : best));
+  const [j, k] = PAIRS.filter((pair) => known(cosine(row, pair))).reduce((best, pair) => (cosine(row, pair) > cosine(row, best) ? pair : best));
   return `${NAMES[j]} and ${NAMES[k]}`;
 };
 
@@ -69,21 +69,23 @@ function summary() {
   const tiles = [];
   if (K > 1) {
     const c = meanCosine(all);
-    const [mark, tone, says] = c > 0.5 ? ["Much alike", "care", "The models changed nearly the same things. Average them; a sum would count the shared change several times."]
+    const [mark, tone, says] = !known(c) ? ["", "", "An angle needs two models that differ from the base by finite numbers."] : c > 0.5 ? ["Much alike", "care", "The models changed nearly the same things. Average them; a sum would count the shared change several times."]
       : c > 0.15 ? ["Partly shared", "care", "A sum overshoots along what the models share. Use a scale below 1, or a mean of agreeing entries as in TIES."]
         : c > -0.05 ? ["Independent", "good", "The task vectors are close to orthogonal, so that their sum keeps most of each."]
           : ["Opposed", "care", "What one model adds, another takes away. Expect each to lose; merge fewer, or with smaller weights."];
-    tiles.push(tile("Direction", fixed(c), K > 2 ? `mean cosine, ${range(PAIRS.map((pair) => cosine(all, pair)), fixed)}` : "cosine", mark, tone, K > 2 ? `${says} Most alike: ${closest(all)}.` : says));
+    tiles.push(tile("Direction", fixed(c), K > 2 ? `mean cosine, ${range(PAIRS.map((pair) => cosine(all, pair)), fixed)}` : "cosine", mark, tone, K > 2 && known(c) ? `${says} Most alike: ${closest(all)}.` : says));
     const part = conflict(all) / chance(all);
-    const [mark2, tone2, says2] = part < 0.9 ? ["Less than by chance", "good", "The models agree on signs more often than unrelated ones would."]
+    const [mark2, tone2, says2] = !known(part) ? ["", "", "Signs can clash only where two models differ from the base."] : part < 0.9 ? ["Less than by chance", "good", "The models agree on signs more often than unrelated ones would."]
       : part <= 1.05 ? ["As by chance", "good", "Signs clash as often as in unrelated models; trimming small entries first, as TIES does, removes most clashes."]
         : ["More than by chance", "care", "The models pull the same entries in opposite directions. A method that elects signs loses one side."];
     tiles.push(tile("Sign conflict", percent(conflict(all)), `of entries; by chance ${percent(chance(all))}`, mark2, tone2, says2));
   }
-  const ratio = Math.max(...all.norms) / Math.min(...all.norms);
+  const least = Math.min(...all.norms), ratio = Math.max(...all.norms) / least;
   const size = range(EACH.map((k) => change(all, k)), percent);
   if (K > 1) {
-    const [mark, tone, says] = ratio < 1.5 ? ["Balanced", "good", "Equal weights give every model a similar say."]
+    const [mark, tone, says] = !all.norms.every(known) ? ["Not finite", "care", "A model holds NaN or infinity, so that its change has no size."]
+      : least === 0 ? ["Unchanged", "care", "A model equals the base and adds nothing."]
+      : ratio < 1.5 ? ["Balanced", "good", "Equal weights give every model a similar say."]
       : ratio < 3 ? ["Uneven", "care", `The largest change is ${digits(ratio, 2)} times the smallest and leads a plain sum.`]
         : ["Lopsided", "care", `The largest change is ${digits(ratio, 2)} times the smallest and drowns it; weigh the models or normalise.`];
     tiles.push(tile("Size of the change", size, "of the base's norm", mark, tone, says));
