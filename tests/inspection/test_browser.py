@@ -160,7 +160,9 @@ def test_what_has_no_size_or_direction_is_not_judged(
     assert ("holds NaN or infinity" in text) == (third != 0)
     assert ("An angle needs two models" in text) == (n_models == 2)
     assert ("Most alike: tuned.safetensors and other.safetensors" in text) == (n_models == 3)
-    assert not any(word in text for word in ("NaN%", "Opposed", "Balanced", "Lopsided", "More than by chance"))
+    assert not any(
+        word in text for word in ("NaN%", "Opposed", "Balanced", "Lopsided", "More than by chance")
+    )
     cells = "[...document.querySelectorAll('#numbers tbody tr:first-child td')].map((cell) => cell.innerText)"
     change = browser.value(cells)[2]
     assert change == ("0\xa0%" if third == 0 else "–")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -341,6 +342,18 @@ def test_state_folders_of_others(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         alternate(network(), tasks(), never, rounds=1, state=tmp_path / "file" / "state")
+
+
+def test_what_a_killed_run_left_is_removed_when_it_goes_on(tmp_path: Path) -> None:
+    """Killed behind the rename of round 1 with what led to it in place, and with an expert of round 2."""
+    with pytest.raises(Stop):
+        alternate(network(), tasks(), failing(4), rounds=3, state=tmp_path)
+    expert = tmp_path / "round-0002-task-0000.safetensors"
+    for name in ("round-0000", "round-0001-task-0002"):
+        shutil.copy(expert, tmp_path / f"{name}.safetensors")
+    with pytest.raises(Stop):
+        alternate(network(), tasks(), failing(0), rounds=3, state=tmp_path)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "round-0001.safetensors", expert]
 
 
 def test_files_of_others_stay_in_the_state_folder(tmp_path: Path) -> None:

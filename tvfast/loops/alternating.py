@@ -241,6 +241,8 @@ class _Loop(Generic[M, T]):
                 )
             self.ranks.check_same("the last round in the state folder", last)
         if kept is not None and last is not None:
+            if self.ranks.rank == 0:
+                kept.tidy(last)
             live.load(self.model, kept.read_round(last), str(kept.round_path(last)))
             return last
         if start is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import re
@@ -23,7 +24,7 @@ _KEY = "tvfast.loop"
 _PIECE_BYTES = 2**24
 _UNFINISHED = ".unfinished"
 _ROUND = re.compile(r"round-(\d{4,})\.safetensors")
-_OWN = re.compile(rf"round-\d{{4,}}(-task-\d{{4,}})?\.safetensors({re.escape(_UNFINISHED)})?")
+_OWN = re.compile(rf"round-(\d{{4,}})(?:-task-\d{{4,}})?\.safetensors(?:{re.escape(_UNFINISHED)})?")
 
 _NAMES = {
     torch.float64: "F64",
@@ -100,8 +101,17 @@ class LoopState:
     def save_round(self, number: int, state: State) -> None:
         """The weights after a round; what led to them is removed."""
         self._write(self.round_path(number), state, {"round": number, "scales": self._scales[:number]})
+        self._remove(number, through=math.inf)
+
+    def tidy(self, number: int) -> None:
+        """Remove what led to a round, where the run that made it was stopped before it could."""
+        self._remove(number, through=number)
+
+    def _remove(self, number: int, *, through: float) -> None:
+        """Everything of rounds up to `through` but the weights after round `number`."""
         for path in list(self.folder.iterdir()):
-            if _OWN.fullmatch(path.name) and path != self.round_path(number):
+            own = _OWN.fullmatch(path.name)
+            if own and int(own[1]) <= through and path != self.round_path(number):
                 path.unlink()
 
     def read_round(self, number: int) -> State:

@@ -65,7 +65,9 @@ class Table:
         self.rows: list[Row] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            existing = [folder / name for name in (ROWS, CSV, JSON, PICTURE, BEST) if (folder / name).exists()]
+            existing = [
+                folder / name for name in (ROWS, CSV, JSON, PICTURE, BEST) if (folder / name).exists()
+            ]
             if existing and not overwrite:
                 if not resume or not self._path.exists():
                     raise OutputError(
@@ -115,7 +117,9 @@ class Table:
         """The rows that were finished; a last line that was cut off is not one."""
         data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if not whole and _OPENING.startswith(data[: len(_OPENING)]):  # stopped before the first line was whole
+        if not whole and _OPENING.startswith(
+            data[: len(_OPENING)]
+        ):  # stopped before the first line was whole
             return self._begun()
         first, *lines = whole.decode().splitlines() or [""]
         try:
