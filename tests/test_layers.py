@@ -225,7 +225,8 @@ LAYERS = {
         outside=("torch", "transformers"),
     ),
     "tvfast.analysis": Layer(
-        inside=("tvfast.errors", "tvfast.live"), outside=("torch", "numpy", "fairlearn", "matplotlib")
+        inside=("tvfast.errors", "tvfast.live"),
+        outside=("torch", "numpy", "fairlearn", "pandas", "matplotlib"),
     ),
     # `tvfast sweep`: recipes are read as merges read them, and merged live or as files.
     "tvfast.sweeping": Layer(

@@ -12,7 +12,7 @@ from tvfast.errors import ArgumentError
 from tvfast.live import LiveMerge
 
 Groups: TypeAlias = Sequence[Any] | Mapping[str, Any]
-"""A name per sample, None or NaN for none; or masks [N] by name, where a sample may be in several groups or none."""
+"""A name per sample, None or NaN for none; or masks [N] by name, a sample being in several groups or none."""
 
 SCALES = tuple(round(0.1 * k, 1) for k in range(11))
 INJECTED = tuple(round(0.2 * k, 1) for k in range(6))
