@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 
 from tvfast.engine.durable import output_error, sync_folder
 from tvfast.engine.locking import LOCK_NAME
@@ -126,3 +128,10 @@ def clear(staging: str, *, keep_lock: bool) -> None:
             os.rmdir(staging)
     except OSError as error:
         raise output_error(error, "delete the staging directory's content", staging) from error
+
+
+def remove_empty(folders: Sequence[str]) -> None:
+    """Deletes those of the directories that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            os.rmdir(folder)

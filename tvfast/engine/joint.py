@@ -86,12 +86,13 @@ def open_staging(
     try:
         if ranks.rank == 0:
             staging = Staging.open(out, layout, identity, resume=resume, overwrite=overwrite, inputs=inputs)
-            said = {"finished": staging.finished, "records": _plain(staging.new_records())}
+            said = {"finished": staging.finished, "ranges": staging.found_ranges()}
         if ranks.size > 1:
             said = ranks.gather(said)[0]
         if staging is None:
-            found = _records(said["records"])
-            staging = Staging.join(out, layout, identity, ranks.rank, found, finished=said["finished"])
+            staging = Staging.join(
+                out, layout, identity, ranks.rank, said["ranges"], finished=said["finished"]
+            )
     except BaseException:
         if staging is not None:
             staging.abandon()

@@ -184,16 +184,24 @@ class Coverage:
     def records(self) -> list[Record]:
         return [record for _, record in self._records]
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(first byte, end) of what is finished, ascending and apart."""
+        return list(zip(self._starts, self._ends, strict=True))
+
+    def cover(self, offset: int, end: int) -> None:
+        """Counts [offset, end) as finished, without a checksum."""
+        first = bisect_left(self._ends, offset)
+        last = bisect_right(self._starts, end)
+        start = min([offset, *self._starts[first:last][:1]])
+        end = max([end, *self._ends[first:last][-1:]])
+        self._starts[first:last], self._ends[first:last] = [start], [end]
+
     def add(self, record: Record) -> None:
         """Counts a range as finished. What it overlaps still counts, but the checksums are dropped."""
         if record.n_bytes == 0:
             return
-        first = bisect_left(self._ends, record.offset)
-        last = bisect_right(self._starts, record.end)
-        start = min([record.offset, *self._starts[first:last][:1]])
-        end = max([record.end, *self._ends[first:last][-1:]])
-        self._starts[first:last], self._ends[first:last] = [start], [end]
-
+        self.cover(record.offset, record.end)
         low = bisect_left(self._records, record.offset, key=lambda item: item[0])
         if low and self._records[low - 1][1].end > record.offset:
             low -= 1

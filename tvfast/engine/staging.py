@@ -68,7 +68,7 @@ class Staging:
         self._guard = threading.Lock()
         self._lock: FolderLock | None = None
         self._journal: Journal | None = None
-        self._found = frozenset(record for coverage in self._coverage for record in coverage.records)
+        self._fills = frozenset(record for coverage in self._coverage for record in coverage.records)
         self._companions: list[str] = []
 
     @classmethod
@@ -112,22 +112,22 @@ class Staging:
         layout: Layout,
         identity: Mapping[str, Any],
         rank: int,
-        found: Sequence[Record],
+        found: Sequence[Sequence[int]],
         *,
         finished: bool,
     ) -> Staging:
         """The part of another rank in what rank 0 has opened: a journal of its own, neither lock nor commit.
 
         Args:
-            found: what rank 0 has found there.
+            found: `found_ranges` of rank 0.
             finished: there is nothing to do.
 
         Raises:
             OutputError: `out` is not what rank 0 has opened, or not to be written to.
         """
         staging = cls(os.path.realpath(out), layout, full_identity(identity, layout))
-        staging.adopt(found)
-        staging._found |= frozenset(found)
+        for shard, begin, end in found:
+            staging._coverage[shard].cover(begin, end)
         staging.finished = finished
         if not finished:
             staging._journal = Journal(os.path.join(staging._folder, f"{_JOURNAL_NAME}{_OF_RANK}{rank}"))
@@ -276,7 +276,7 @@ class Staging:
         except OutputError:
             with suppress(OutputError):
                 self._clean_up()
-            _remove_empty(made)
+            commit.remove_empty(made)
             raise
 
     def _check_same(self, found: Manifest) -> None:
@@ -305,12 +305,13 @@ class Staging:
 
     def _verify(self, records: Sequence[Record]) -> None:
         """Counts as finished what the journal says and the files still hold."""
+        n_filled = sum(coverage.n_bytes for coverage in self._coverage)
         latest = {(r.shard, r.offset, r.n_bytes): r for r in records if self._is_inside(r)}
         ranges = [Range(self._shards.path(r.shard), r.offset, r.n_bytes) for r in latest.values()]
         for record, crc in zip(latest.values(), checksums(ranges), strict=True):
             if crc == record.crc32c:
                 self._coverage[record.shard].add(record)
-        self.n_resumed_bytes = sum(record.n_bytes for record in self.new_records())
+        self.n_resumed_bytes = sum(coverage.n_bytes for coverage in self._coverage) - n_filled
 
     def _is_inside(self, record: Record) -> bool:
         if record.shard >= len(self._layout.shards):
@@ -353,10 +354,15 @@ class Staging:
             self._open_journal().append(record)
             self._coverage[shard].add(record)
 
-    def new_records(self) -> list[Record]:
-        """What this process has finished, or at first: what it has found finished."""
+    def found_ranges(self) -> list[tuple[int, int, int]]:
+        """(shard, first byte, end) of all that is finished, with or without a checksum."""
         with self._guard:
-            return [r for coverage in self._coverage for r in coverage.records if r not in self._found]
+            return [(shard, *found) for shard, one in enumerate(self._coverage) for found in one.ranges]
+
+    def new_records(self) -> list[Record]:
+        """What this process has finished; of the one that has opened the output, also what it has found."""
+        with self._guard:
+            return [r for coverage in self._coverage for r in coverage.records if r not in self._fills]
 
     def sync(self) -> None:
         """Waits until what this process has written is on the disk.
@@ -491,9 +497,3 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
-
-
-def _remove_empty(folders: Sequence[str]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            os.rmdir(folder)
