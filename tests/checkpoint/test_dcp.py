@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import pickletools
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 import tvfast
 from tests.cli.families import load, write_checkpoint
 from tests.distributed.ranks import free_port, merged
+from tvfast.checkpoint import dcp_entry, dcp_layout, dcp_pickle
 from tvfast.checkpoint.dcp import read_dcp
 from tvfast.checkpoint.dcp_pickle import load_metadata
 from tvfast.checkpoint.reading import open_checkpoint
@@ -188,9 +190,47 @@ def _transformed(metadata: Any) -> None:
         info.transform_descriptors = ["stream.zstd"]
 
 
+def _two_of_a_name(metadata: Any) -> None:
+    metadata.planner_data["model.norm.weight"] = ("model", "embed.weight")
+
+
+def _without_a_name(metadata: Any) -> None:
+    metadata.planner_data["model.norm.weight"] = ("model", "")
+
+
+def _led_to_by(step: object) -> Callable[[Any], None]:
+    def change(metadata: Any) -> None:
+        metadata.planner_data["model.norm.weight"] = step
+
+    return change
+
+
+def _of_another_type(metadata: Any) -> None:
+    metadata.state_dict_metadata["model.norm.weight"].properties.dtype = torch.float32
+
+
+def _of_many_dimensions(metadata: Any) -> None:
+    """Whose product would take minutes."""
+    sizes = (2**120,) * 150_000
+    metadata.state_dict_metadata["model.norm.weight"].size = sizes
+
+
+def _with_control_characters(metadata: Any) -> None:
+    for info in metadata.storage_data.values():
+        info.relative_path = "\x1b[31m"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (_two_of_a_name, "has two tensors 'embed.weight'"),
+        (_without_a_name, "has no name"),
+        (_led_to_by(7), "expected a tuple of keys"),
+        (_led_to_by({"model": 1}), "expected a tuple of keys"),
+        (_led_to_by(("model", [[]])), "expected a tuple of keys"),
+        (_of_another_type, "is said to be of type F32; its pieces are BF16"),
+        (_of_many_dimensions, "has a shape or place that is none"),
+        (_with_control_characters, "expected one beside .metadata"),
         (_without_a_piece, "Some are missing"),
         (_twice_the_same_piece, "pieces"),
         (_beyond, "beyond its shape"),
@@ -209,6 +249,67 @@ def test_metadata_that_contradicts_itself(
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=says):
         open_checkpoint(tmp_path / "dcp")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        dcp_entry.integer(5),
+        dcp_entry.tuple_of((b"]",)),  # which has no hash
+        b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60)),  # 2^60 tuples, were they all looked at
+    ],
+    ids=["a number", "a list", "a bomb"],
+)
+@pytest.mark.parametrize("field", ["offset", "fqn"])
+def test_places_that_are_none(field: str, first: bytes, tmp_path: Path) -> None:
+    """What torch cannot be made to write: opcode by opcode."""
+    size = dcp_layout._size((1,))
+    chunk = dcp_layout._object("ChunkStorageMetadata", offsets=dcp_layout._size((0,)), sizes=size)
+    tensor = dcp_layout._object("TensorStorageMetadata", size=size, chunks=b"](" + chunk + b"e")
+    fields = {"fqn": dcp_entry.text("t"), "offset": dcp_layout._size((0,)), field: first}
+    info = dcp_layout._instance(
+        "torch.distributed.checkpoint.filesystem", "_StorageInfo", dcp_layout._dict({})
+    )
+    metadata = dcp_layout._object(
+        "Metadata",
+        state_dict_metadata=dcp_layout._mapping([dcp_entry.text("t") + tensor]),
+        storage_data=dcp_layout._mapping([dcp_layout._object("MetadataIndex", **fields) + info]),
+    )
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + metadata + b".")
+    with pytest.raises(CheckpointError, match="tensor 't', piece at .* has no place in storage_data"):
+        read_dcp(str(tmp_path))
+
+
+def test_hundreds_of_thousands_of_pieces_are_taken(rows: Path) -> None:
+    """70 B over 128 processes, with its optimizer, are 280 000."""
+    raw = (rows / ".metadata").read_bytes()
+    metadata = pickle.loads(raw)
+    chunks = metadata.state_dict_metadata["model.embed.weight"].chunks
+    n = 1000
+    chunks[:] = [type(chunks[0])(torch.Size([k, 0]), torch.Size([1, 24])) for k in range(n)]
+    index, info = next(iter(metadata.storage_data.items()))
+    for k in range(n):
+        own = type(info)(info.relative_path, k, info.length)
+        metadata.storage_data[type(index)("model.embed.weight", torch.Size([k, 0]), k)] = own
+    more = sum(1 for _ in pickletools.genops(pickle.dumps(metadata))) - sum(
+        1 for _ in pickletools.genops(raw)
+    )
+    assert 280_000 * more / n < dcp_pickle._Machine.most_opcodes
+
+
+def test_more_files_than_may_be_open(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvfast.checkpoint import dcp
+
+    expected = read_dcp(str(grid))
+    monkeypatch.setattr(dcp, "MAX_OPEN", 1)
+    assert read_dcp(str(grid)) == expected
+    assert len(expected[0]) == 5
+
+
+def test_other_files_of_a_trainer_do_not_hide_it(rows: Path, tmp_path: Path) -> None:
+    shutil.copytree(rows, tmp_path / "dcp")
+    (tmp_path / "dcp" / "training_args.bin").write_bytes(b"")
+    assert set(open_checkpoint(tmp_path / "dcp").tensors) == set(SHAPES)
 
 
 def test_metadata_runs_no_code(rows: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_every_defect_is_named(tmp_path: Path, broken: Broken) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BROKEN if name.startswith("bomb")])
 def test_bombs_take_bounded_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickling, "_MOST_OPCODES", 300_000)  # tracing takes ten times as long
+    monkeypatch.setattr(unpickling.Machine, "most_opcodes", 300_000)  # tracing takes ten times as long
     path = tmp_path / "x.bin"
     raw = BROKEN[name].make()
     path.write_bytes(raw)

@@ -17,16 +17,18 @@ from typing import Any
 from tvfast.checkpoint.dcp_pickle import Record, load_metadata
 from tvfast.checkpoint.files import OpenFile, damaged, open_regular, shown
 from tvfast.checkpoint.header import Header
-from tvfast.checkpoint.pytorch import read_tensor
+from tvfast.checkpoint.pytorch import TORCH_NAMES, read_tensor
 from tvfast.checkpoint.stored import Piece, Stored
+from tvfast.checkpoint.unpickling import Global, described, is_size
 from tvfast.errors import CheckpointError
 
 METADATA_NAME = ".metadata"
 SUFFIX = ".distcp"
 
-_MOST_BYTES = 2**30
+MAX_OPEN = 256
+_MOST_BYTES = 2**28
 _WRAPPERS = ("model", "state_dict")
-_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_dcp(path: str) -> bool:
@@ -47,7 +49,8 @@ def read_dcp(directory: str) -> tuple[tuple[Header, ...], dict[str, Stored]]:
             safetensors do not know; pieces overlap or leave holes; there is no tensor.
 
     Notes:
-        Nothing of the pickles is executed. About 0.2 ms a piece, for each is an archive of its own.
+        Nothing of the pickles is executed. About 0.1 ms a piece, for each is an archive of its own, and
+        2.6 KB while `.metadata` is read.
     """
     path = os.path.join(directory, METADATA_NAME)
     with open_regular(path) as file:
@@ -66,22 +69,22 @@ def read_dcp(directory: str) -> tuple[tuple[Header, ...], dict[str, Stored]]:
             name: _stored(name, key, found, places, files, number, path)
             for number, (name, (key, found)) in enumerate(wanted.items())
         }
-        for _, opened in sorted(files.opened.items()):
-            headers.append(Header(opened.path, (), {}, 0, opened.n_bytes, opened.mtime_ns))
+        headers += [header for _, header in sorted(files.headers.items())]
     return tuple(headers), tensors
 
 
 class _Files:
-    """Files of pieces, opened once."""
+    """Files of pieces, `MAX_OPEN` of them open at a time: there are as many as processes that have saved."""
 
     def __init__(self, directory: str, stack: ExitStack) -> None:
-        self.opened: dict[str, OpenFile] = {}
+        self.headers: dict[str, Header] = {}
+        self._opened: dict[str, OpenFile] = {}
         self._directory = directory
         self._stack = stack
 
     def open(self, name: str, what: str) -> OpenFile:
-        if name not in self.opened:
-            if not name or "\0" in name or os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        if name not in self._opened:
+            if not name.isprintable() or os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
                 raise damaged(what, f"is in the file {shown(name)}; expected one beside {METADATA_NAME}")
             path = os.path.join(self._directory, name)
             if not os.path.lexists(path):
@@ -89,8 +92,12 @@ class _Files:
                     f"{path}: is missing; {what} has a piece there. A distributed checkpoint needs the files "
                     "of all ranks: copy the rest, or save it again."
                 )
-            self.opened[name] = self._stack.enter_context(open_regular(path))
-        return self.opened[name]
+            if len(self._opened) == MAX_OPEN:
+                self._stack.close()
+                self._opened.clear()
+            found = self._opened[name] = self._stack.enter_context(open_regular(path))
+            self.headers.setdefault(name, Header(path, (), {}, 0, found.n_bytes, found.mtime_ns))
+        return self._opened[name]
 
 
 def _named_tensors(metadata: Record, path: str) -> dict[str, tuple[str, Record]]:
@@ -105,12 +112,19 @@ def _named_tensors(metadata: Record, path: str) -> dict[str, tuple[str, Record]]
     }
     planner = metadata.get("planner_data")
     paths = planner if isinstance(planner, dict) else {}
-    routes = {key: paths.get(key) or (key,) for key in tensors}
-    heads = {str(route[0]) for route in routes.values() if len(route) > 1}
-    wrapper = next((name for name in _WRAPPERS if name in heads), None)
+    routes = {key: _route(paths.get(key) or (key,), path) for key in tensors}
+    heads = {route[0] for route in routes.values() if len(route) > 1}
+    wrapper = next((one for one in _WRAPPERS if one in heads), None)
     if wrapper is not None:
         routes = {key: route[1:] for key, route in routes.items() if route[0] == wrapper and len(route) > 1}
-    named = {".".join(map(str, route)): (key, tensors[key]) for key, route in routes.items()}
+    named: dict[str, tuple[str, Record]] = {}
+    for key, route in routes.items():
+        name = ".".join(route)
+        if not name or "\0" in name:
+            raise damaged(path, f"the tensor {shown(key)} has no name, or one with a NUL")
+        first, _ = named.setdefault(name, (key, tensors[key]))
+        if first != key:
+            raise damaged(path, f"has two tensors {shown(name)}: {shown(first)} and {shown(key)}")
     if not named:
         raise CheckpointError(
             f"{path}: holds no tensor, but {shown(list(found))}; expected those of a model. Check the path."
@@ -118,16 +132,25 @@ def _named_tensors(metadata: Record, path: str) -> dict[str, tuple[str, Record]]
     return named
 
 
+def _route(found: object, path: str) -> tuple[str, ...]:
+    """The keys that lead to a tensor in the state dict that was saved."""
+    if not isinstance(found, tuple) or any(type(step) not in (str, int) for step in found):
+        raise damaged(path, f"planner_data leads to a tensor by {described(found)}; expected a tuple of keys")
+    return tuple(map(str, found))
+
+
 def _places(metadata: Record, path: str) -> dict[tuple[str, tuple[int, ...]], Record]:
     """Key and first indices of a piece -> where it lies."""
     found = metadata.get("storage_data")
     if not isinstance(found, dict):
         raise damaged(path, "has no storage_data: it was not written by the FileSystemWriter of torch")
-    return {
-        (str(index.get("fqn")), tuple(index.get("offset") or ())): info
-        for index, info in found.items()
-        if isinstance(index, Record) and isinstance(info, Record)
-    }
+    places = {}
+    for index, info in found.items():
+        if isinstance(index, Record) and isinstance(info, Record):
+            key, first = index.get("fqn"), index.get("offset") or ()
+            if isinstance(key, str) and is_size(first):
+                places[key, first] = info
+    return places
 
 
 def _stored(
@@ -145,6 +168,7 @@ def _stored(
     if not isinstance(chunks, list) or not all(isinstance(chunk, Record) for chunk in chunks):
         raise damaged(what, "has no list of pieces")
     pieces: list[Piece] = []
+    declared = _declared(found)
     dtypes = set()
     for chunk in chunks:
         starts, sizes = _sizes(chunk.get("offsets"), what), _sizes(chunk.get("sizes"), what)
@@ -158,11 +182,21 @@ def _stored(
     _check_whole(pieces, shape, what)
     if len(dtypes) > 1:
         raise damaged(what, f"has pieces of the types {', '.join(sorted(dtypes))}; expected one")
-    dtype = dtypes.pop() if dtypes else "F32"
+    dtype = dtypes.pop() if dtypes else declared or "F32"
+    if declared not in (None, dtype):
+        raise damaged(what, f"is said to be of type {declared}; its pieces are {dtype}")
     if len(pieces) == 1:
         return Stored(name, pieces[0].path, pieces[0].offset, own.n_bytes, dtype, shape)
     n_bytes = sum(math.prod(piece.sizes) for piece in pieces) * _item_bytes(own) if pieces else 0
     return Stored(name, path, number, n_bytes, dtype, shape, pieces=tuple(pieces))
+
+
+def _declared(found: Record) -> str | None:
+    """The type that `.metadata` tells; None where it tells none that safetensors know."""
+    properties = found.get("properties")
+    state = properties.state if isinstance(properties, Record) else None
+    first = state[0] if isinstance(state, tuple) and state else None
+    return TORCH_NAMES.get(first.name) if isinstance(first, Global) else None
 
 
 def _item_bytes(own: Stored) -> int:
@@ -184,8 +218,8 @@ def _piece(
         raise damaged(where, "has no place in storage_data")
     if info.get("transform_descriptors"):
         raise CheckpointError(
-            f"{where}: is stored through {shown(list(info.get('transform_descriptors')))}; expected plain "
-            "bytes. Load it with torch.distributed.checkpoint and save it without extensions."
+            f"{where}: is stored through extensions, as transform_descriptors tell; expected plain bytes. "
+            "Load it with torch.distributed.checkpoint and save it without extensions."
         )
     relative, offset, length = (info.get(name) for name in ("relative_path", "offset", "length"))
     if not isinstance(relative, str) or type(offset) is not int or type(length) is not int:
@@ -202,7 +236,7 @@ def _piece(
 
 
 def _sizes(found: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(found, tuple) or any(type(size) is not int or size < 0 for size in found):
+    if not is_size(found):
         raise damaged(what, "has a shape or place that is none")
     return found
 

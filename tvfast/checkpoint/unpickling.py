@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any
+from typing import Any, ClassVar, TypeGuard
 
 from tvfast.checkpoint.files import damaged, shown
 from tvfast.errors import CheckpointError
@@ -18,7 +18,6 @@ from tvfast.errors import CheckpointError
 MOST_BYTES = 2**26
 """Length of a pickle; 100 000 tensors take about 20 MiB."""
 
-_MOST_OPCODES = 4_000_000
 _MOST_DIMENSIONS = 64
 _MOST_STACK = 200_000  # pickle flushes containers every 1000 items
 
@@ -84,6 +83,7 @@ def load_pickle(raw: bytes, where: str) -> Any:
 class Machine:
     """Stack, marks and memo of one pickle. What names, calls and keys it takes is for subclasses to widen."""
 
+    most_opcodes: ClassVar[int] = 4_000_000
     __slots__ = ("marks", "memo", "position", "raw", "stack", "where")
 
     def __init__(self, raw: bytes, where: str) -> None:
@@ -190,10 +190,11 @@ class Machine:
         return self.malformed(f"opcode {opcode:#04x}; expected those of a state dict, in protocol 2 to 5")
 
     def _check_size(self, n_steps: int) -> None:
-        if n_steps > _MOST_OPCODES or len(self.stack) > _MOST_STACK or len(self.marks) > _MOST_STACK:
+        if n_steps > self.most_opcodes or len(self.stack) > _MOST_STACK or len(self.marks) > _MOST_STACK:
             raise damaged(
                 self.where,
-                f"the pickle takes more than {_MOST_OPCODES} steps or {_MOST_STACK} places; expected fewer",
+                f"the pickle takes more than {self.most_opcodes} steps or {_MOST_STACK} places; "
+                "expected fewer",
             )
 
 
@@ -208,12 +209,17 @@ def described(value: object) -> str:
     return f"a {type(value).__name__.lower()}"
 
 
+def is_size(found: object) -> TypeGuard[tuple[int, ...]]:
+    """Whether this can be a tensor's shape, strides or first indices."""
+    return (
+        type(found) is tuple
+        and len(found) <= _MOST_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**63 for value in found)
+    )
+
+
 def _size(machine: Machine, found: object) -> tuple[int, ...]:
-    if (
-        type(found) is not tuple
-        or len(found) > _MOST_DIMENSIONS
-        or any(type(value) is not int or not 0 <= value < 2**63 for value in found)
-    ):
+    if not is_size(found):
         raise machine.malformed(
             f"a shape or stride is {described(found)}; "
             f"expected a tuple of at most {_MOST_DIMENSIONS} non-negative integers"
