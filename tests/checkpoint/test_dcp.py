@@ -24,7 +24,7 @@ from torch import Tensor
 import tvfast
 from tests.cli.families import load, write_checkpoint
 from tests.distributed.ranks import free_port, merged
-from tvfast.checkpoint import dcp_entry, dcp_layout, dcp_pickle
+from tvfast.checkpoint import dcp_pickle
 from tvfast.checkpoint.dcp import read_dcp
 from tvfast.checkpoint.dcp_pickle import load_metadata
 from tvfast.checkpoint.reading import open_checkpoint
@@ -251,35 +251,6 @@ def test_metadata_that_contradicts_itself(
         open_checkpoint(tmp_path / "dcp")
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        dcp_entry.integer(5),
-        dcp_entry.tuple_of((b"]",)),  # which has no hash
-        b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60)),  # 2^60 tuples, were they all looked at
-    ],
-    ids=["a number", "a list", "a bomb"],
-)
-@pytest.mark.parametrize("field", ["offset", "fqn"])
-def test_places_that_are_none(field: str, first: bytes, tmp_path: Path) -> None:
-    """What torch cannot be made to write: opcode by opcode."""
-    size = dcp_layout._size((1,))
-    chunk = dcp_layout._object("ChunkStorageMetadata", offsets=dcp_layout._size((0,)), sizes=size)
-    tensor = dcp_layout._object("TensorStorageMetadata", size=size, chunks=b"](" + chunk + b"e")
-    fields = {"fqn": dcp_entry.text("t"), "offset": dcp_layout._size((0,)), field: first}
-    info = dcp_layout._instance(
-        "torch.distributed.checkpoint.filesystem", "_StorageInfo", dcp_layout._dict({})
-    )
-    metadata = dcp_layout._object(
-        "Metadata",
-        state_dict_metadata=dcp_layout._mapping([dcp_entry.text("t") + tensor]),
-        storage_data=dcp_layout._mapping([dcp_layout._object("MetadataIndex", **fields) + info]),
-    )
-    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + metadata + b".")
-    with pytest.raises(CheckpointError, match="tensor 't', piece at .* has no place in storage_data"):
-        read_dcp(str(tmp_path))
-
-
 def test_hundreds_of_thousands_of_pieces_are_taken(rows: Path) -> None:
     """70 B over 128 processes, with its optimizer, are 280 000."""
     raw = (rows / ".metadata").read_bytes()
@@ -310,6 +281,19 @@ def test_other_files_of_a_trainer_do_not_hide_it(rows: Path, tmp_path: Path) -> 
     shutil.copytree(rows, tmp_path / "dcp")
     (tmp_path / "dcp" / "training_args.bin").write_bytes(b"")
     assert set(open_checkpoint(tmp_path / "dcp").tensors) == set(SHAPES)
+
+
+def test_a_path_that_no_shell_has_expanded(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(rows, tmp_path / "dcp")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = open_checkpoint("~/dcp")
+    assert set(found.tensors) == set(SHAPES)
+    assert found.directory == str(tmp_path / "dcp")
+    (tmp_path / "dcp" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"holds \*\.distcp without \.metadata"):
+        open_checkpoint("~/dcp")
 
 
 def test_metadata_runs_no_code(rows: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def locate(path: str) -> Location:
             return _locate_in(path)
         if os.path.lexists(path):
             return _one_file(path)
-        if (local := _written_otherwise(path)) is not None:
+        if (local := written_otherwise(path)) is not None:
             return locate(local)
         cached = _cached_snapshot(path)
     except OSError as error:
@@ -85,7 +85,7 @@ def locate_adapter(path: str) -> str:
             raise CheckpointError(
                 f"{path}: is a file; expected an adapter's directory, with adapter_config.json and weights."
             )
-        local = _written_otherwise(path)
+        local = written_otherwise(path)
         if local is None:
             local = _cached_snapshot(path)
     except OSError as error:
@@ -95,7 +95,7 @@ def locate_adapter(path: str) -> str:
     return local
 
 
-def _written_otherwise(path: str) -> str | None:
+def written_otherwise(path: str) -> str | None:
     """What is there for `~/name`, which no shell has expanded, or for `path@revision`, which has none."""
     expanded = os.path.expanduser(path) if path.startswith("~") else path
     candidates = (expanded, expanded.rpartition("@")[0])
@@ -125,6 +125,11 @@ def _locate_in(directory: str) -> Location:
         if name + _INDEX in names:
             return _indexed(directory, name + _INDEX)
     files = [name for name in names if name.endswith(SAFETENSORS) and not name.startswith(".")]
+    if not files and any(name.endswith(".distcp") for name in names):
+        raise CheckpointError(
+            f"{directory}: holds *.distcp without .metadata, which is written last; expected both. The "
+            "distributed checkpoint was not saved or copied to the end: do it again."
+        )
     if files == [_ADAPTER] or (not files and "adapter_model.bin" in names):
         raise CheckpointError(
             f"{directory}: holds a PEFT adapter, no whole model; {_EXPECTED}. "

@@ -52,7 +52,8 @@ def bytes_of(stored: Stored) -> Iterator[bytes]:
     plain = replace(stored, blocks=None, update=None)
     if plain.pieces:
         with tensor_in_memory(plain) as view:
-            yield bytes(view)
+            for begin in range(0, plain.n_bytes, _REQUEST):
+                yield bytes(view[begin : begin + _REQUEST])
         return
     with open_regular(plain.path) as file:
         for begin in range(0, plain.n_bytes, _REQUEST):

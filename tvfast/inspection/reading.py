@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tvfast.checkpoint.files import OpenFile, open_regular
 from tvfast.engine.arrange import Arrangement, Part, arrange, block_bytes
+from tvfast.engine.assembly import Assembly
 from tvfast.engine.conversions import widen_inputs
 from tvfast.engine.inputs import N_READERS, REQUEST
 from tvfast.engine.memory import Arena, Block
@@ -98,7 +99,9 @@ class Reader:
                 view = block.view[extent.at + at : extent.at + at + n]
                 reads.append(self._pool.submit(self._read, file, extent.offset + at, view))
         reads += [
-            self._pool.submit(assembly.fill, block.view, descriptor_of) for assembly in arrangement.assemblies
+            self._pool.submit(self._assemble, some, block.view)
+            for assembly in arrangement.assemblies
+            for some in assembly.pieces()
         ]
         return _Ahead(parts, arrangement, block, reads)
 
@@ -106,6 +109,10 @@ class Reader:
         if path not in self._opened:
             self._opened[path] = self._files.enter_context(open_regular(path))
         return self._opened[path]
+
+    def _assemble(self, some: Assembly, view: memoryview) -> None:
+        some.fill(view, descriptor_of)
+        self._told(some.n_bytes)
 
     def _read(self, file: OpenFile, offset: int, view: memoryview) -> None:
         fill(file, offset, view)
