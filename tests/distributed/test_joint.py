@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.engine.staged import IDENTITY, contents, small_layout
 from tvfast.engine.communicator import Alone
-from tvfast.engine.joint import open_staging
+from tvfast.engine.joint import open_staging, publish
+from tvfast.engine.journal import Journal
+from tvfast.engine.run import Outcome
 from tvfast.engine.staging import Staging
+from tvfast.errors import OutputError
 from tvfast.ops.host import crc32c
 
 
@@ -54,3 +59,26 @@ def test_all_ranks_take_the_same_bytes_for_finished(tmp_path: Path) -> None:
             assert not staging.is_done(0, start, 6145)
             assert not staging.is_done(0, start + 9_999, 2)
     assert stagings[0].n_resumed_bytes == 6144 + 1000
+
+
+def test_a_rank_that_has_finished_holds_nothing_open(tmp_path: Path) -> None:
+    """Before rank 0 deletes the journals: NFS keeps what is open, in the same directory."""
+    layout, out = small_layout(1), str(tmp_path / "out")
+
+    class Telling(_Second):
+        def gather(self, value: Any, *, to_all: bool = True) -> list[Any]:
+            if isinstance(value, dict) and "records" in value:
+                Journal(journal).close()
+                raise InterruptedError
+            return super().gather(value, to_all=to_all)
+
+    said: list[Any] = []
+    arguments: dict[str, Any] = {"resume": True, "overwrite": False, "inputs": ()}
+    with open_staging(_Second(0, said), out, layout, IDENTITY, **arguments):
+        ranks = Telling(1, said)
+        staging = open_staging(ranks, out, layout, IDENTITY, **arguments)
+        journal = str(tmp_path / "out" / ".tvfast" / "journal-1")
+        with pytest.raises(OutputError, match="still writes here"):
+            Journal(journal)
+        with pytest.raises(InterruptedError):
+            publish(ranks, staging, Outcome(0, 0, 0.0), dict)

@@ -138,6 +138,8 @@ def publish(
         outcome.device_peak_bytes,
     )
     records = _plain(staging.new_records()) if ranks.rank else []
+    if ranks.rank:
+        staging.abandon()  # rank 0 deletes what is open here, which NFS would keep under another name
     own = {"records": records, "notes": list(outcome.notes)}
     others = ranks.gather(own, to_all=False)
     if ranks.rank == 0:
