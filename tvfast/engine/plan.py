@@ -51,6 +51,9 @@ TENSOR_BYTES = 512
 """What is known of one tensor of one file, as objects of the interpreter; three times that where a whole
 model is streamed together."""
 
+PIECE_BYTES = 400
+"""What is known of one piece of a tensor."""
+
 SCRATCH_BYTES = 24 * MiB
 """What kernels and bit planes take for one unit, at most."""
 
@@ -326,6 +329,7 @@ def _budget(
     known = beside + TENSOR_BYTES * (
         sum(len(t.inputs) + 2 for t in single) + 3 * sum(len(t.inputs) + 2 for t in whole)
     )
+    known += PIECE_BYTES * sum(len(one.pieces) for task in (*single, *whole) for one in task.inputs)
     n_models = max((len(task.models) for task in (*single, *whole)), default=0)
     selection = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
     free = _free_memory() // (2 * per_host)
