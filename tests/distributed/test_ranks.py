@@ -17,6 +17,7 @@ import torch
 from tests.cli.families import Family, digest, recipe, write_checkpoint
 from tests.distributed.ranks import STEPS, End, Job, free_port, merged
 from tvfast.cli.main import main
+from tvfast.errors import ArgumentError
 
 WEIGHTS = {"ft1": {"weight": 1.0}, "ft2": {"weight": 0.5}, "ft3": {"weight": -0.25}}
 QUICK = {"TVFAST_RANK_TIMEOUT": "2"}
@@ -203,6 +204,26 @@ def test_a_rank_that_never_comes_is_named(family: Family, tmp_path: Path) -> Non
         assert statuses[:2] == [1, 1]
         assert "rank 2 has not come within 2 s" in job.ranks[0].output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TVFAST_RANK_TIMEOUT", "0"),
+        ("TVFAST_RANK_TIMEOUT", "inf"),
+        ("TVFAST_STALL_TIMEOUT", "nan"),
+        ("RANK", "2"),
+        ("MASTER_PORT", "-1"),
+    ],
+)
+def test_a_variable_out_of_its_range_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvfast.distributed import join
+
+    found = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", name: value}
+    for variable, text in found.items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(ArgumentError, match=f"{name} is '?{value}"):
+        join()
 
 
 # -- ranks that disagree --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ others watch rank 0. Who finds one that has stopped writes that down in the stor
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -46,7 +47,7 @@ def join() -> Group:
     of 0 never ends.
 
     Raises:
-        ArgumentError: a variable is missing or no number.
+        ArgumentError: a variable is missing, no number, or out of its range.
         RankError: the store cannot be reached.
     """
     lacking = [
@@ -58,9 +59,11 @@ def join() -> Group:
             "is missing. Start it with torchrun --nproc-per-node=N -m tvfast merge CONFIG OUT."
         )
     timeout = _seconds("TVFAST_RANK_TIMEOUT", TIMEOUT_S)
-    stall = _seconds("TVFAST_STALL_TIMEOUT", STALL_S)
+    stall = _seconds("TVFAST_STALL_TIMEOUT", STALL_S, or_never=True)
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= size:
+        raise ArgumentError(f"RANK is {rank} of WORLD_SIZE {size}; expected less, as torchrun sets it.")
     try:
         store = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -95,13 +98,13 @@ def _number(name: str) -> int:
     return int(text)
 
 
-def _seconds(name: str, default: float) -> float:
+def _seconds(name: str, default: float, *, or_never: bool = False) -> float:
     text = os.environ.get(name, "")
     try:
         seconds = float(text) if text else default
     except ValueError:
         seconds = -1.0
-    if seconds < 0:
+    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not or_never):
         raise ArgumentError(f"{name} is {text!r}; expected seconds, for example {default:g}.")
     return seconds
 
