@@ -204,6 +204,7 @@ class _Reading:
     def __init__(self) -> None:
         self.cursor = 0
         self.extents: list[Extent] = []
+        self.assemblies: list[Assembly] = []
 
     def take(self, path: str, offset: int, n_bytes: int) -> int:
         """The position of an array of a file."""
@@ -216,6 +217,17 @@ class _Reading:
             at = self.cursor = round_up(self.cursor, PAGE) + offset % PAGE
             self.extents.append(Extent(path, offset, n_bytes, at))
         self.cursor += n_bytes
+        return at
+
+    def take_side(self, side: Side) -> int:
+        """The position of what is read beside a tensor, from a file or from pieces."""
+        stored = side.stored
+        if not stored.pieces:
+            return self.take(stored.path, side.offset, side.n_bytes)
+        item = dtypes.n_bytes(stored.dtype, 1)
+        at = self.leave(side.n_bytes)
+        first, n = (side.offset - stored.offset) // item, side.n_bytes // item
+        self.assemblies.append(Assembly(stored, first, n, at))
         return at
 
     def leave(self, n_bytes: int) -> int:
@@ -239,7 +251,7 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
         for part, found in zip(parts, inputs, strict=True):
             if k < len(part.task.inputs):
                 found.append(_place(part, part.task.inputs[k], reading))
-    assemblies = tuple(_assemblies(parts, inputs))
+    reading.assemblies += _assemblies(parts, inputs)
     widenings = _widenings(parts, inputs, reading)
     cursor = reading.cursor
     spans, outputs, narrowings, end = _results(parts, layout, cursor) if layout else ((), (), (), cursor)
@@ -252,7 +264,7 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
         n_bytes=round_up(end, PAGE),
         widenings=widenings,
         narrowings=narrowings,
-        assemblies=assemblies,
+        assemblies=tuple(reading.assemblies),
     )
 
 
@@ -271,10 +283,7 @@ def _widenings(parts: Sequence[Part], inputs: list[list[int]], reading: _Reading
         for k, stored in enumerate(part.task.inputs):
             if stored.blocks is None and stored.update is None:
                 continue
-            beside = tuple(
-                (reading.take(side.stored.path, side.offset, side.n_bytes), side.first)
-                for side in sides(part, stored)
-            )
+            beside = tuple((reading.take_side(side), side.first) for side in sides(part, stored))
             found.append(Widening(index, k, inputs[index][k], beside, inputs[index][k]))
     placed = []
     for one in found:  # numbers lie behind everything that is read
