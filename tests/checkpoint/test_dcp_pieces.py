@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def state(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
 
 
-def described(capsys: pytest.CaptureFixture[str], *paths: Path) -> dict[str, object]:
+def described(capsys: pytest.CaptureFixture[str], *paths: Path) -> dict[str, Any]:
     assert main(["inspect", *map(str, paths), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert isinstance(found, dict)
@@ -109,7 +110,13 @@ def test_inspect_measures_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[s
     whole = write_checkpoint(tmp_path / "whole", state(1))
     pieces = write_pieces(tmp_path / "pieces", state(1), 3)
     expected = described(capsys, base, whole)
-    assert described(capsys, base, pieces)["task_vectors"] == expected["task_vectors"]
+    found = described(capsys, base, pieces)
+    assert found["task_vectors"] == expected["task_vectors"]
+    alone = described(capsys, pieces)
+    assert [(one["name"], one["tensors"]) for one in alone["files"]] == [
+        (".metadata", 0),
+        *((f"__{number}_0.distcp", 2) for number in range(3)),
+    ]
     models, told = [open_checkpoint(base), open_checkpoint(pieces)], list[int]()
     measured = task_vectors(models, list(state(0)), read=told.append, chunk_bytes=2000)
     assert json.loads(json.dumps(measured.as_json())) == expected["task_vectors"]

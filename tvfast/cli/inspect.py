@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +159,15 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         row["parameters"] += stored.n_elements
         row["bytes"] += stored.n_bytes
     config = checkpoint.config or {}
+    n_tensors = _tensors_by_file(checkpoint)
     return {
         "path": checkpoint.path,
         "files": [
-            {"name": os.path.basename(header.path), "bytes": header.n_bytes, "tensors": len(header.tensors)}
+            {
+                "name": os.path.basename(header.path),
+                "bytes": header.n_bytes,
+                "tensors": n_tensors[header.path],
+            }
             for header in checkpoint.headers
         ],
         "tensors": len(checkpoint.tensors),
@@ -205,6 +211,14 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [f"tied        {name} is {first}" for name, first in found["aliases"].items()]
     lines += [f"metadata    {key} {value}" for key, value in found["metadata"].items()]
     return "\n".join(lines)
+
+
+def _tensors_by_file(checkpoint: Checkpoint) -> Counter[str]:
+    """How many tensors each file holds, or has pieces of."""
+    found: Counter[str] = Counter()
+    for stored in checkpoint.tensors.values():
+        found.update({piece.path for piece in stored.pieces} or {stored.path})
+    return found
 
 
 def _scales(checkpoint: Checkpoint) -> dict[str, Any]:
