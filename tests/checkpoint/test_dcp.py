@@ -314,7 +314,7 @@ def test_metadata_runs_no_code(rows: Path, tmp_path: Path) -> None:
 
 
 def test_members_of_enumerations_are_taken_by_name_and_nothing_else_is(tmp_path: Path) -> None:
-    """Python before 3.11.4 writes a member as a call of getattr, which of anything else reaches everything."""
+    """Python before 3.11.4 writes a member as a call of getattr, which reaches anything else too."""
 
     def taken(module: str, name: str, member: str) -> bytes:
         text = f"cbuiltins\ngetattr\nc{module}\n{name}\nX".encode()
