@@ -3,6 +3,9 @@
 Warm: `cat` of the inputs to /dev/null, then `cp` of as many bytes as the merge writes and `sync -d` of them.
 Cold: the inputs read by cat, and with O_DIRECT by one to eight threads, the best of these; and the output's
 bytes written with O_DIRECT.
+
+Moved: the inputs read through the page cache by some threads, while as many bytes as the merge writes go into
+a preallocated file, and are synced: what a merge does beside merging.
 """
 
 from __future__ import annotations
@@ -32,6 +35,35 @@ def warm_limit(inputs: Sequence[Path], like: Sequence[Path], scratch: Path) -> d
     finally:
         remove(scratch)
     return {"cat_s": cat, "cp_s": cp, "seconds": cat + cp}
+
+
+def moved(inputs: Sequence[Path], scratch: Path, n_bytes: int, threads: int = 2) -> float:
+    """Seconds of reading every input while `n_bytes` are written to one file, and of fdatasync."""
+    reads = [(path, place) for path in inputs for place in range(0, path.stat().st_size, _BLOCK)]
+    writes = range(0, n_bytes, _BLOCK)
+    sources = {path: os.open(path, os.O_RDONLY) for path in inputs}
+    remove(scratch)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    target = os.open(scratch, os.O_RDWR | os.O_CREAT)
+    try:
+        os.posix_fallocate(target, 0, n_bytes)
+
+        def move(mine: int) -> None:
+            block = bytearray(_BLOCK)
+            own, sought = writes[mine::threads], reads[mine::threads]
+            for number, (path, place) in enumerate(sought):
+                os.preadv(sources[path], [block], place)
+                for at in own[len(own) * number // len(sought) : len(own) * (number + 1) // len(sought)]:
+                    os.pwrite(target, memoryview(block)[: n_bytes - at], at)
+
+        _in_threads(threads, range(threads), move)
+        os.fdatasync(target)
+    finally:
+        for descriptor in (target, *sources.values()):
+            os.close(descriptor)
+        remove(scratch)
+    return time.perf_counter() - start
 
 
 def _shell(script: str, files: Sequence[Path]) -> float:

@@ -9,8 +9,8 @@ with exit status 1 otherwise:
 - two ranks of one thread take at most 1.15 times as long as one rank of two threads, from the first header
   to the last rename (`seconds` of the report: torch is loaded before that);
 - each rank reads at most its part of the bytes and 5 % more;
-- `tvfast plan` is within 25 % of every run from start to exit. Its disk does what `cat` and `cp` of the
-  same files do in the same round, and all ranks share it (`--network`).
+- `tvfast plan` is within 25 % of every run from start to exit. Its disk moves the same bytes in and out as
+  fast as two threads do that merge nothing, in the same round; all ranks share it (`--network`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.checkpoints.limits import warm_limit
+from bench.checkpoints.limits import moved
 from bench.checkpoints.rows import ROWS, MethodRow
 from bench.checkpoints.running import ROOT, RunError, remove, shards, total_bytes, tvfast, warm
 from bench.checkpoints.suite import Place, working_in
@@ -107,7 +107,7 @@ def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
     limits = []
     for _ in range(rounds):
         warm(files)
-        limits.append(warm_limit(files, outputs, place.work / "scratch")["seconds"])
+        limits.append(moved(files, place.work / "scratch" / "moved", total_bytes(outputs)))
         for shape in SHAPES:
             warm(files)
             runs[shape].append(merge(place, row, *shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import tvfast
 from bench.checkpoints import device, loads, suite
 from bench.checkpoints.family import PRESETS, Family
-from bench.checkpoints.limits import cold_reads, direct_write, warm_limit
+from bench.checkpoints.limits import cold_reads, direct_write, moved, warm_limit
 from bench.checkpoints.peer import Peer, find_peer
 from bench.checkpoints.rows import LIMIT, PEER, ROWS, Goal
 from bench.checkpoints.running import RunError, evict, run, shards, total_bytes, warm
@@ -100,6 +101,25 @@ def test_limits_move_all_bytes(family: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "scratch").exists(), "nothing is left behind"
     evict(files)
     assert total_bytes(files) == cold["n_bytes"]
+
+
+def test_bytes_are_moved_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in "abc"]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(9_000_000 * number + 5))
+    written: list[tuple[int, int]] = []
+    whole = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, at: int) -> int:
+        written.append((at, len(data)))
+        return whole(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert moved(files, tmp_path / "scratch" / "moved", 40_000_001) > 0.0
+    assert not (tmp_path / "scratch" / "moved").exists()
+    ends = [at + n for at, n in sorted(written)]
+    assert [0, *ends[:-1]] == [at for at, _ in sorted(written)]
+    assert ends[-1] == 40_000_001
 
 
 # -- rows and judgement ---------------------------------------------------------------------------------

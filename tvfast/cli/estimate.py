@@ -33,8 +33,8 @@ CPU_GB_S = {
     "sta": 4.0,
     "sta_forget": 4.0,
     "sce": 0.67,
-    "della_linear": 0.72,
-    "della": 0.72,
+    "della_linear": 0.76,
+    "della": 0.76,
     "ram": 10.0,
     "magmax": 10.0,
     "nearswap": 8.0,
@@ -60,11 +60,11 @@ CPU_GB_S = {
 }
 """What one core takes in and gives out while it merges three bfloat16 models: an EPYC of two cores, in
 bench/results/20261122T001050-01a477f164e7.json; `ties`, `slerp` and `della`: what whole merges took beside
-READ_GB_S and WRITE_GB_S, in 20261122T031110-06461a166e30.json and 20261126T004923-4cbf8ef3e9f5.json. Those
-that read float32 scores: processor time of one thread there, beside other work; `ram` to `knots`: the same,
-as multiples of what `ties` took in memory; `lata`: taken to be `model_stock`'s, which measures as much.
-Those from `iso_c` on decompose matrices or solve equations:
-layers of 1024 x 1024, and as much slower as layers are wider."""
+READ_GB_S and WRITE_GB_S, in 20261122T031110-06461a166e30.json, 20261126T004923-4cbf8ef3e9f5.json and, on one
+and two threads, 20261126T033353-744fc0c8ed76.json. Those that read float32 scores: processor time of one
+thread there, beside other work; `ram` to `knots`: the same, as multiples of what `ties` took in memory;
+`lata`: taken to be `model_stock`'s, which measures as much. Those from `iso_c` on decompose matrices or solve
+equations: layers of 1024 x 1024, and as much slower as layers are wider."""
 
 MEMORY_GB_S = 40.0
 """What all cores together do at most, there."""
