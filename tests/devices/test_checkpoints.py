@@ -26,6 +26,20 @@ __all__ = ["small_units"]
 SHAPES = {"a.weight": (5, 33), "b.weight": (7,), "c.weight": (2, 50)}
 
 
+def merged_as_on_the_cpu(
+    device: HostDouble, config: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> tvfast.checkpoints.Report:
+    """The report of a merge on the device that gave the CPU's bytes, within the scratch that was planned."""
+    with monkeypatch.context() as patch:
+        patch.delenv("TVFAST_BACKEND")
+        tvfast.merge_checkpoints(config, place / "cpu", device="cpu")
+    report = merge_on(device, config, place / "out")
+    expected = (place / "cpu" / "model.safetensors").read_bytes()
+    assert (place / "out" / "model.safetensors").read_bytes() == expected
+    assert device.n_drains == 1, "scratch was planned"
+    return report
+
+
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize(
     ("method", "parameters", "own"),
@@ -46,14 +60,8 @@ def test_triton_merges_checkpoints_on_a_device(
 ) -> None:
     monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 0)  # what is planned is what the tensors need
     config = recipe(write_family(tmp_path / "family", SHAPES), method, parameters, **own)
-    with monkeypatch.context() as patch:
-        patch.delenv("TVFAST_BACKEND")
-        tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
     device = HostDouble(triton_backend, limit_scratch=True)
-    report = merge_on(device, config, tmp_path / "out")
-    expected = (tmp_path / "cpu" / "model.safetensors").read_bytes()
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
-    assert device.n_drains == 1, "scratch was planned"
+    report = merged_as_on_the_cpu(device, config, tmp_path, monkeypatch)
     assert device.peak_scratch > 0
     assert report.device_peak_bytes <= report.planned_device_peak_bytes
 
@@ -82,12 +90,6 @@ def test_scores_are_read_on_a_device(
     root = write_family(tmp_path / "family", SHAPES)
     write_statistics(root, SHAPES)
     config = scored_recipe(root, method, parameters, **own)
-    with monkeypatch.context() as patch:
-        patch.delenv("TVFAST_BACKEND")
-        tvfast.merge_checkpoints(config, tmp_path / "cpu", device="cpu")
     device = HostDouble(gpu, limit_scratch=True)
-    report = merge_on(device, config, tmp_path / "out")
-    expected = (tmp_path / "cpu" / "model.safetensors").read_bytes()
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
-    assert device.n_drains == 1, "scratch was planned"
+    report = merged_as_on_the_cpu(device, config, tmp_path, monkeypatch)
     assert report.device_peak_bytes <= report.planned_device_peak_bytes
