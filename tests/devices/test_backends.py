@@ -90,12 +90,30 @@ def programs_on_scores(program: Program) -> Iterator[Program]:
             yield replace(program, cross=cross, weighting=weighting)
 
 
+def of_two_models(case: Case) -> Case:
+    """Its first two models, as many as NEARNESS compares."""
+    parts = [
+        replace(
+            part,
+            models=part.models[:2],
+            scores=part.scores[:2],
+            masks=part.masks[:2],
+            score_maps=part.score_maps[:2],
+        )
+        for part in case.parts
+    ]
+    return replace(case, parts=parts, scalars=[replace(one, models=one.models[:2]) for one in case.scalars])
+
+
 def combine_of(backend: Backend) -> Callable[[Program], None]:
-    case = few_rows_case()
-    outs = [torch.empty(part.n, dtype=part.out_dtype) for part in case.parts]
-    table = case.table(outs)
+    every = few_rows_case()
+    two = of_two_models(every)
+    outs = [torch.empty(part.n, dtype=part.out_dtype) for part in every.parts]
+    tables = {id(case): case.table(outs) for case in (every, two)}
 
     def check(program: Program) -> None:
+        case = two if program.weighting is Weighting.NEARNESS else every
+        table = tables[id(case)]
         for out in outs:
             out.fill_(float("nan"))
         backend.combine(table, program, case.scalars)
