@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import load, missing
+from tests.devices.interpreter import repeat_nothing
 from tests.devices.moving import Moved
 from tests.devices.standins import cuda_backend
 
@@ -29,8 +30,11 @@ except ImportError as error:
     _NO_TRITON = str(error)
 else:
     _NO_TRITON = ""
-    if not torch.cuda.is_available() and not INTERPRETED.value:
-        _NO_TRITON = "the kernels are loaded for a GPU; set TRITON_INTERPRET=1"
+    if not torch.cuda.is_available():
+        if INTERPRETED.value:
+            repeat_nothing()
+        else:
+            _NO_TRITON = "the kernels are loaded for a GPU; set TRITON_INTERPRET=1"
 if _ASKED_FOR is None:
     os.environ.pop("TRITON_INTERPRET", None)
 
