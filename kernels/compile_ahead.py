@@ -73,6 +73,7 @@ _INTEGERS = (
 )
 _ADDRESSES = ("model_address", "base_address", "out_address", "x_address", "product_address")
 _REALS = ("tensors", "all_reals", "weights")
+_USAGE = re.compile(r"\bREG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")  # of cuobjdump
 
 
 def covering_programs() -> list[Program]:
@@ -221,12 +222,11 @@ def compile_one(one: Specialisation, architecture: int) -> Compiled:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary)
-        code = _output(triton.knobs.nvidia.nvdisasm.path, binary)
-    (registers,) = re.findall(r"\bREG:(\d+)", usage)
+        registers, stack, local = map(int, _USAGE.findall(usage)[0])
+        # A kernel without a stack and local memory spills nothing; to read its code would take long.
+        code = _output(triton.knobs.nvidia.nvdisasm.path, binary) if stack or local else ""
     n_spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return Compiled(
-        int(registers), n_spills, compiled.metadata.shared, ptx, tuple(_faults(one, ptx, n_spills))
-    )
+    return Compiled(registers, n_spills, compiled.metadata.shared, ptx, tuple(_faults(one, ptx, n_spills)))
 
 
 def _output(*command: str | Path) -> str:
