@@ -12,6 +12,7 @@ import platform
 import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,27 @@ def load(variant: str, **options: Any) -> Backend:
 def native(request: pytest.FixtureRequest) -> Backend:
     """Every instruction set of the C++ backend."""
     return load(request.param)
+
+
+@pytest.fixture(scope="session")
+def natives() -> dict[str, Backend]:
+    """The C++ backend of every instruction set that runs here, by variant.
+
+    For tests that draw examples: those and what is expected of them are computed once for all.
+    """
+    found = {}
+    for variant in NATIVE:
+        with suppress(pytest.skip.Exception):  # tests of a single variant give the reason
+            found[variant] = load(variant)
+    if not found:
+        missing("cpp", "no instruction set of it runs here")
+    return found
+
+
+@pytest.fixture(scope="session")
+def backends(natives: dict[str, Backend]) -> dict[str, Backend]:
+    """The reference at float32 and `natives`."""
+    return {"reference": load("reference"), **natives}
 
 
 @pytest.fixture(scope="session", params=NATIVE)

@@ -217,6 +217,8 @@ def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor], what: 
     """Equal bit patterns, or an error that names the first few places where they differ."""
     assert len(found) == len(expected)
     for i, (left, right) in enumerate(zip(found, expected, strict=True)):
+        if torch.equal(bits(left), bits(right)):
+            continue
         differing = torch.nonzero(bits(left) != bits(right)).view(-1)[:4].tolist()
         assert not differing, f"{what}: tensor {i}, " + "; ".join(
             f"[{j}] found {left[j].item()!r}, expected {right[j].item()!r}" for j in differing

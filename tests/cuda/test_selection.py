@@ -143,7 +143,7 @@ def test_samples_that_mislead(emulated: Any, order: str) -> None:
     queries = [RankQuery(0, 0, k) for k in (1, 2, 19, 500, n // 3, n // 2, n - 3, n)]
     found = emulated.thresholds(on_device([Part([values])]), Keep.BAND, queries)
     for query, one in zip(queries, found, strict=True):
-        assert_exact(one, values, query.k)
+        assert_exact({"cuda": one}, values, query.k)
 
 
 @pytest.mark.parametrize("seed", ["2", "3"])
@@ -161,7 +161,7 @@ def test_more_queries_than_a_chunk(emulated: Any) -> None:
     queries = [RankQuery(0, model, k) for k in (1, 40, 1500, 2999, 3000) for model in (1, 0)]
     found = emulated.thresholds(on_device([Part([values, 2 * values])]), Keep.BAND, queries)
     for query, one in zip(queries, found, strict=True):
-        assert_exact(one, (query.model + 1) * values, query.k)
+        assert_exact({"cuda": one}, (query.model + 1) * values, query.k)
 
 
 def test_the_checks_of_every_backend(limited: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import bounds
+from tests.conftest import load
 from tests.strategies import (
     BY_RANK,
     DTYPES,
@@ -106,96 +107,94 @@ def product_case() -> Case:
     return Case(Program(), found, [own, own])
 
 
-@pytest.fixture(scope="module")
-def expected_of_product() -> Callable[[Program], list[Tensor]]:
-    """The reference at float32 on the product's table, each program once for all instruction sets."""
-    case = product_case()
-    known: dict[Program, list[Tensor]] = {}
-
-    def expected(program: Program) -> list[Tensor]:
-        program = canonical(program)
-        if program not in known:
-            known[program] = combined(REFERENCE, replace(case, program=program))
-        return known[program]
-
-    return expected
-
-
 @pytest.mark.parametrize("keep", Keep)
-def test_every_combination_of_stages(
-    native: Backend, keep: Keep, expected_of_product: Callable[[Program], list[Tensor]]
-) -> None:
+def test_every_combination_of_stages(natives: dict[str, Backend], keep: Keep) -> None:
     case = product_case()
     outs = [torch.empty(part.n, dtype=part.out_dtype) for part in case.parts]
     table = case.table(outs)
+    known: dict[Program, list[Tensor]] = {}
     n_programs = 0
     for program in every_program():
         if program.keep is keep:
-            for out in outs:
-                out.fill_(float("nan"))
-            native.combine(table, program, case.scalars)
-            assert_same_bits(outs, expected_of_product(program), program)
+            read = canonical(program)
+            if read not in known:
+                known[read] = combined(REFERENCE, replace(case, program=read))
+            for name, native in natives.items():
+                for out in outs:
+                    out.fill_(float("nan"))
+                native.combine(table, program, case.scalars)
+                assert_same_bits(outs, known[read], (name, program))
             n_programs += 1
     assert n_programs == math.prod(len(stage) for stage in _STAGES) // len(Keep)
 
 
 @settings(max_examples=100)
 @given(case=cases())
-def test_random_tables_equal_the_reference(native: Backend, case: Case) -> None:
-    assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
+def test_random_tables_equal_the_reference(natives: dict[str, Backend], case: Case) -> None:
+    expected = combined(REFERENCE, case)
+    for name, native in natives.items():
+        assert_same_bits(combined(native, case), expected, (name, case.program))
 
 
 @settings(max_examples=40)
 @given(case=scoring_cases())
-def test_stages_on_scores_equal_the_reference(native: Backend, case: Case) -> None:
-    assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
+def test_stages_on_scores_equal_the_reference(natives: dict[str, Backend], case: Case) -> None:
     wants = Wants.COUNTS | Wants.VOTES
-    found = native.measure(case.table(), case.program, case.scalars, wants)
-    assert found == REFERENCE.measure(case.table(), case.program, case.scalars, wants)
+    expected = combined(REFERENCE, case)
+    measured = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
+    for name, native in natives.items():
+        assert_same_bits(combined(native, case), expected, (name, case.program))
+        assert native.measure(case.table(), case.program, case.scalars, wants) == measured, name
 
 
 @settings(max_examples=40)
 @given(case=near_cases)
-def test_weights_by_nearness_equal_the_reference(native: Backend, case: Case) -> None:
-    assert_same_bits(combined(native, case), combined(REFERENCE, case), case.program)
+def test_weights_by_nearness_equal_the_reference(natives: dict[str, Backend], case: Case) -> None:
+    expected = combined(REFERENCE, case)
+    for name, native in natives.items():
+        assert_same_bits(combined(native, case), expected, (name, case.program))
 
 
 @settings(max_examples=60)
 @given(case=cases(kinds=("grid",), choose=undivided_programs, exact=True))
-def test_undivided_results_on_grid_inputs_equal_the_oracle(backend: Backend, case: Case) -> None:
-    assert_same_bits(combined(backend, case), combined(ORACLE, case), case.program)
+def test_undivided_results_on_grid_inputs_equal_the_oracle(backends: dict[str, Backend], case: Case) -> None:
+    expected = combined(ORACLE, case)
+    for name, backend in backends.items():
+        assert_same_bits(combined(backend, case), expected, (name, case.program))
 
 
 @settings(max_examples=50)
 @given(case=cases(kinds=("grid",), exact=True, widest=300))
-def test_decisions_on_grid_inputs_equal_the_oracle(backend: Backend, case: Case) -> None:
-    wants = Wants.COUNTS | Wants.VOTES
-    found = backend.measure(case.table(), case.program, case.scalars, wants)
-    assert found == ORACLE.measure(case.table(), case.program, case.scalars, wants)
-    if case.program.keep is not Keep.MASK:
-        planes = []
-        for one in (backend, ORACLE):
-            table = case.table()
-            one.row_masks(table, case.program, case.scalars)
-            planes.append([mask.owner.tolist() for entry in table.entries for mask in entry.masks])
-        assert planes[0] == planes[1]
+def test_decisions_on_grid_inputs_equal_the_oracle(backends: dict[str, Backend], case: Case) -> None:
+    def decisions(backend: Backend) -> object:
+        measured = backend.measure(case.table(), case.program, case.scalars, Wants.COUNTS | Wants.VOTES)
+        table = case.table()
+        if case.program.keep is Keep.MASK:
+            return measured
+        backend.row_masks(table, case.program, case.scalars)
+        return measured, [mask.owner.tolist() for entry in table.entries for mask in entry.masks]
+
+    expected = decisions(ORACLE)
+    for name, backend in backends.items():
+        assert decisions(backend) == expected, name
 
 
 @settings(max_examples=40)
 @given(case=cases())
-def test_masks_keep_what_their_stage_keeps(backend: Backend, case: Case) -> None:
+def test_masks_keep_what_their_stage_keeps(backends: dict[str, Backend], case: Case) -> None:
     if case.program.keep is Keep.MASK:
         case = replace(case, program=replace(case.program, keep=Keep.BAND))
     # Without ranks in the second step there is no rank for a probability to depend on.
     case = replace(case, program=replace(case.program, gain=Gain.MODEL))
-    table = case.table()
-    backend.row_masks(table, case.program, case.scalars)
-    masked = [
-        replace(part, masks=[unpack_plane(mask.owner, part.n) for mask in entry.masks])
-        for part, entry in zip(case.parts, table.entries, strict=True)
-    ]
-    second = replace(case, program=replace(case.program, keep=Keep.MASK), parts=masked)
-    assert_same_bits(combined(backend, second), combined(backend, case), case.program)
+    for name, backend in backends.items():
+        table = case.table()
+        backend.row_masks(table, case.program, case.scalars)
+        masked = [
+            replace(part, masks=[unpack_plane(mask.owner, part.n) for mask in entry.masks])
+            for part, entry in zip(case.parts, table.entries, strict=True)
+        ]
+        second = replace(case, program=replace(case.program, keep=Keep.MASK), parts=masked)
+        assert_same_bits(combined(backend, second), combined(backend, case), (name, case.program))
 
 
 def bounded_case(program: Program, n_models: int, seed: int) -> Case:
@@ -228,7 +227,7 @@ def bounded_case(program: Program, n_models: int, seed: int) -> Case:
     return Case(program, [part], [TensorScalars(models=own, scale=0.9)])
 
 
-def test_continuous_values_stay_within_the_bound(backend: Backend) -> None:
+def test_continuous_values_stay_within_the_bound(backends: dict[str, Backend]) -> None:
     n_left_out, n_all = 0, 0
 
     @settings(max_examples=120)
@@ -237,7 +236,6 @@ def test_continuous_values_stay_within_the_bound(backend: Backend) -> None:
         nonlocal n_left_out, n_all
         case = bounded_case(program, n_models, seed)
         part, own = case.parts[0], case.scalars[0]
-        found = combined(backend, case)[0].double()
         truth = combined(ORACLE, case, torch.float64)[0]
         tile = Tile(
             start=0,
@@ -251,8 +249,10 @@ def test_continuous_values_stay_within_the_bound(backend: Backend) -> None:
             task_vectors=part.task_vectors,
         )
         decided = ~bounds.undecided(tile, program, own)
-        excess = ((found - truth).abs() - bounds.combine_error(tile, program, own, part.out_dtype))[decided]
-        assert not bool((excess > 0).any()), f"{program}: bound exceeded by {float(excess.max())}"
+        bound = bounds.combine_error(tile, program, own, part.out_dtype)
+        for name, backend in backends.items():
+            excess = ((combined(backend, case)[0].double() - truth).abs() - bound)[decided]
+            assert not bool((excess > 0).any()), f"{name}, {program}: exceeded by {float(excess.max())}"
         n_left_out += int((~decided).sum())
         n_all += part.n
 
@@ -263,17 +263,22 @@ def test_continuous_values_stay_within_the_bound(backend: Backend) -> None:
 
 @settings(max_examples=40)
 @given(case=cases(most_parts=4))
-def test_threads_and_tiles_do_not_change_bytes(native_with: Callable[..., Backend], case: Case) -> None:
-    expected = combined(native_with(), case, n_threads=1)
-    for n_threads in (2, 3):
-        assert_same_bits(combined(native_with(), case, n_threads=n_threads), expected, case.program)
-    for tile, n_threads in ((64, 1), (192, 2), (1024, 3)):
-        assert_same_bits(combined(native_with(tile=tile), case, n_threads=n_threads), expected, case.program)
+def test_threads_and_tiles_do_not_change_bytes(natives: dict[str, Backend], case: Case) -> None:
+    for name, native in natives.items():
+        expected = combined(native, case, n_threads=1)
+        for n_threads in (2, 3):
+            found = combined(native, case, n_threads=n_threads)
+            assert_same_bits(found, expected, (name, case.program))
+        for tile, n_threads in ((64, 1), (192, 2), (1024, 3)):
+            found = combined(load(name, tile=tile), case, n_threads=n_threads)
+            assert_same_bits(found, expected, (name, case.program))
 
 
 @settings(max_examples=60)
 @given(case=cases(most_parts=1), places=st.lists(st.integers(0, 1000), max_size=4))
-def test_shards_have_the_bytes_of_the_whole(backend: Backend, case: Case, places: list[int]) -> None:
+def test_shards_have_the_bytes_of_the_whole(
+    backends: dict[str, Backend], case: Case, places: list[int]
+) -> None:
     part = case.parts[0]
     if case.program.keep in BY_RANK:
         part.row = part.row or 7
@@ -281,23 +286,28 @@ def test_shards_have_the_bytes_of_the_whole(backend: Backend, case: Case, places
     cuts = sorted({0, part.n, *(place for place in places if place < part.n)})
     shards = [part.shard(start, stop) for start, stop in itertools.pairwise(cuts)] or [part]
     split = Case(case.program, shards, case.scalars * len(shards))
-    whole = combined(backend, case)[0]
-    assert_same_bits([torch.cat(combined(backend, split))], [whole], case.program)
+    for name, backend in backends.items():
+        whole = combined(backend, case)[0]
+        assert_same_bits([torch.cat(combined(backend, split))], [whole], (name, case.program))
 
 
 @settings(max_examples=60)
 @given(case=cases(most_parts=2), where=st.integers(0, 17))
-def test_in_place_has_the_bytes_of_out_of_place(backend: Backend, case: Case, where: int) -> None:
+def test_in_place_has_the_bytes_of_out_of_place(backends: dict[str, Backend], case: Case, where: int) -> None:
     def target(part: Part) -> Tensor:
         places = [*part.models] if part.base is None else [part.base, *part.models]
         return places[where % len(places)]
 
     for part in case.parts:
         part.out_dtype = target(part).dtype
-    expected = combined(backend, case)
     outs = [target(part) for part in case.parts]
-    backend.combine(case.table(outs), case.program, case.scalars)
-    assert_same_bits(outs, expected, case.program)
+    inputs = [out.clone() for out in outs]
+    for name, backend in backends.items():
+        expected = combined(backend, case)
+        backend.combine(case.table(outs), case.program, case.scalars)
+        assert_same_bits(outs, expected, (name, case.program))
+        for out, own in zip(outs, inputs, strict=True):
+            out.copy_(own)
 
 
 @pytest.mark.parametrize("n_models", [1, 2, 5])

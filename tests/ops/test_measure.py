@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import bounds
+from tests.conftest import load
 from tests.strategies import (
     DTYPES,
     Case,
@@ -26,7 +27,7 @@ from tests.strategies import (
 )
 from tvfast.ops import reference
 from tvfast.ops.raw import Backend, MaskingBackend, Wants
-from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote
+from tvfast.program import Keep, ModelScalars, Moments, Program, TensorScalars, Vote, WorkTable
 
 REFERENCE = reference.backend()
 EVERYTHING = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.COUNTS | Wants.VOTES | Wants.DOTS | Wants.ALONE
@@ -63,44 +64,50 @@ def test_every_field_of_moments_has_a_want() -> None:
 
 @settings(max_examples=80)
 @given(case=cases(), wants=st.one_of(st.just(EVERYTHING), st.integers(0, 255).map(Wants)))
-def test_every_number_equals_the_reference(native: Backend, case: Case, wants: Wants) -> None:
-    found = native.measure(case.table(), case.program, case.scalars, wants)
+def test_every_number_equals_the_reference(natives: dict[str, Backend], case: Case, wants: Wants) -> None:
     expected = REFERENCE.measure(case.table(), case.program, case.scalars, wants)
-    assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected]
+    for name, native in natives.items():
+        found = native.measure(case.table(), case.program, case.scalars, wants)
+        assert [asked(one, wants) for one in found] == [asked(one, wants) for one in expected], name
 
 
 @settings(max_examples=30)
 @given(case=cases(choose=programs.filter(lambda program: program.keep is not Keep.MASK)))
-def test_masks_and_numbers_of_one_pass_are_those_of_two(native: Backend, case: Case) -> None:
-    assert isinstance(native, MaskingBackend)
-    one, two = case.table(), case.table()
-    found = native.measured_masks(one, case.program, case.scalars, EVERYTHING)
-    expected = native.measure(two, case.program, case.scalars, EVERYTHING)
-    assert [asked(moments, EVERYTHING) for moments in found] == [
-        asked(moments, EVERYTHING) for moments in expected
-    ]
+def test_masks_and_numbers_of_one_pass_are_those_of_two(natives: dict[str, Backend], case: Case) -> None:
+    def planes(table: WorkTable) -> list[list[int]]:
+        return [mask.owner.tolist() for entry in table.entries for mask in entry.masks]
+
+    two = case.table()
     REFERENCE.row_masks(two, case.program, case.scalars)
-    planes = [[mask.owner.tolist() for entry in t.entries for mask in entry.masks] for t in (one, two)]
-    assert planes[0] == planes[1]
+    for name, native in natives.items():
+        assert isinstance(native, MaskingBackend)
+        one = case.table()
+        found = native.measured_masks(one, case.program, case.scalars, EVERYTHING)
+        expected = native.measure(case.table(), case.program, case.scalars, EVERYTHING)
+        assert [asked(moments, EVERYTHING) for moments in found] == [
+            asked(moments, EVERYTHING) for moments in expected
+        ], name
+        assert planes(one) == planes(two), name
 
 
 @settings(max_examples=25)
 @given(case=cases(most_parts=4))
-def test_threads_and_tiles_do_not_change_numbers(native_with: Callable[..., Backend], case: Case) -> None:
+def test_threads_and_tiles_do_not_change_numbers(natives: dict[str, Backend], case: Case) -> None:
     def measured(backend: Backend, n_threads: int) -> list[dict[str, str]]:
         found = backend.measure(case.table(), case.program, case.scalars, EVERYTHING, n_threads=n_threads)
         return [asked(one, EVERYTHING) for one in found]
 
-    expected = measured(native_with(), 1)
-    for tile, n_threads in ((0, 2), (0, 3), (64, 1), (64, 3), (192, 2), (1024, 2)):
-        backend = native_with(tile=tile) if tile else native_with()
-        assert measured(backend, n_threads) == expected
+    for name, native in natives.items():
+        expected = measured(native, 1)
+        for tile, n_threads in ((0, 2), (0, 3), (64, 1), (64, 3), (192, 2), (1024, 2)):
+            backend = load(name, tile=tile) if tile else native
+            assert measured(backend, n_threads) == expected, name
 
 
 @settings(max_examples=60)
 @given(n_models=st.integers(1, 5), seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["bits", "normal"]))
 def test_the_order_of_elements_does_not_change_sums(
-    backend: Backend, n_models: int, seed: int, kind: str
+    backends: dict[str, Backend], n_models: int, seed: int, kind: str
 ) -> None:
     rng = np.random.default_rng(seed)
     make = bit_values if kind == "bits" else normal_values
@@ -108,17 +115,18 @@ def test_the_order_of_elements_does_not_change_sums(
     if kind == "bits":
         models = [torch.where(torch.isfinite(model), model, 1.0) for model in models]
     permutation = torch.from_numpy(rng.permutation(700))
-    found = []
-    for case in (sums_case(models), sums_case([model[permutation] for model in models])):
-        (moments,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
-        found.append(asked(moments, EVERYTHING))
-    assert found[0] == found[1]
+    for name, backend in backends.items():
+        found = []
+        for case in (sums_case(models), sums_case([model[permutation] for model in models])):
+            (moments,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
+            found.append(asked(moments, EVERYTHING))
+        assert found[0] == found[1], name
 
 
 @settings(max_examples=60)
 @given(n_models=model_counts, n=st.integers(0, 600), seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_sums_are_within_the_bound_of_the_true_sums(
-    backend: Backend, n_models: int, n: int, seed: int, data: st.DataObject
+    backends: dict[str, Backend], n_models: int, n: int, seed: int, data: st.DataObject
 ) -> None:
     rng = np.random.default_rng(seed)
     kind = data.draw(st.sampled_from(["grid", "normal", "wide"]))
@@ -131,15 +139,23 @@ def test_sums_are_within_the_bound_of_the_true_sums(
             scale = rng.integers(-100, 30, n) if kind == "wide" else np.zeros(n)
             models.append(values * torch.from_numpy(2.0**scale).float())
     case = sums_case(models)
-    (found,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
+    found = {
+        name: backend.measure(case.table(), case.program, case.scalars, EVERYTHING)[0]
+        for name, backend in backends.items()
+    }
+
+    def check(addends: np.ndarray, sum_of: Callable[[Moments], float]) -> None:
+        truth = math.fsum(addends)
+        limit = 0.0 if kind == "grid" else bounds.sum_error(addends.tolist())
+        for name, moments in found.items():
+            assert abs(sum_of(moments) - truth) <= limit, name
+
     rows = [model.double().numpy() for model in models]
     for j, row in enumerate(rows):
-        sums = [(found.l1[j], np.abs(row)), (found.l1_before[j], np.abs(row))]
-        sums += [(found.gram[j][k], row * other) for k, other in enumerate(rows)]
-        for value, addends in sums:
-            truth = math.fsum(addends)
-            limit = 0.0 if kind == "grid" else bounds.sum_error(addends.tolist())
-            assert abs(value - truth) <= limit
+        check(np.abs(row), lambda moments, j=j: moments.l1[j])
+        check(np.abs(row), lambda moments, j=j: moments.l1_before[j])
+        for k, other in enumerate(rows):
+            check(row * other, lambda moments, j=j, k=k: moments.gram[j][k])
 
 
 def test_squares_are_the_diagonal_of_the_gram_matrix(backend: Backend) -> None:

@@ -69,36 +69,41 @@ def test_known_answers_of_philox(
 
 @settings(max_examples=60)
 @given(key=keys, first=indices)
-def test_draws_are_philox_of_key_and_index(backend: Backend, key: int, first: int) -> None:
+def test_draws_are_philox_of_key_and_index(backends: dict[str, Backend], key: int, first: int) -> None:
     program = Program(keep=Keep.RANDOM)
     for i in range(9):
         g = first + i
         draw = philox((g >> 2 & 0xFFFFFFFF, g >> 34, 0, 0), (key & 0xFFFFFFFF, key >> 32))[g & 3]
         n = 10 - i  # other lengths and starts: only the global index may matter
-        assert not kept(backend, program, ModelScalars(limit=draw, key=key), n, g)[0]
-        assert kept(backend, program, ModelScalars(limit=draw + 1, key=key), n, g)[0]
+        for name, backend in backends.items():
+            assert not kept(backend, program, ModelScalars(limit=draw, key=key), n, g)[0], name
+            assert kept(backend, program, ModelScalars(limit=draw + 1, key=key), n, g)[0], name
 
 
 @settings(max_examples=60)
 @given(key=keys, first=indices, n=st.integers(1, 40))
-def test_ties_are_cut_by_the_hash_of_key_and_index(backend: Backend, key: int, first: int, n: int) -> None:
+def test_ties_are_cut_by_the_hash_of_key_and_index(
+    backends: dict[str, Backend], key: int, first: int, n: int
+) -> None:
     hashes = np.array([tie_hash(key, first + i) for i in range(n)])
     cut = int(np.sort(hashes)[n // 2])
     program = Program(keep=Keep.BAND, tie=Tie.HASH)
-    low = kept(backend, program, ModelScalars(lo=1.0, lo_cut=cut, key=key), n, first)
-    assert low.tolist() == (hashes < cut).tolist()
-    high = kept(backend, program, ModelScalars(hi=1.0, hi_cut=cut, key=key), n, first)
-    assert high.tolist() == (hashes >= cut).tolist()
+    for name, backend in backends.items():
+        low = kept(backend, program, ModelScalars(lo=1.0, lo_cut=cut, key=key), n, first)
+        assert low.tolist() == (hashes < cut).tolist(), name
+        high = kept(backend, program, ModelScalars(hi=1.0, hi_cut=cut, key=key), n, first)
+        assert high.tolist() == (hashes >= cut).tolist(), name
 
 
 @settings(max_examples=40)
 @given(first=indices, n=st.integers(1, 40), cut=st.integers(0, 40))
-def test_ties_are_cut_by_index(backend: Backend, first: int, n: int, cut: int) -> None:
+def test_ties_are_cut_by_index(backends: dict[str, Backend], first: int, n: int, cut: int) -> None:
     program = Program(keep=Keep.BAND, tie=Tie.INDEX)
-    low = kept(backend, program, ModelScalars(lo=1.0, lo_cut=first + cut), n, first)
-    assert low.tolist() == [i < cut for i in range(n)]
-    high = kept(backend, program, ModelScalars(hi=1.0, hi_cut=first + cut), n, first)
-    assert high.tolist() == [i >= cut for i in range(n)]
+    for name, backend in backends.items():
+        low = kept(backend, program, ModelScalars(lo=1.0, lo_cut=first + cut), n, first)
+        assert low.tolist() == [i < cut for i in range(n)], name
+        high = kept(backend, program, ModelScalars(hi=1.0, hi_cut=first + cut), n, first)
+        assert high.tolist() == [i >= cut for i in range(n)], name
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.05, 0.3, 0.5, 0.9, 1.0])

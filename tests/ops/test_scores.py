@@ -72,7 +72,7 @@ def scored(
     lead=st.integers(0, 3),
 )
 def test_every_instruction_set_has_the_bits_of_the_reference(
-    native: ProductBackend,
+    natives: dict[str, ProductBackend],
     seed: int,
     n: int,
     n_models: int,
@@ -86,9 +86,9 @@ def test_every_instruction_set_has_the_bits_of_the_reference(
     base = placed(bit_values(rng, n, dtypes[2]), lead) if has_base else None
     start = placed(bit_values(rng, n, torch.float32), lead)
     weights = [float(w) for w in rng.normal(size=n_models)]
-    found = scored(native, gradients, models, base, start, weights)
     expected = scored(REFERENCE, gradients, models, base, start, weights)
-    assert_same_bits([found], [expected])
+    for name, native in natives.items():
+        assert_same_bits([scored(native, gradients, models, base, start, weights)], [expected], name)
 
 
 def test_threads_and_tiles_do_not_change_a_bit(native_with: Callable[..., ProductBackend]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.strategies import DTYPES, Part, bit_values, grid_values, normal_values, placed, table_of
 from tvfast.ops.raw import Backend
-from tvfast.program import Keep, RankQuery, ScoreMap
+from tvfast.program import Keep, RankQuery, ScoreMap, Threshold
 
 _CASES_PER_TABLE = 100
 
@@ -25,14 +25,15 @@ def keys_of(values: Tensor) -> Tensor:
     return torch.where(torch.isnan(values), 0x7FC00000, patterns)
 
 
-def assert_exact(found: object, values: Tensor, k: int) -> None:
-    """`found` is the threshold of the k-th largest magnitude of `values`, float32."""
+def assert_exact(found: Mapping[str, Threshold], values: Tensor, k: int) -> None:
+    """What every backend found is the threshold of the k-th largest magnitude of `values`, float32."""
     keys = keys_of(values)
     expected = float(values.abs().kthvalue(values.numel() - k + 1).values)
     key = keys_of(torch.tensor([expected]))
     counts = int((keys > key).sum()), int((keys == key).sum())
-    assert (repr(found.value), found.n_greater, found.n_equal) == (repr(expected), *counts)  # type: ignore[attr-defined]
     assert counts[0] < k <= sum(counts)
+    for name, one in found.items():
+        assert (repr(one.value), one.n_greater, one.n_equal) == (repr(expected), *counts), name
 
 
 def some_values(rng: np.random.Generator, n: int, dtype: torch.dtype) -> Tensor:
@@ -47,7 +48,7 @@ def some_values(rng: np.random.Generator, n: int, dtype: torch.dtype) -> Tensor:
 
 @settings(max_examples=100)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_ten_thousand_cases_equal_kthvalue(backend: Backend, seed: int) -> None:
+def test_ten_thousand_cases_equal_kthvalue(backends: dict[str, Backend], seed: int) -> None:
     rng = np.random.default_rng(seed)
     parts, queries = [], []
     for group in range(_CASES_PER_TABLE):
@@ -57,11 +58,10 @@ def test_ten_thousand_cases_equal_kthvalue(backend: Backend, seed: int) -> None:
         model = placed(some_values(rng, n, dtype), int(rng.integers(4)))
         parts.append(Part([model], base, group=group))
         queries.append(RankQuery(group, 0, int(rng.choice([1, n, rng.integers(1, n + 1)]))))
-    found = backend.thresholds(table_of(parts), Keep.BAND, queries)
-    for part, query, threshold in zip(parts, queries, found, strict=True):
+    found = [backend.thresholds(table_of(parts), Keep.BAND, queries) for backend in backends.values()]
+    for part, query, *thresholds in zip(parts, queries, *found, strict=True):
         base = 0.0 if part.base is None or part.task_vectors else part.base.float()
-        tau = part.models[0].float() - base
-        assert_exact(threshold, tau, query.k)
+        assert_exact(dict(zip(backends, thresholds, strict=True)), part.models[0].float() - base, query.k)
 
 
 def grouped(rng: np.random.Generator, n_models: int, sizes: Sequence[int], dtype: torch.dtype) -> list[Part]:
@@ -112,7 +112,7 @@ def keys_of_group(parts: Sequence[Part], group: int, keep: Keep, model: int) -> 
     n_threads=st.integers(0, 3),
 )
 def test_groups_of_several_tensors(
-    backend: Backend,
+    backends: dict[str, Backend],
     keep: Keep,
     seed: int,
     n_models: int,
@@ -129,15 +129,16 @@ def test_groups_of_several_tensors(
         for at in asked
         for k in {1, values[at].numel(), rng.integers(1, values[at].numel() + 1)}
     ]
-    found = backend.thresholds(table_of(parts), keep, queries, n_threads)
-    picks = []
-    for query, threshold in zip(queries, found, strict=True):
-        assert_exact(threshold, values[query.group, query.model], query.k)
-        picks.append((query.group, query.model, threshold.value, int(rng.integers(threshold.n_equal))))
-    positions = backend.nth_equal(table_of(parts), keep, picks, n_threads)
-    for (group, model, value, r), position in zip(picks, positions, strict=True):
-        equal = torch.nonzero(keys_of(values[group, model]) == keys_of(torch.tensor([value]))).view(-1)
-        assert position == int(equal[r])
+    found = [backend.thresholds(table_of(parts), keep, queries, n_threads) for backend in backends.values()]
+    picks, expected = [], []
+    for query, *thresholds in zip(queries, *found, strict=True):
+        own = values[query.group, query.model]
+        assert_exact(dict(zip(backends, thresholds, strict=True)), own, query.k)
+        value, r = thresholds[0].value, int(rng.integers(thresholds[0].n_equal))
+        picks.append((query.group, query.model, value, r))
+        expected.append(int(torch.nonzero(keys_of(own) == keys_of(torch.tensor([value]))).view(-1)[r]))
+    for name, backend in backends.items():
+        assert backend.nth_equal(table_of(parts), keep, picks, n_threads) == expected, name
 
 
 def test_shards_of_a_group_report_positions_in_the_whole_group(backend: Backend) -> None:
@@ -183,4 +184,4 @@ def test_64_mi_elements(native: Backend, dtype: torch.dtype, with_base: bool) ->
     ks = [1, n // 5, int(0.9 * n), n]
     found = native.thresholds(table_of([part]), Keep.BAND, [RankQuery(0, 0, k) for k in ks])
     for k, threshold in zip(ks, found, strict=True):
-        assert_exact(threshold, values, k)
+        assert_exact({"": threshold}, values, k)
