@@ -18,7 +18,10 @@ CUDA  ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 # Builds without isolation and ctest find cmake and ninja of the environment first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test develop lint format cpp-test gpu-compile bench clean
+# Most modules of the packages are never imported: pip compiles none, and Python keeps what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test develop native packages tools lint format cpp-test gpu-compile bench clean
 
 demo: $(VENV)/with-torch
 	TVFAST_CUDA=OFF $(PIP) install '.[demo]'
@@ -31,16 +34,28 @@ test: develop
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # An editable install: warnings are errors, and what only tests use is in: the emulated instruction set, and the CUDA
-# kernels' host build. Not isolated: the tools keep their place, so that a second run compiles only what changed.
-develop: $(VENV)/with-torch
-	$(PIP) install -q 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'cmake>=3.24'
-	TVFAST_CUDA=$(CUDA) CMAKE_ARGS='-DTVFAST_WERROR=ON -DTVFAST_EMULATED_ISA=ON -DTVFAST_SIMT=ON' \
-	  $(PIP) install -q --no-build-isolation -e '.[dev,demo]'
+# kernels' host build. The tools keep their place, so that a second run compiles only what changed.
+develop: native packages
 
-$(VENV)/with-torch:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install '$(TORCH)'
+# The modules need no package but the tools: with `make -j2` they are compiled while pip installs the rest.
+native: tools
+	MAKEFLAGS= TVFAST_CUDA=$(CUDA) \
+	  CMAKE_ARGS='-DTVFAST_WERROR=ON -DTVFAST_EMULATED_ISA=ON -DTVFAST_SIMT=ON' \
+	  $(BIN)/python setup.py -q build_ext --inplace
+
+packages: tools
+	$(MAKE) $(VENV)/with-torch
+	TVFAST_NATIVE=OFF $(PIP) install -q --no-compile --no-build-isolation -e '.[dev,demo]'
+
+tools: | $(BIN)/python
+	$(PIP) install -q 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'cmake>=3.24'
+
+$(VENV)/with-torch: | $(BIN)/python
+	$(PIP) install --no-compile '$(TORCH)'
 	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
 lint:
 	$(BIN)/ruff check .

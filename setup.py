@@ -59,14 +59,18 @@ packages = find_packages(include=["tvfast", "tvfast.*"])
 if (ROOT / "kernels" / "__init__.py").exists():
     packages.append("tvfast.kernels")
 
+modules = [
+    Extension("tvfast._C_cpu", sources=[]),
+    Extension("tvfast._C_cuda", sources=[], optional=True),
+    Extension("tvfast._C_simt", sources=[], optional=True),
+]
+if os.environ.get("TVFAST_NATIVE") == "OFF":
+    modules = []  # an editable install of what `setup.py build_ext --inplace` compiles
+
 setup(
     packages=packages,
     package_dir={"tvfast.kernels": "kernels"},
     package_data={"tvfast": ["py.typed"], "tvfast.inspection": ["page/*"]},
-    ext_modules=[
-        Extension("tvfast._C_cpu", sources=[]),
-        Extension("tvfast._C_cuda", sources=[], optional=True),
-        Extension("tvfast._C_simt", sources=[], optional=True),
-    ],
+    ext_modules=modules,
     cmdclass={"build_ext": CMakeBuild},
 )
