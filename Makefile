@@ -27,11 +27,12 @@ demo: $(VENV)/with-torch
 	TVFAST_CUDA=OFF $(PIP) install '.[demo]'
 	$(BIN)/tvfast demo
 
-# pytest runs last, so that its summary is the last line.
+# pytest runs last, so that its summary is the last line. Its workers share the cores: torch's threads must not wait
+# for each other by spinning.
 test: develop
 	$(MAKE) lint
 	$(MAKE) cpp-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # An editable install: warnings are errors, and what only tests use is in: the emulated instruction set, and the CUDA
 # kernels' host build. The tools keep their place, so that a second run compiles only what changed.
