@@ -133,7 +133,8 @@ class CudaBackend(CudaProducts, CudaSelection):
                 workspace.data_ptr(),
                 *self._place(device),
             )
-            answers = self._module.moments(workspace.cpu().data_ptr(), n_entries, table.n_models)
+            gathered = workspace.cpu()  # held while it is read: the module has its address only
+            answers = self._module.moments(gathered.data_ptr(), n_entries, table.n_models)
             found += [moments_of(answer, table.n_models) for answer in answers]
         return found
 

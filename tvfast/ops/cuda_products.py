@@ -66,7 +66,8 @@ class CudaProducts:
         return torch.zeros(self._module.DOT_BYTES, dtype=torch.uint8, device=device)
 
     def _value(self, dot: Tensor) -> float:
-        return float(self._module.dot_value(dot.cpu().data_ptr()))
+        gathered = dot.cpu()  # held while it is read: the module has its address only
+        return float(self._module.dot_value(gathered.data_ptr()))
 
 
 class CudaProductSum:
