@@ -10,7 +10,9 @@ from torch import Tensor
 from tvfast.kernels.ranks import LONGEST_ROW, ranks_kernel
 from tvfast.kernels.table import Launch, launches
 
-from tvfast.program import Entry
+from tvfast.program import DType, Entry, View
+
+_DTYPES = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16}
 
 MOST_RANKS = 1 << 25
 """Ranks in memory at a time, 256 MiB, or those of one tensor if that has more."""
@@ -44,7 +46,7 @@ def _with_ranks(
             entry = entries[number]
             width = min(entry.row or entry.n_elements, entry.n_elements)
             if width > LONGEST_ROW:
-                _rank_by_torch(entry, width, ranks[numbers.index(number)])
+                _rank_by_torch(entry, width, launch.kind.subtracts, ranks[numbers.index(number)])
                 continue
             for k in range(n_models):
                 ranks_kernel[(-(-entry.n_elements // width),)](
@@ -61,14 +63,25 @@ def _with_ranks(
     return found, ranks
 
 
-def _rank_by_torch(entry: Entry, width: int, ranks: Tensor) -> None:
+def _rank_by_torch(entry: Entry, width: int, subtracts: bool, ranks: Tensor) -> None:
     # Rows beyond one program instance: a stable sort by torch, row by row to bound its scratch memory.
+    models = [_elements(model) for model in entry.models]
+    base = _elements(entry.base) if subtracts and entry.base is not None else None
     for start in range(0, entry.n_elements, width):
         part = slice(start, start + width)
-        for k, model in enumerate(entry.models):
-            tau = model.owner.detach().view(-1)[part].to(torch.float32)
-            if entry.base is not None:
-                tau = tau - entry.base.owner.detach().view(-1)[part].to(torch.float32)
+        for k, model in enumerate(models):
+            tau = model[part].to(torch.float32)
+            if base is not None:
+                tau = tau - base[part].to(torch.float32)
             bits = torch.where(torch.isnan(tau), 0x7FC00000, tau.abs().view(torch.int32))
             order = torch.sort(bits, stable=True).indices
             ranks[k, part].scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def _elements(view: View) -> Tensor:
+    """The elements of a view whose address may lie anywhere in its owner; [n], shares memory."""
+    dtype = _DTYPES[view.dtype]
+    memory = view.owner.detach().view(-1).view(torch.uint8)
+    start = view.address - memory.data_ptr()
+    found: Tensor = memory[start : start + view.n_elements * dtype.itemsize].view(dtype)
+    return found

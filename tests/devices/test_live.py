@@ -35,6 +35,25 @@ def test_live_merges_have_the_bits_of_the_reference(
         assert torch.equal(bits(found["triton"][name]), bits(found["reference"][name]))
 
 
+def test_long_rows_of_deltas_are_ranked_as_they_are(
+    triton_backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that torch sorts, since no program instance can: nothing is subtracted from a task vector."""
+    from tvfast.kernels.ranks import LONGEST_ROW
+
+    width = LONGEST_ROW + 52
+    base = {"a": grid(2, width)}
+    deltas = [{"a": normal(2, width, seed=k)} for k in range(2)]
+    found = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("TVFAST_BACKEND", backend)
+        live = {"a": base["a"].clone()}
+        with tvfast.LiveMerge(live, deltas=deltas, method="della", density=0.5) as merging:
+            merging.set([0.5, 0.25])
+            found[backend] = live["a"].clone()
+    assert torch.equal(bits(found["triton"]), bits(found["reference"]))
+
+
 def test_gradients_have_the_bits_of_the_reference(
     triton_backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
