@@ -15,6 +15,7 @@ from tvfast.kernels.lanes import INTERPRETED
 from tvfast.kernels.ranking import ranked_launches
 from tvfast.kernels.table import Launch, launches
 from tvfast.ops._native import check_ranked, check_ranks
+from tvfast.ops.cuda_memory import Home
 from tvfast.ops.raw import Wants
 from tvfast.ops.triton_products import TritonProducts, why_not_on
 from tvfast.program import (
@@ -163,11 +164,16 @@ def _device(table: WorkTable) -> torch.device:
 
 
 def _launches(table: WorkTable) -> list[Launch]:
-    found: list[Launch] | None = table.cache.get("triton")
+    """The table on its device, made once; streams that use it later wait for it, and its memory for them."""
+    found: tuple[list[Launch], Home] | None = table.cache.get("triton")
     if found is None:
-        found = launches(table.entries, range(len(table.entries)), table.n_models, _device(table))
+        device = _device(table)
+        made = launches(table.entries, range(len(table.entries)), table.n_models, device)
+        found = made, Home(device)
         table.cache["triton"] = found
-    return found
+    made, home = found
+    home.share(memory for launch in made for memory in (launch.fields, launch.first_tiles))
+    return made
 
 
 def _ready(table: WorkTable, program: Program) -> Iterator[Launch]:
