@@ -40,19 +40,21 @@ def merged_as_on_the_cpu(
     return report
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a double is memory of the CPU")
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize(
     ("method", "parameters", "own"),
     [
         ("ties", {"density": 0.3}, {}),
+        ("ties", {"density": 0.3}, {"tie": "ge"}),
         ("ties", {"density": 0.3}, {"dialect": "paper"}),
         ("della", {"density": 0.5, "epsilon": 0.1}, {}),
     ],
-    ids=["ties", "ties-paper", "della"],
+    ids=["ties", "ties-ge", "ties-paper", "della"],
 )
-def test_triton_merges_checkpoints_on_a_device(
+def test_kernels_merge_checkpoints_on_a_device(
     tmp_path: Path,
-    triton_backend: Backend,
+    gpu: Backend,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     parameters: dict[str, Any],
@@ -60,7 +62,7 @@ def test_triton_merges_checkpoints_on_a_device(
 ) -> None:
     monkeypatch.setattr(device_plan, "SCRATCH_BYTES", 0)  # what is planned is what the tensors need
     config = recipe(write_family(tmp_path / "family", SHAPES), method, parameters, **own)
-    device = HostDouble(triton_backend, limit_scratch=True)
+    device = HostDouble(gpu, limit_scratch=True)
     report = merged_as_on_the_cpu(device, config, tmp_path, monkeypatch)
     assert device.peak_scratch > 0
     assert report.device_peak_bytes <= report.planned_device_peak_bytes

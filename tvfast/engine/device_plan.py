@@ -37,6 +37,21 @@ SCRATCH_BYTES = 64 * MiB
 RANK_ITEM_BYTES = 8
 """Of the rank of one entry of one model, where rows are ranked."""
 
+SORT_ITEM_BYTES = 16
+"""Of one entry of one model while its row is sorted, as many rows at a time as `MOST_SORT_BYTES` hold."""
+
+MOST_SORT_BYTES = 256 * MiB
+"""Twin of `kRankBytes` in csrc/cuda/api.hpp; more where a single row takes more."""
+
+SMALL_GROUP, MOST_CANDIDATES = 16384, 32 * MiB
+"""Keys that are taken as a whole; those collected at a time: twins in csrc/cuda/select_plan.hpp."""
+
+ENDS = 2
+"""Of a band: a query for each, at most."""
+
+QUERY_BYTES = 512
+"""Of one query and its answer, beside its bins and its keys."""
+
 BINS_BYTES = 2 * 16384
 """Of one model of one tensor whose band has two ends."""
 
@@ -89,9 +104,13 @@ class DevicePlan:
         }
 
 
-def needs(parts: Iterable[Part]) -> tuple[int, int]:
-    """Bytes of the ring and of scratch, at most, to measure and combine parts together; copies need none."""
-    ring = scratch = 0
+def needs(parts: Iterable[Part], *, measured: bool = True) -> tuple[int, int]:
+    """Bytes of the ring and of scratch, at most, to measure and combine parts together; copies need none.
+
+    Args:
+        measured: whether they are measured there, and not only combined.
+    """
+    ring = scratch = sampled = collected = 0
     for part in parts:
         task, k = part.task, len(part.task.models)
         if task.method is None:
@@ -101,9 +120,33 @@ def needs(parts: Iterable[Part]) -> tuple[int, int]:
         if task.method.plane_bytes(part.n, k):
             ring += plane_bytes(part.n, k) + k * ALIGNMENT
         scratch += k * BINS_BYTES + SUM_BYTES * 2 ** math.ceil(math.log2(2 * k + k * k))
+        if measured and part.n and count_passes([task]) > 1:
+            n_sampled, n_collected = selected(part.n)
+            scratch += k * ENDS * QUERY_BYTES
+            sampled, collected = sampled + 4 * k * ENDS * n_sampled, collected + 4 * k * ENDS * n_collected
         if row_elements(task):
-            scratch += k * part.n * RANK_ITEM_BYTES
-    return ring, scratch
+            scratch += _rank_bytes(k * part.n, row_elements(task))
+    # Queries of many groups take turns; each has room to itself if it needs as much.
+    return ring, scratch + min(sampled, 4 * MOST_CANDIDATES) + min(collected, 4 * MOST_CANDIDATES)
+
+
+def selected(n: int) -> tuple[int, int]:
+    """Keys that the CUDA kernels sample and collect for one query over n.
+
+    Twin of `n_sample_lines` and `n_candidates` in csrc/cuda/select_plan.cpp.
+    """
+    if n <= SMALL_GROUP:
+        return n, 0
+    line = 16
+    root = math.exp(math.log(n) / 3)
+    size = line * max(1, min(32768, n // (4 * line), int(root * root + 1e-6) // line))
+    return size, min(MOST_CANDIDATES, int(6.0 * n / math.sqrt(size)) + line)
+
+
+def _rank_bytes(n_ranks: int, row: int) -> int:
+    """Of ranks in memory, and of the sort that finds them."""
+    sort = min(SORT_ITEM_BYTES * n_ranks, max(MOST_SORT_BYTES, SORT_ITEM_BYTES * row))
+    return RANK_ITEM_BYTES * n_ranks + sort
 
 
 def plan_device(
@@ -126,7 +169,7 @@ def plan_device(
     merged = [task for task in chain(single, *groups) if task.method is not None and task.n_elements]
     ring = scratch = 0
     for task in merged:
-        least, own = needs([least_piece(task)])
+        least, own = needs([least_piece(task)], measured=False)
         least = max(least, block_bytes(least_piece(task)))  # a chunk in host memory fits a slot
         ring, scratch = max(ring, PIECES_IN_FLIGHT * round_up(least, ALIGNMENT)), max(scratch, own)
     scratch = max(scratch, SCRATCH_BYTES)
@@ -145,8 +188,8 @@ def plan_device(
         if max(ring, together) + max(scratch, own) <= limit:
             ring, scratch = max(ring, together), max(scratch, own)
             wanted = max(wanted, 2 * together + 2 * UNIT_BYTES)
-    of_a_unit = int(rank_share(merged) * UNIT_BYTES)  # a quarter of the device is enough for smaller ones
-    scratch = max(scratch, min(of_a_unit, (limit - ring) // 4))
+    of_a_unit = _rank_bytes(int(rank_share(merged) * UNIT_BYTES) // RANK_ITEM_BYTES, 0)
+    scratch = max(scratch, min(of_a_unit, (limit - ring) // 4))  # a quarter is enough for smaller ones
     ring = max(ring, min(wanted, limit - scratch)) // ALIGNMENT * ALIGNMENT
     return DevicePlan(traits, ring, scratch, limit)
 
