@@ -1,7 +1,7 @@
 """The backends for GPUs: on one where torch finds it, otherwise in their stand-ins on the CPU.
 
-Triton's stand-in is its interpreter, that of the CUDA kernels their host build. On a GPU, work tables of CPU
-tensors are moved there and back, so that every test is the same.
+Triton's stand-in is its interpreter, that of the CUDA kernels their host build. On a GPU, CPU tensors are
+moved there and back, those of public functions too, so that every test is the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from tests.conftest import load, missing
 from tests.devices.interpreter import repeat_nothing
-from tests.devices.moving import Moved
+from tests.devices.moving import standing_in
 from tests.devices.standins import cuda_backend
 
 # Triton reads the variable when it is imported; commands that other tests start must not inherit it.
@@ -51,15 +51,24 @@ def _triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield load("triton")
 
 
+@contextmanager
+def _of_cpu_tensors(backend: Any) -> Iterator[Any]:
+    if not torch.cuda.is_available():
+        yield backend
+        return
+    with standing_in(backend, torch.device("cuda")) as found:
+        yield found
+
+
 @pytest.fixture(params=[cuda_backend, _triton_backend], ids=["cuda", "triton"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A backend for GPUs, which `TVFAST_BACKEND` also forces on public functions."""
-    with request.param(monkeypatch) as backend:
-        yield Moved(backend, torch.device("cuda")) if torch.cuda.is_available() else backend
+    with request.param(monkeypatch) as backend, _of_cpu_tensors(backend) as found:
+        yield found
 
 
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The Triton backend alone."""
-    with _triton_backend(monkeypatch) as backend:
-        yield backend
+    with _triton_backend(monkeypatch) as backend, _of_cpu_tensors(backend) as found:
+        yield found

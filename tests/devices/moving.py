@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from tvfast.ops import raw
 from tvfast.program import Entry, View, WorkTable
 
 
@@ -39,23 +42,68 @@ class _Copies:
             bytes_[view.address - bytes_.data_ptr() :] = memory[view.address % 64 :].cpu()
 
 
-class Moved:
-    """Calls a backend with tables on a device."""
+class _Moved:
+    """Calls a backend with tables on a device; `moved` gives it the backend's verbs."""
 
     def __init__(self, backend: Any, device: torch.device) -> None:
+        self.name = backend.name
         self._backend = backend
         self._device = device
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        verb = getattr(self._backend, name)
+    def product_sum(self) -> Any:
+        return _MovedSum(self._backend.product_sum(), self._device)
 
-        def moved(first: Any, *arguments: Any, **options: Any) -> Any:
-            copies = _Copies(self._device)
-            found = verb(_on_device(first, copies), *arguments, **options)
-            copies.back()
-            return found
 
-        return moved
+class _MovedSum:
+    """`ops.raw.ProductSum` of panels that are moved."""
+
+    def __init__(self, inner: Any, device: torch.device) -> None:
+        self._inner = inner
+        self._device = device
+
+    def add(self, panel: Any, n_threads: int = 0) -> None:
+        copies = _Copies(self._device)
+        self._inner.add(_replaced(panel, copies), n_threads)
+        copies.back()
+
+    def value(self) -> float:
+        return float(self._inner.value())
+
+
+_RUN_LATER = ("prepared", "trimmed")
+
+
+def moved(backend: Any, device: torch.device) -> Any:
+    """The backend for tables and operands of CPU tensors.
+
+    Its verbs are those of a class, not found when they are asked for: protocols look no further.
+    """
+    verbs = {
+        name: _verb(name)
+        for name in dir(type(backend))
+        if not name.startswith("_") and name not in (*_RUN_LATER, *vars(_Moved))
+        and callable(getattr(type(backend), name))
+    }  # fmt: skip
+    return type("Moved", (_Moved,), verbs)(backend, device)
+
+
+def _verb(name: str) -> Callable[..., Any]:
+    def call(self: Any, first: Any, *arguments: Any, **options: Any) -> Any:
+        copies = _Copies(self._device)
+        found = getattr(self._backend, name)(_on_device(first, copies), *arguments, **options)
+        copies.back()
+        return found
+
+    return call
+
+
+@contextmanager
+def standing_in(backend: Any, device: torch.device) -> Iterator[Any]:
+    """Public functions and tests have the backend for CPU tensors."""
+    found, usual = moved(backend, device), raw._load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw, "_load", lambda name: found if name == found.name else usual(name))
+        yield found
 
 
 def _on_device(work: WorkTable | Sequence[Any], copies: _Copies) -> Any:
