@@ -163,6 +163,34 @@ def specialisations() -> Iterator[Specialisation]:
         yield Specialisation(f"ranks {width}", ranks_kernel, constants)
         width *= 2
     yield from _layer_specialisations()
+    yield from _of_ones()
+
+
+def _of_ones() -> Iterator[Specialisation]:
+    """Kernels whose sizes and counts are 1: the compiler makes constants of such arguments."""
+    one = [_combine("ties", _TIES, _USUAL, 1), _combine("variance", Program(keep=Keep.VARIANCE), _USUAL, 1)]
+    everything = 2 * measure.ALONE.value - 1
+    own = launch.measure_constants(replace(_TIES, weighting=Weighting.ALONE), _USUAL, 1, everything)
+    one.append(Specialisation("measure", measure.measure_kernel, own))
+    own = {**launch.keep_constants(_TIES, _USUAL), "BLOCK": launch.block_of(1)}
+    one.append(Specialisation("planes", measure.planes_kernel, own))
+    own = selection.key_constants(Keep.BAND, _USUAL)
+    one.append(Specialisation("histogram", histogram_kernel, {**own, "SHIFT": 20, "BITS": 11}))
+    one += [Specialisation("count equal", count_equal_kernel, own)]
+    one += [Specialisation("find equal", find_equal_kernel, own)]
+    own = {"DTYPE": int(DType.BF16), "HAS_BASE": True, "ALIGNED": True, "BLOCK": 64}
+    one.append(Specialisation("ranks", ranks_kernel, own))
+    own = layers.score_constants(Kind(int(DType.BF16), int(DType.F32), True, True), 1)
+    one.append(Specialisation("score", score.score_kernel, own))
+    own = {"KIND": score.DELTA.value, "BIAS": 0, "DTYPE": 1, "MODEL_DTYPE": 1, "BASE_DTYPE": 1}
+    one.append(_tiled("factored", score.factored_kernel, layers.factored_tile(1), own))
+    written = {"X_DTYPE": 1, "OUT_DTYPE": 1, "HAS_OUT": True, "ACCUMULATE": True}
+    own = {**written, "DTYPE": 0, "PACKED": True}
+    one.append(_tiled("kron", kron_kernel, layers.kron_tile(1, 1), own))
+    one.append(_tiled("finish", finish_kernel, layers.FINISH_TILE, written))
+    for each in one:
+        sizes = {name: 1 for name in _INTEGERS if name in each.kernel.arg_names and name != "stride"}
+        yield replace(each, label=f"ones {each.label}", constants={**each.constants, **sizes})
 
 
 def _layer_specialisations() -> Iterator[Specialisation]:
