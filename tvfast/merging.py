@@ -19,6 +19,7 @@ from tvfast.errors import ArgumentError, BackendError, DeviceError
 from tvfast.merging_tensors import check_statistics, merge_tensors
 from tvfast.methods import Method, ProgramMethod, TableStatistics, TensorMethod, make_method
 from tvfast.methods.base import PerModel, share_groups
+from tvfast.methods.merging import merge_table
 from tvfast.methods.passthrough import Passthrough
 from tvfast.methods.statistics import PLANE_BYTES
 from tvfast.ops._check import threads
@@ -96,8 +97,10 @@ def merge_(
         float32 arithmetic, rounded once per output; float64 tensors are merged in float64 by the reference
         backend. NaN propagates. The same bytes for any number of threads. Tied tensors are merged once. Extra
         memory: at most 64 MiB; where a method ranks rows, 20 + 8 K bytes per entry of a row of up to 131072
-        for each thread; for longer rows 64 MiB, and in the `paper` dialect the size of the tensor. Not safe
-        while another thread writes the tensors.
+        for each thread; for longer rows 64 MiB, and in the `paper` dialect the size of the tensor. On a GPU
+        at most 320 MiB of its memory for thresholds, and where a method ranks rows 512 MiB, or what the ranks
+        of one tensor take, 4 or 8 bytes per entry and model, if that is more. Not safe while another thread
+        writes the tensors.
     """
     choose = partial(
         make_method, method, weights=weights, scale=scale, seed=seed, tie=tie, dialect=dialect, **parameters
@@ -279,8 +282,7 @@ def _run(
         for chosen, table, backend in list(_tables(method, leaves, extra.scores, outs)):
             planes = Planes(table)
             statistics = TableStatistics(backend, table, planes.new, n_threads)
-            program, scalars = chosen.resolve(statistics)
-            backend.combine(table, program, scalars, n_threads)
+            merge_table(chosen, statistics)
             for entry in table.entries:
                 entry.masks = ()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import tvfast
 from tests.cuda.test_selection import RANKED, on_device
 from tests.ops.test_thresholds import grouped
 from tests.strategies import DTYPES, Case, Part, assert_same_bits, combined, placed, table_of
@@ -262,3 +263,49 @@ def test_outputs_may_be_inputs_without_guesses(emulated: Any) -> None:
     table.entries[0] = replace(table.entries[0], out=table.entries[0].base)
     emulated.combine_trimmed(table, TIES, case_of([part]).scalars, queries_of([part], 0.15))
     assert_same_bits([table.entries[0].base.owner.cpu()], expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "trims"),
+    [
+        ("ties", {"tie": "ge", "density": 0.15}, True),
+        ("ties", {"tie": "hash", "density": [0.0, 0.15, 1.0]}, True),
+        ("ties", {"tie": "index", "density": 0.15}, False),
+        ("ties", {"tie": "ge", "density": 1.0}, False),
+        ("ties", {"rescale": True, "density": 0.15}, False),
+        ("ties", {"dialect": "paper", "density": 0.15}, False),
+        ("magnitude_prune", {"density": 0.15}, True),
+    ],
+    ids=str,
+)
+def test_public_merges_that_only_trim_wait_for_nothing(
+    emulated: Any, method: str, parameters: dict[str, Any], trims: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    usual = type(emulated).trimmed
+
+    def trimmed(*arguments: Any) -> Any:
+        made.append(usual(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(type(emulated), "trimmed", trimmed)
+    rng = np.random.default_rng(3)
+    parts = [tuned(rng, n, 3, torch.bfloat16) for n in (20_000, 300)]
+    states = [[one.base for one in parts], *([one.models[k] for one in parts] for k in range(3))]
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    base, *models = ([tensor.to(where) for tensor in state if tensor is not None] for state in states)
+    waits = emulated._module.runtime_calls()[2]
+    found = tvfast.merge(base, models, method, **parameters)
+    assert [one.guesses for one in made] == ([parameters.get("tie") == "ge"] if trims else [])
+    if trims:
+        assert emulated._module.runtime_calls()[2] == waits
+    if parameters.get("tie") == "ge" and trims:
+        assert made[0].outcomes() == [Outcome.PROVED] * 2
+    kept = [tensor.clone() for tensor in base]
+    tvfast.merge_(kept, models, method, **parameters)
+    assert [one.guesses for one in made[1:]] == ([False] if trims else [])
+    monkeypatch.setenv("TVFAST_BACKEND", "cpp")
+    cpu = [[tensor.cpu() for tensor in state] for state in (base, *models)]
+    expected = tvfast.merge(cpu[0], cpu[1:], method, **parameters)
+    for merged in (found, kept):
+        assert_same_bits([tensor.cpu() for tensor in merged], expected)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvfast.engine.device import OutOfDeviceMemory, Traits, Transfer
 from tvfast.errors import MergeError
-from tvfast.ops.raw import Backend, ResumableBackend
+from tvfast.ops.raw import Backend, ResumableBackend, TrimmingBackend
 from tvfast.program import DType, View, WorkTable
 
 DTYPES = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16}
@@ -281,6 +281,8 @@ class Deferred:
         self.name = device.inner.name
         self.device = device
         self.inner: Any = device.inner
+        if isinstance(device.inner, TrimmingBackend):
+            self.combine_trimmed = self._combine_trimmed
 
     def why_not(self, table: WorkTable) -> str | None:
         found: str | None = self.inner.why_not(table)
@@ -302,6 +304,10 @@ class Deferred:
     def combine(self, table: WorkTable, *arguments: Any) -> None:
         outs = [self.device.ring_bytes(entry.out) for entry in table.entries if entry.out is not None]
         self._later(table, lambda: self.inner.combine(table, *arguments), outs)
+
+    def _combine_trimmed(self, table: WorkTable, *arguments: Any) -> None:
+        outs = [self.device.ring_bytes(entry.out) for entry in table.entries if entry.out is not None]
+        self._later(table, lambda: self.inner.combine_trimmed(table, *arguments), outs)
 
     def _later(self, table: WorkTable, run: Callable[[], None], writes: list[Bytes]) -> Work:
         work = self.device.put("compute", run, reads=self._inputs(table), writes=writes)

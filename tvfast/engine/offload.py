@@ -34,6 +34,7 @@ from tvfast.engine.placement import (
 from tvfast.engine.source import StreamSource
 from tvfast.errors import BackendError
 from tvfast.methods.base import ProgramMethod, share_groups
+from tvfast.methods.merging import merge_table
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.raw import Backend
 from tvfast.program import DType, Entry, Program, TensorScalars, View, WorkTable
@@ -187,10 +188,7 @@ class Offload:
             raise OutOfDeviceMemory(short)
 
     def _resolve_and_combine(self, method: ProgramMethod, table: WorkTable, planes: _Planes) -> None:
-        self._go_on()
-        program, scalars = method.resolve(TableStatistics(self.backend, table, planes.new))
-        self._go_on()
-        self.backend.combine(table, program, scalars)
+        merge_table(method, TableStatistics(self.backend, table, planes.new), self._go_on)
 
     def _on_device(
         self, entries: Sequence[Entry], n_models: int, placement: Placement, dtypes: Sequence[DType]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tvfast.methods.base import TIES, PerModel, parameter, register_method
 from tvfast.methods.dialects import kept_peft
-from tvfast.methods.statistics import TableStatistics
+from tvfast.methods.statistics import Ranks, TableStatistics
 from tvfast.methods.task_vectors import TaskVectorMethod, write_bands
 from tvfast.program import Keep, Program, Reduce, TensorScalars, Tie
 
@@ -40,6 +40,9 @@ class MagnitudePrune(TaskVectorMethod):
 
     def scalars(self, statistics: TableStatistics) -> list[TensorScalars]:
         scalars = self.plain_scalars(statistics.table)
-        densities = self.per_model("density", statistics.table.n_models)
-        write_bands(scalars, statistics.bands(lambda _, k, n: (0, kept_peft(densities[k], n)), self.tie_rule))
+        write_bands(scalars, statistics.bands(self.trims(statistics.table.n_models), self.tie_rule))
         return scalars
+
+    def trims(self, n_models: int) -> Ranks:
+        densities = self.per_model("density", n_models)
+        return lambda _, k, n: (0, kept_peft(densities[k], n))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from tvfast.methods.base import ProgramMethod
 from tvfast.methods.scalars import float32
-from tvfast.methods.statistics import Band, Norms, TableStatistics
-from tvfast.program import Ballot, Divisor, Members, Program, TensorScalars, Vote, ZeroSign
+from tvfast.methods.statistics import NONE, Band, Norms, Ranks, TableStatistics
+from tvfast.program import Ballot, Divisor, Members, Program, RankQuery, TensorScalars, Vote, ZeroSign
 
 SMALLEST_L1 = float32(1e-7)  # mergekit leaves task vectors below it unscaled
 SMALLEST_WEIGHT_SUM = float32(1e-8)  # mergekit replaces weight sums below it by 1
@@ -44,6 +44,28 @@ class TaskVectorMethod(ProgramMethod):
             for tensor in scalars:
                 tensor.divisor_floor = SMALLEST_WEIGHT_SUM
         return scalars
+
+    def trims(self, n_models: int) -> Ranks | None:
+        """What survives where magnitudes from a rank on are all that is measured; None of other methods."""
+        return None
+
+
+def trim(statistics: TableStatistics, scalars: Sequence[TensorScalars], ranks: Ranks) -> list[RankQuery]:
+    """The queries whose answers are the lower ends; bands that need none are put into the scalars."""
+    queries: list[RankQuery] = []
+    dropped: set[tuple[int, int]] = set()
+    for group, n in enumerate(statistics.group_sizes):
+        for model in range(statistics.table.n_models):
+            last = min(ranks(group, model, n)[1], n)
+            if 0 < last < n:
+                queries.append(RankQuery(group, model, last))
+            elif last <= 0:
+                dropped.add((group, model))
+    for entry, tensor in zip(statistics.table.entries, scalars, strict=True):
+        for k, model_scalars in enumerate(tensor.models):
+            if (entry.group, k) in dropped:
+                NONE.write_to(model_scalars)
+    return queries
 
 
 def write_bands(scalars: Sequence[TensorScalars], bands: Sequence[Sequence[Band]]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tvfast.methods.base import TIES, PerModel, parameter, register_method
 from tvfast.methods.dialects import TIES_DIALECTS, TiesDialect
-from tvfast.methods.statistics import TableStatistics
+from tvfast.methods.statistics import Ranks, TableStatistics
 from tvfast.methods.task_vectors import (
     TaskVectorMethod,
     keeps_all,
@@ -56,12 +56,23 @@ class Ties(TaskVectorMethod):
         return program if self.normalize is None else normalised(program, self.normalize)
 
     def scalars(self, statistics: TableStatistics) -> list[TensorScalars]:
-        program, kept = self.program(), self._row.kept
+        program = self.program()
         scalars = self.plain_scalars(statistics.table)
-        densities = self.per_model("density", statistics.table.n_models)
-        write_bands(scalars, statistics.bands(lambda _, k, n: (0, kept(densities[k], n)), self.tie_rule))
-        if self.rescale and not keeps_all(densities):
+        write_bands(scalars, statistics.bands(self._ranks(statistics.table.n_models), self.tie_rule))
+        if self._rescales(statistics.table.n_models):
             rescale_l1(statistics, program, scalars)
         if program.zero_sign is ZeroSign.MAJORITY:
             write_majority(statistics, program, scalars, self._row.majority)
         return scalars
+
+    def trims(self, n_models: int) -> Ranks | None:
+        if self._rescales(n_models) or self.program().zero_sign is ZeroSign.MAJORITY:
+            return None
+        return self._ranks(n_models)
+
+    def _ranks(self, n_models: int) -> Ranks:
+        kept, densities = self._row.kept, self.per_model("density", n_models)
+        return lambda _, k, n: (0, kept(densities[k], n))
+
+    def _rescales(self, n_models: int) -> bool:
+        return self.rescale and not keeps_all(self.per_model("density", n_models))

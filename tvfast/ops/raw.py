@@ -212,6 +212,24 @@ class MaskingBackend(Backend, Protocol):
         """`row_masks`, and the `measure` of the same program."""
 
 
+@runtime_checkable
+class TrimmingBackend(Backend, Protocol):
+    """A backend that trims and merges in one call, without an answer for the caller in between."""
+
+    def combine_trimmed(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        queries: Sequence[RankQuery],
+    ) -> None:
+        """`combine` with the lower ends of queried (group, model) at their k-th largest keys.
+
+        Ties are resolved so that k survive; `scalars` give everything else. Nothing is written where
+        memory is not found.
+        """
+
+
 class ProductSum(Protocol):
     """<X, P> of one product whose panels were multiplied elsewhere, in the order-independent accumulator."""
 
