@@ -116,8 +116,8 @@ void verify(const DeviceTable& table, const PackedQueries& queries, const void* 
 // Writes the bands from each query's answer on into the scalars of its group's entries, on the
 // device: lo, and the cut that gives ties at lo so many places that exactly k keys are kept, by
 // hash or, with the queries' places among equals, by index. Sets the verdicts: whether a band holds
-// NaN only, which kernels that test the lower end alone cannot tell; and, of entries that were
-// merged with guesses, whether one was wrong.
+// NaN only, or a share of the infinities, which kernels that test the lower end alone cannot tell;
+// and, of entries that were merged with guesses, whether one was wrong.
 struct EqualPlaces {
   const PackedEquals* queries = nullptr;  // of equals_of(queries)
   void *at = nullptr, *workspace = nullptr;

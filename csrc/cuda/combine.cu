@@ -271,7 +271,7 @@ void combine_placed(const DeviceTable& table, const Program& program, const Devi
       choose(program, ends, table.n_models) == choose(program, Ends::BOTH, table.n_models);
   Gate gate;
   if (left != nullptr) gate = {.any = &found.left, .left = left};
-  if (!tested) gate.flag = &found.empty_bands, gate.set = false;
+  if (!tested) gate.flag = &found.both_ends, gate.set = false;
   combine(table, program, scalars, ends, place, gate);
   gate.set = true;
   if (!tested) combine(table, program, scalars, Ends::BOTH, place, gate);

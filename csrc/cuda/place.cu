@@ -106,13 +106,15 @@ __global__ void __launch_bounds__(kThreads) place_kernel(DeviceTable table, Plac
       atomicOr(&p.verdicts->left, 1u);
     }
     if (key != kNanKey) {
-      set_lower_end(p.models[at], key, cut_of(p, q, entry));
+      const std::uint64_t cut = cut_of(p, q, entry);
+      set_lower_end(p.models[at], key, cut);
+      if (key == kInfinityKey && cut != kOpenCut) atomicOr(&p.verdicts->both_ends, 1u);
       return;
     }
     // What is not NaN is dropped, infinities included.
     set_lower_end(p.models[at], kInfinityKey, 0);
     p.models[at].hi = -1.0f;
-    atomicOr(&p.verdicts->empty_bands, 1u);
+    atomicOr(&p.verdicts->both_ends, 1u);
     return;
   }
 }

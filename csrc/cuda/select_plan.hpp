@@ -68,7 +68,8 @@ enum class Outcome : std::uint32_t { PROVED = 0, UNGUESSED = 1, WRONG = 2 };
 
 // What a trimmed merge found out on its way.
 struct Verdicts {
-  std::uint32_t empty_bands;  // whether a band holds NaN only
+  // Whether a band holds NaN only, or some of the infinities: the lower end alone cannot tell them.
+  std::uint32_t both_ends;
   std::uint32_t tried, left;  // whether entries are merged with guesses, and with answers
   std::uint32_t unused;
 };

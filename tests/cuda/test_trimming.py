@@ -91,6 +91,18 @@ def test_trimming_without_the_host(emulated: Any, keep: Keep, tie: Tie) -> None:
         check(emulated, case, queries, keep is Keep.BAND and tie is Tie.GE)
 
 
+@pytest.mark.parametrize("tie", Tie)
+@pytest.mark.parametrize("small_group", [0, 16384])
+def test_some_of_the_infinities_survive(emulated: Any, tie: Tie, small_group: int) -> None:
+    """A threshold of infinity among more infinities than are kept: no number is above it, so ties decide."""
+    part = tuned(np.random.default_rng(int(tie)), 2000, 3, torch.bfloat16)
+    for number, model in enumerate(part.models):
+        model[100 : 400 + number] = math.inf
+    emulated.limits = (small_group, 1 << 20, 100)
+    case = case_of([part], replace(TIES, tie=tie))
+    check(emulated, case, queries_of([part], 0.1), tie is Tie.GE)
+
+
 def test_trimming_asks_once_for_each_model(emulated: Any) -> None:
     part = Part([torch.ones(3)])
     table = on_device([part], [torch.empty(3)])

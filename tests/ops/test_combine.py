@@ -328,6 +328,20 @@ def test_tables_with_empty_and_single_element_tensors(backend: Backend, keep: Ke
         torch.testing.assert_close(out, torch.full((part.n,), 1.0 + i + mean))
 
 
+@pytest.mark.parametrize("tie", Tie)
+def test_some_of_the_infinities_survive(backend: Backend, tie: Tie) -> None:
+    """A lower end of infinity, where ties alone decide: no number is above it."""
+    models = [torch.full((300,), math.inf, dtype=torch.bfloat16) for _ in range(3)]
+    base = torch.ones(300, dtype=torch.bfloat16)
+    for cut in (0, 2**31 if tie is Tie.HASH else 100):
+        own = [ModelScalars(lo=math.inf, lo_cut=cut, key=k) for k in range(3)]
+        program = Program(
+            keep=Keep.BAND, tie=tie, vote=Vote.MASS, members=Members.STRICT, divisor=Divisor.COUNT
+        )
+        case = Case(program, [Part(models, base, torch.bfloat16)], [TensorScalars(models=own)])
+        assert_same_bits(combined(backend, case), combined(REFERENCE, case), program)
+
+
 def test_a_table_without_tensors(backend: Backend) -> None:
     table = WorkTable([], 2)
     backend.combine(table, Program(), [])

@@ -184,6 +184,7 @@ static bool resolve_band(const TileCall& call, const ModelScalars& m, TileBand& 
     if (m.lo == infinity) return false;
     band.lo = std::nextafter(m.lo, infinity);
   } else if (lo == SOME) {
+    if (m.lo == infinity) return false;  // no end is above it
     band.lo_last = static_cast<std::uint32_t>(m.lo_cut) - 1;
   }
   if (hi == EVERY) {
