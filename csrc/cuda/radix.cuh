@@ -54,27 +54,71 @@ struct Selected {
   Count n_greater, n_equal;
 };
 
-// The k-th largest of n keys, of which those outside [lo, hi] do not count, for all threads.
-template <int n_threads>
-static __device__ __forceinline__ Selected select_key(const std::uint32_t* keys, std::int64_t n,
-                                                      std::uint32_t lo, std::uint32_t hi, Count k) {
-  __shared__ std::uint32_t bins[kDigits];
-  Count n_greater = 0;
+// Keys that a thread asks for before it counts the first of them. A block has a multiprocessor to
+// itself and its keys are in the second-level cache or behind it: one at a time, 512 threads would
+// have 2 KiB on their way. Not yet measured on a device.
+inline constexpr int kAhead = 8;
+
+// Of ranks k[0] ... the largest keys of n, of which those outside [lo, hi] do not count, for all
+// threads; a rank of 0 asks for nothing. Each pass reads the keys once for all ranks.
+template <int n_threads, int n_ranks>
+static __device__ __forceinline__ void select_keys(const std::uint32_t* keys, std::int64_t n,
+                                                   std::uint32_t lo, std::uint32_t hi,
+                                                   const Count (&k)[n_ranks],
+                                                   Selected (&found)[n_ranks]) {
+  __shared__ std::uint32_t bins[n_ranks][kDigits];
+  std::uint32_t los[n_ranks], his[n_ranks];
+  bool open[n_ranks];
+#pragma unroll
+  for (int r = 0; r < n_ranks; ++r) {
+    los[r] = lo;
+    his[r] = hi;
+    open[r] = k[r] != 0;
+    found[r] = {lo, 0, 0};
+  }
   for (;;) {
-    for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += n_threads) bins[i] = 0;
+    // Ranks whose ranges are still the same share the counters of the first of them.
+    bool any = false;
+    int counters[n_ranks];
+#pragma unroll
+    for (int r = 0; r < n_ranks; ++r) {
+      any = any || open[r];
+      counters[r] = r;
+#pragma unroll
+      for (int other = r - 1; other >= 0; --other)
+        if (open[other] && los[other] == los[r] && his[other] == his[r]) counters[r] = other;
+    }
+    if (!any) return;
+    for (int i = static_cast<int>(threadIdx.x); i < n_ranks * kDigits; i += n_threads)
+      bins[i / kDigits][i % kDigits] = 0;
     __syncthreads();
-    const int shift = digit_shift(lo, hi);
-    for (std::int64_t i = threadIdx.x; i < n; i += n_threads) {
-      const std::uint32_t key = keys[i];
-      if (key >= lo && key <= hi) atomicAdd(&bins[(key - lo) >> shift], 1u);
+    for (std::int64_t first = threadIdx.x; first < n; first += n_threads * kAhead) {
+      std::uint32_t ahead[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const std::int64_t i = first + a * n_threads;
+        ahead[a] = i < n ? __ldg(keys + i) : 0xffffffffu;  // above every key
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+        for (int r = 0; r < n_ranks; ++r)
+          if (open[r] && counters[r] == r && ahead[a] >= los[r] && ahead[a] <= his[r])
+            atomicAdd(&bins[r][(ahead[a] - los[r]) >> digit_shift(los[r], his[r])], 1u);
     }
     __syncthreads();
-    const Digit digit = choose_digit<n_threads>(bins, k - n_greater);
-    n_greater += digit.n_above;
-    lo += digit.value << shift;
-    if (shift == 0) return {lo, n_greater, digit.n_equal};
-    const std::uint32_t last = lo + ((1u << shift) - 1u);
-    hi = last < hi ? last : hi;
+#pragma unroll
+    for (int r = 0; r < n_ranks; ++r) {
+      if (!open[r]) continue;
+      const int shift = digit_shift(los[r], his[r]);
+      const Digit digit = choose_digit<n_threads>(bins[counters[r]], k[r] - found[r].n_greater);
+      found[r].n_greater += digit.n_above;
+      found[r].n_equal = digit.n_equal;
+      found[r].key = los[r] = los[r] + (digit.value << shift);
+      const std::uint32_t last = los[r] + ((1u << shift) - 1u);
+      his[r] = last < his[r] ? last : his[r];
+      open[r] = shift != 0;
+    }
   }
 }
 

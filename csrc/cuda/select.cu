@@ -85,36 +85,40 @@ TVFAST_STAGE QueryState searched(std::uint32_t lo, std::uint32_t hi, Count n_ove
 // the sample is everything, and gives the answer.
 __global__ void __launch_bounds__(kSelectThreads) bracket_kernel(DeviceSelection s) {
   const DeviceQuery& query = s.queries[s.batch.first + static_cast<std::int32_t>(blockIdx.x)];
-  const std::uint32_t* sample = s.samples + query.sample_at;
-  const auto select = [&](std::int64_t k) {
-    return select_key<kSelectThreads>(sample, query.n_sample, 0u, kNanKey, static_cast<Count>(k));
-  };
+  const double share = static_cast<double>(query.k) / static_cast<double>(query.n);
+  const double size = query.n_sample, rank = share * size;
+  const double deviation = sqrt(share * (1.0 - share) * size) + 1.0;
+  const std::int64_t first = static_cast<std::int64_t>(floor(rank - kSampleWidth * deviation)),
+                     last = static_cast<std::int64_t>(ceil(rank + kSampleWidth * deviation)),
+                     nearest = static_cast<std::int64_t>(ceil(rank));
+  Count ranks[3] = {static_cast<Count>(query.k), 0, 0};
+  if (query.n_lines > 0) {
+    ranks[0] = last < query.n_sample ? static_cast<Count>(last + 1) : 0;
+    ranks[1] = first >= 0 ? static_cast<Count>(first + 1) : 0;
+    ranks[2] = s.guesses == nullptr ? 0 : nearest < 1 ? 1 : static_cast<Count>(nearest);
+  }
+  Selected found[3];
+  select_keys<kSelectThreads>(s.samples + query.sample_at, query.n_sample, 0u, kNanKey, ranks,
+                              found);
   const auto finite = [](std::uint32_t key) { return key < kInfinityKey ? key : kInfinityKey; };
   QueryState state;
   Guess guess{};
   if (query.n_lines == 0) {
-    const Selected found = select(query.k);
-    state = answered(found.key, found.n_greater, found.n_equal);
-    guess = {found.key, found.key < kInfinityKey, found.n_greater, found.n_greater + found.n_equal};
+    const Selected& all = found[0];
+    state = answered(all.key, all.n_greater, all.n_equal);
+    guess = {all.key, all.key < kInfinityKey, all.n_greater, all.n_greater + all.n_equal};
   } else {
-    const double share = static_cast<double>(query.k) / static_cast<double>(query.n);
-    const double size = query.n_sample;
-    const double margin = kSampleWidth * (sqrt(share * (1.0 - share) * size) + 1.0);
-    const std::int64_t first = static_cast<std::int64_t>(floor(share * size - margin)),
-                       last = static_cast<std::int64_t>(ceil(share * size + margin));
     // The ends compare as floats, so they are no NaN.
-    state = bracketed(last < query.n_sample ? finite(select(last + 1).key) : 0u,
-                      first >= 0 ? finite(select(first + 1).key) : kInfinityKey);
+    state = bracketed(ranks[0] != 0 ? finite(found[0].key) : 0u,
+                      ranks[1] != 0 ? finite(found[1].key) : kInfinityKey);
     if (s.guesses != nullptr) {
-      const double rank = share * size;
-      const std::int64_t nearest = static_cast<std::int64_t>(ceil(rank));
-      const Selected found = select(nearest < 1 ? 1 : nearest);
-      const double distance = kGuessWidth * (sqrt(share * (1.0 - share) * size) + 1.0);
-      const double n_from = static_cast<double>(found.n_greater + found.n_equal);
+      const Selected& run = found[2];
+      const double n_from = static_cast<double>(run.n_greater + run.n_equal);
+      const double distance = kGuessWidth * deviation;
       // No key is below zero.
-      const bool inside = rank - static_cast<double>(found.n_greater) >= distance &&
-                          (found.key == 0 || n_from - rank >= distance);
-      guess = {found.key, inside && found.key < kInfinityKey, 0, 0};
+      const bool inside = rank - static_cast<double>(run.n_greater) >= distance &&
+                          (run.key == 0 || n_from - rank >= distance);
+      guess = {run.key, inside && run.key < kInfinityKey, 0, 0};
     }
   }
   if (threadIdx.x != 0) return;
@@ -171,9 +175,11 @@ __global__ void __launch_bounds__(kSelectThreads) finish_kernel(DeviceSelection 
     next = answered(found.hi, found.above_hi, found.from_hi - found.above_hi);
   } else if (k <= found.from_hi + found.inside) {
     if (found.n_collected == found.inside && found.inside <= static_cast<Count>(query.n_keys)) {
-      const Selected selected = select_key<kSelectThreads>(
-          s.keys + query.keys_at, static_cast<std::int64_t>(found.inside), found.lo + 1,
-          found.hi - 1, k - found.from_hi);
+      const Count rank[1] = {k - found.from_hi};
+      Selected of_inside[1];
+      select_keys<kSelectThreads>(s.keys + query.keys_at, static_cast<std::int64_t>(found.inside),
+                                  found.lo + 1, found.hi - 1, rank, of_inside);
+      const Selected& selected = of_inside[0];
       next = answered(selected.key, found.from_hi + selected.n_greater, selected.n_equal);
     } else {
       next = searched(found.lo + 1, found.hi - 1, found.from_hi);
