@@ -11,6 +11,7 @@ namespace tvfast::gpu {
 
 inline void check(cudaError_t code, const char* doing) {
   if (code == cudaSuccess) return;
+  (void)cudaGetLastError();  // said here; the next launch is not to be blamed for it
   throw DeviceError(std::string(doing) + " failed: " + cudaGetErrorName(code) + ": " +
                     cudaGetErrorString(code));
 }

@@ -39,6 +39,14 @@ DeviceFacts facts(int device) {
 
 void copy_to_device(void* to, const void* from, std::size_t n_bytes, Place place) {
   ++n_to_device;
+  cudaStreamCaptureStatus capture;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(place.stream), &capture),
+        "asking whether a stream is captured");
+  if (capture != cudaStreamCaptureStatusNone)
+    throw DeviceError(
+        "a call that uploads its table is being captured in a CUDA graph, which would read host "
+        "memory that is gone when it is replayed: make the merge with `prepared` or `trimmed` "
+        "before the capture, and capture its `run`");
   check(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyHostToDevice,
                         static_cast<cudaStream_t>(place.stream)),
         "copying to the device");
