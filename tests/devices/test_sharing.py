@@ -46,8 +46,9 @@ def current(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_another_stream_waits_for_the_memory_and_the_memory_for_it(current: dict[str, Any]) -> None:
-    home, memory, made_on = Home(torch.device("cuda", 1)), Memory(), current["stream"]
-    home.share([memory])  # type: ignore[list-item]  # a double of a tensor
+    home, made_on = Home(torch.device("cuda", 1)), current["stream"]
+    memory: Any = Memory()
+    home.share([memory])
     assert (memory.streams, made_on.waited) == ([], [])
     other = current["stream"] = Stream()
     home.share([memory])  # type: ignore[list-item]
