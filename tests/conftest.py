@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 
 from tvfast.ops.raw import Backend
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network
+
 settings.register_profile(
     "tvfast", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -56,6 +56,7 @@ LAYERS = {
     "tvfast.program": Layer(),
     "tvfast.factored": Layer(inside=("tvfast.program",)),
     "tvfast.checkpoint": Layer(inside=("tvfast.errors", "tvfast.dtypes")),
+    "tvfast.checkpoint.hub": Layer(inside=("tvfast.errors",), outside=("huggingface_hub",)),
     "tvfast.statistics": Layer(
         inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.statistics.tensors")
     ),

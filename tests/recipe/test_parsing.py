@@ -13,6 +13,9 @@ from tvfast.recipe import Recipe, Resolver, load_recipe, parse_recipe
 from tvfast.recipe.keys import PEER_KEYS, method_keys
 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+MODULES = (
+    "merge_method: linear\nparameters: {weight: 1}\nmodules: {text: {models: [{model: a}, {model: b}]}}\n"
+)
 TIES = "merge_method: ties\nbase_model: o\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
 
 
@@ -116,7 +119,15 @@ def test_empty_keys_count_as_absent() -> None:
         ("merge_method: nuslerpp", "did you mean 'nuslerp'?"),
         (LINEAR + "modelz: []", "line 4: modelz: no such key. Did you mean 'models'?"),
         (LINEAR + "density: 1", "density: belongs under parameters"),
-        (LINEAR + "modules: {text: {models: []}}", "modules: is not supported yet"),
+        (LINEAR + "modules: {text: {models: []}}", "has modules and models or slices besides"),
+        ("merge_method: linear\nmodules: {}", "modules: is an empty mapping; expected one module at least"),
+        ("merge_method: linear\nmodules: [a]", "modules: is a list of 1; expected a mapping from modules"),
+        ("merge_method: linear\nmodules: {text: {}}", "modules.text: has neither models nor slices"),
+        ("merge_method: linear\nmodules: {text: {model: []}}", "no such key. Did you mean 'models'?"),
+        (MODULES + "tvfast: {modules: {txt: a}}", "'txt' is no module of this recipe. Did you mean 'text'?"),
+        (MODULES + "tvfast: {modules: {text: 3}}", "tvfast.modules.text: is 3; expected the beginning of"),
+        (MODULES + "tvfast: {modules: {text: []}}", "tvfast.modules.text: is an empty list; expected the"),
+        (LINEAR + "tvfast: {modules: {text: a}}", "tvfast.modules: belongs to recipes with modules"),
         (LINEAR + "slices: [{sources: []}]", "has both models and slices"),
         ("merge_method: linear", "has neither models nor slices"),
         ("merge_method: linear\nmodels: []", "models: is an empty list"),

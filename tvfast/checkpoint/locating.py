@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from tvfast.checkpoint import hub
 from tvfast.checkpoint.files import damaged, read_json, shown, unreadable
 from tvfast.errors import CheckpointError
 
@@ -17,7 +18,6 @@ _INDEX_BYTES = 2**25
 _NAMED = ("model.safetensors", "pytorch_model.bin")  # the order in which transformers looks for them
 _ADAPTER = "adapter_model.safetensors"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 _EXPECTED = (
     "expected model.safetensors, model.safetensors.index.json with its shards, other *.safetensors, "
     "pytorch_model.bin or pytorch_model.bin.index.json"
@@ -46,9 +46,10 @@ class Location:
 
 
 def locate(path: str) -> Location:
-    """The files of the checkpoint at `path`: a directory, one file, or a hub id that is in the local cache.
+    """The files of the checkpoint at `path`: a directory, one file, or the id of a model of the hub.
 
-    Of `name@revision` where `name` is a local path, the revision is not looked at.
+    Of `name@revision` where `name` is a local path, the revision is not looked at. What the local cache has
+    is taken as it is; what it lacks is downloaded into it.
 
     Raises:
         CheckpointError: nothing there, no weights there, an incomplete set of shards, or a broken index.
@@ -62,16 +63,31 @@ def locate(path: str) -> Location:
             return _one_file(path)
         if (local := written_otherwise(path)) is not None:
             return locate(local)
-        cached = _cached_snapshot(path)
+        if (cached := hub.cached_snapshot(path)) is not None:
+            return _in_snapshot(path, cached)
     except OSError as error:
         raise unreadable(path, error) from None
-    if cached is None:
+    if not hub.may_be_downloaded(path):
         raise _nothing_at(path)
-    return _locate_in(cached)
+    return _locate_in(hub.downloaded(path, hub.WHOLE_MODEL))
+
+
+def _in_snapshot(path: str, snapshot: str) -> Location:
+    """What the local cache of the hub has of a model, after the rest is downloaded if need be.
+
+    Raises:
+        CheckpointError: it is not complete, and cannot be completed.
+    """
+    try:
+        return _locate_in(snapshot)
+    except CheckpointError:
+        if hub.is_offline() is not None or not hub.may_be_downloaded(path):
+            raise
+    return _locate_in(hub.downloaded(path, hub.WHOLE_MODEL))
 
 
 def locate_adapter(path: str) -> str:
-    """The directory of the PEFT adapter at `path`: that very directory, or a hub id in the local cache.
+    """The directory of the PEFT adapter at `path`: that very directory, or that of the id of one on the hub.
 
     Raises:
         CheckpointError: nothing there, or a file.
@@ -87,12 +103,14 @@ def locate_adapter(path: str) -> str:
             )
         local = written_otherwise(path)
         if local is None:
-            local = _cached_snapshot(path)
+            local = hub.cached_snapshot(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    if local is None:
+    if local is not None:
+        return local
+    if not hub.may_be_downloaded(path):
         raise _nothing_at(path)
-    return local
+    return hub.downloaded(path, hub.ADAPTER)
 
 
 def written_otherwise(path: str) -> str | None:
@@ -191,32 +209,6 @@ def _indexed(directory: str, name: str) -> Location:
     return Location(directory, tuple(files), path, weight_map)
 
 
-def _cached_snapshot(path: str) -> str | None:
-    """The snapshot of a hub id such as `org/name` or `org/name@revision` in the local Hugging Face cache."""
-    name, _, revision = path.partition("@")
-    revision = revision or "main"
-    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", path):
-        return None
-    repository = os.path.join(_hub_cache(), "models--" + name.replace("/", "--"))
-    reference = os.path.join(repository, "refs", *revision.split("/"))
-    if os.path.isfile(reference):
-        with open(reference, "rb") as file:
-            revision = file.read(256).decode("ascii", "replace").strip()
-    snapshot = os.path.join(repository, "snapshots", revision)
-    known = re.fullmatch(r"\w[\w.-]*", revision) and os.path.isdir(snapshot)
-    return snapshot if known else None
-
-
-def _hub_cache() -> str:
-    """Where huggingface_hub keeps what it downloads."""
-    environment = os.environ
-    if cache := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
-        return os.path.expanduser(cache)
-    general = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    home = environment.get("HF_HOME") or os.path.join(general, "huggingface")
-    return os.path.join(os.path.expanduser(home), "hub")
-
-
 def _nothing_at(path: str) -> CheckpointError:
     from difflib import get_close_matches
 
@@ -228,10 +220,11 @@ def _nothing_at(path: str) -> CheckpointError:
     hints = []
     if near:
         hints.append(f"Did you mean {' or '.join(shown(os.path.join(parent, found)) for found in near)}?")
-    if _HUB_ID.fullmatch(path.partition("@")[0]):
+    name = path.partition("@")[0]
+    if hub.ID.fullmatch(name):
         hints.append(
-            f"If it is a model of the Hugging Face hub: it is not in the local cache ({_hub_cache()}); "
-            f"download it first, for example `hf download {path.partition('@')[0]}`."
+            f"If it is a model of the Hugging Face hub: it is not in the local cache ({hub.cache_folder()}); "
+            f"download it first, for example `hf download {name}`."
         )
     return CheckpointError(
         f"{path}: no such file or directory; expected a checkpoint's directory or file. "

@@ -15,7 +15,8 @@ from tvfast.engine.alignment import Alignment
 from tvfast.engine.codes import Codes, encoding_of, with_quantisation
 from tvfast.engine.configuration import donor_of, patched_config, ties_embeddings
 from tvfast.engine.gather import Gather
-from tvfast.engine.rows import Row, Rows
+from tvfast.engine.modules import rows_of
+from tvfast.engine.rows import Row
 from tvfast.engine.scoring import Scoring
 from tvfast.engine.statistics import ModelStatistics
 from tvfast.engine.tasks import Encoding, Task
@@ -77,7 +78,7 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
     Notes:
         Equal numbers share one method object. About 20 ms for 723 tensors of four models.
     """
-    rows = Rows(recipe, checkpoints)
+    rows = rows_of(recipe, checkpoints)
     statistics = {path: open_statistics(path) for path in recipe.statistics_paths()}
     scoring = Scoring(recipe, statistics)
     factors = ModelStatistics(recipe, checkpoints, statistics)

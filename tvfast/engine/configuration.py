@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvfast.checkpoint.reading import Checkpoint
-from tvfast.engine.layers import layer_count, parts_of
-from tvfast.recipe import Recipe
+from tvfast.engine.layers import counts, layer_count, parts_of, words
+from tvfast.engine.modules import ModuleRows
+from tvfast.errors import RecipeError
+from tvfast.recipe import Module, Recipe, Slice
 
 _DTYPES = ("torch_dtype", "dtype")
 _VOCABULARY = "vocab_size"
@@ -41,8 +45,8 @@ def patched_config(
         _set_dtype(config, dtype)
     if n_tokens is not None:
         _set_vocabulary(config, n_tokens)
-    if recipe.stacked:
-        _set_layers(config, recipe, checkpoints)
+    for counted in _counted(config, recipe, checkpoints):
+        _set_layers(config, counted, checkpoints)
     return config
 
 
@@ -82,37 +86,102 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
         config[_DTYPES[0]] = dtype
 
 
-def _set_layers(config: dict[str, Any], recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """The number of layers, and the lists that say something of every layer."""
-    count = layer_count(config)
-    if count is None:
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """A number of a configuration that says how many layers there are, and the slices that change it."""
+
+    keys: tuple[str, ...]
+    n_layers: int
+    slices: tuple[Slice, ...]
+    keys_in: Callable[[Mapping[str, Any]], tuple[str, ...] | None]  # of another model
+
+
+def _counted(
+    config: Mapping[str, Any], recipe: Recipe, checkpoints: Mapping[str, Checkpoint]
+) -> Iterator[_Counted]:
+    if recipe.modules:
+        rows = ModuleRows(recipe, checkpoints)
+        for module in recipe.modules:
+            n_layers = rows.n_layers(module, donor_of(recipe, checkpoints)) if module.stacked else None
+            keys = None if n_layers is None else _keys_of(config, module, n_layers, recipe)
+            if keys is not None and n_layers is not None:
+                yield _Counted(keys, n_layers, module.slices, partial(_same_keys, keys))
         return
-    part = _part(config, count.keys)
+    count = layer_count(config)
+    if recipe.stacked and count is not None:
+        yield _Counted(count.keys, count.n_layers, recipe.slices, _keys_of_count)
+
+
+def _keys_of_count(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    count = layer_count(config)
+    return None if count is None else count.keys
+
+
+def _same_keys(keys: tuple[str, ...], config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    part: Any = config
+    for key in keys[:-1]:
+        part = part.get(key) if isinstance(part, Mapping) else None
+    return keys if isinstance(part, Mapping) else None
+
+
+def _keys_of(
+    config: Mapping[str, Any], module: Module, n_layers: int, recipe: Recipe
+) -> tuple[str, ...] | None:
+    """Where a configuration counts the layers of a module; None: nowhere.
+
+    Among several numbers that are right, those count that are called as the module is, and not as another.
+
+    Raises:
+        RecipeError: the number of layers changes, and several numbers may say it.
+    """
+    n_output = sum(part.n_layers or 0 for part in module.slices)
+    found = [keys for keys, value in counts(config) if value == n_layers]
+    others = {word for other in recipe.modules if other is not module for word in words(other.name)}
+    own = words(module.name)
+    scores = {keys: len(own & words(".".join(keys))) for keys in found}
+    best = [keys for keys in found if scores[keys] == max(scores.values())]
+    best = [keys for keys in best if scores[keys] or not others & words(".".join(keys))]
+    if len(best) > 1 and n_output != n_layers:
+        listed = ", ".join(".".join(keys) for keys in best)
+        raise RecipeError(
+            f"{recipe.where}: {module.place}: makes {n_output} layers of {n_layers}, and config.json may "
+            f"count them as {listed}; expected one number that does. Keep the number of layers."
+        )
+    return best[0] if len(best) == 1 else None
+
+
+def _set_layers(config: dict[str, Any], counted: _Counted, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """The number of layers, and the lists that say something of every layer."""
+    part = _part(config, counted.keys)
     origins = [
         (source.model, layer)
-        for piece in recipe.slices
+        for piece in counted.slices
         for source in (piece.sources[piece.reference],)
         for layer in range(*(source.layers or (0, 0)))
     ]
     for key, value in part.items():
         if (
             isinstance(value, list)
-            and len(value) == count.n_layers
+            and len(value) == counted.n_layers
             and any(word in key for word in _PER_LAYER)
         ):
-            part[key] = _gathered(key, value, origins, checkpoints)
-    part[count.keys[-1]] = len(origins)
+            part[key] = _gathered(key, value, origins, counted, checkpoints)
+    part[counted.keys[-1]] = len(origins)
 
 
 def _gathered(
-    key: str, value: list[Any], origins: Sequence[tuple[str, int]], checkpoints: Mapping[str, Checkpoint]
+    key: str,
+    value: list[Any],
+    origins: Sequence[tuple[str, int]],
+    counted: _Counted,
+    checkpoints: Mapping[str, Checkpoint],
 ) -> list[Any]:
     """One entry per layer of the output, each from the model that the layer comes from."""
     lists: dict[str, list[Any]] = {}
     for model in {model for model, _ in origins}:
         config = checkpoints[model].config
-        count = layer_count(config)
-        own = _part(config, count.keys).get(key) if config is not None and count is not None else None
+        keys = None if config is None else counted.keys_in(config)
+        own = _part(config, keys).get(key) if config is not None and keys is not None else None
         lists[model] = own if isinstance(own, list) else value
     if any(layer >= len(lists[model]) for model, layer in origins):
         return value

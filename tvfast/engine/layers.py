@@ -11,6 +11,7 @@ _LAYER = re.compile(r"((?:.*?\.)?)(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LANGUAGE = ("text", "language", "llm", "decoder")  # in the names of nested configurations
 _COUNTED = ("layer", "depth", "block")
+_SPELLINGS = {"language": "text", "llm": "text", "visual": "vision", "image": "vision"}
 
 # The head; what comes before the layers is everything else that has one of the words of _FIRST in its name.
 _HEAD = "embed_out"
@@ -56,7 +57,7 @@ def gradient_stacks(names: Iterable[str], config: Mapping[str, Any] | None) -> d
     Without a configuration, or where it fits none, all of them.
     """
     found = stacks(names)
-    declared = set(_declared(config or {}))
+    declared = {n_layers for _, n_layers in counts(config or {})}
     fitting = {prefix: n for prefix, n in found.items() if n in declared}
     return fitting or found
 
@@ -104,10 +105,15 @@ def is_first(name: str, main: str, found: Mapping[str, int]) -> bool:
     return _HEAD not in name and any(word in name for word in _FIRST)
 
 
-def _declared(config: Mapping[str, Any]) -> Iterator[int]:
-    """Every number in a configuration, nested ones too, that may count layers."""
+def counts(config: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Every number in a configuration, nested ones too, that may count layers, with its keys."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _declared(value)
+            yield from counts(value, (*above, key))
         elif isinstance(value, int) and any(word in key for word in _COUNTED):
-            yield value
+            yield (*above, key), value
+
+
+def words(name: str) -> set[str]:
+    """What a name is made of, in one spelling: `language_model` and `text_config` share `text`."""
+    return {_SPELLINGS.get(word, word) for word in re.split(r"[._]", name)}

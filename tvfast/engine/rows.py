@@ -18,7 +18,7 @@ from tvfast.engine.layers import (
     stacks,
 )
 from tvfast.errors import RecipeError, StateDictError
-from tvfast.recipe import Recipe, Slice
+from tvfast.recipe import Module, Recipe, Slice
 
 SHOWN = 4  # names in a message
 _HEAD = "lm_head.weight"
@@ -50,9 +50,16 @@ class Row:
 
 
 class Rows:
-    """Pairs tensors by name; what does not pair is refused, or noted in `warnings`."""
+    """Pairs tensors by name; what does not pair is refused, or noted in `warnings`.
 
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
+    Args:
+        module: what recipe and checkpoints are cut down to; None: they are whole.
+    """
+
+    def __init__(
+        self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], module: Module | None = None
+    ) -> None:
+        self._module = module
         self.recipe = recipe
         self.checkpoints = checkpoints
         self.warnings: list[str] = []
@@ -69,6 +76,10 @@ class Rows:
             RecipeError: layers that a model has not, or no layers at all.
         """
         return list(self._stacked() if self.recipe.stacked else self._whole())
+
+    def n_layers(self, model: str) -> int | None:
+        """How many layers slices of a model are cut from; None: nothing is cut."""
+        return self._main(self.checkpoints[model])[1] if self.recipe.stacked else None
 
     # -- whole models -----------------------------------------------------------------------------------
 
@@ -145,7 +156,10 @@ class Rows:
             found = stacks(checkpoint.tensors)
             declared = layer_count(checkpoint.config)
             fitting = found
-            if declared is not None:
+            if self._module is not None:  # the configuration may count the layers of another one
+                declared = None
+                fitting = gradient_stacks(checkpoint.tensors, checkpoint.config) if len(found) > 1 else found
+            elif declared is not None:
                 fitting = {prefix: n for prefix, n in found.items() if n == declared.n_layers}
             if len(fitting) != 1:
                 raise self._no_main(checkpoint, found, declared)
@@ -159,8 +173,9 @@ class Rows:
         said = "one stack"
         if declared is not None:
             said = f"one stack of {declared.n_layers}, which config.json gives as {'.'.join(declared.keys)}"
+        place = "slices" if self._module is None else f"{self._module.place}.slices"
         return RecipeError(
-            f"{self.recipe.where}: slices: cannot tell which tensors of {checkpoint.path} are its layers. "
+            f"{self.recipe.where}: {place}: cannot tell which tensors of {checkpoint.path} are its layers. "
             f"Found: {listed}; expected {said}. To merge the whole model, use models instead of slices."
         )
 

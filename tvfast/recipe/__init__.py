@@ -11,12 +11,13 @@ from tvfast.errors import RecipeError
 from tvfast.recipe.document import MAX_CHARACTERS, Value, compose_all, from_mapping, plain_data
 from tvfast.recipe.keys import OWN_KEYS, method_keys
 from tvfast.recipe.parsing import read_recipe
-from tvfast.recipe.recipe import Recipe, Slice, Source
+from tvfast.recipe.recipe import Module, Recipe, Slice, Source
 from tvfast.recipe.resolution import Resolver
 from tvfast.recipe.stages import read_stages
 from tvfast.recipe.tokenizer import OtherRow, OwnRow, Tokenizer, TokenRule, ZeroRow
 
 __all__ = [
+    "Module",
     "OtherRow",
     "OwnRow",
     "Recipe",

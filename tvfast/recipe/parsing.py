@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal, TypeVar
 
-from tvfast.dtypes import BY_RECIPE_NAME
 from tvfast.errors import ArgumentError, RecipeError, UnknownNameError
 from tvfast.methods import METHODS, MethodInfo, make_method
 from tvfast.methods.base import TIES
 from tvfast.recipe.document import Value, nearest, shortened
 from tvfast.recipe.keys import BASE_IS_AN_INPUT, PEER_KEYS, WORDS, Key, method_keys
-from tvfast.recipe.quantities import layer_range, n_bytes
-from tvfast.recipe.recipe import SHARD_BYTES, Recipe, Settings, Slice, Source
+from tvfast.recipe.quantities import beginnings, dtype, layer_range, n_bytes, seed
+from tvfast.recipe.recipe import SHARD_BYTES, Module, Recipe, Settings, Slice, Source
 from tvfast.recipe.references import References
 from tvfast.recipe.resolution import Resolver
 from tvfast.recipe.settings import read_setting
@@ -49,6 +49,7 @@ _OWN = (
     "lora_merge_dtype",
     "instruct",
     "out_format",
+    "modules",
 )
 _MAX_PROBED = 1000  # values of one setting that are tried one by one
 
@@ -80,7 +81,7 @@ class _Reader:
                 raise value.error("belongs under parameters; expected it there.")
         entries = document.mapping(_TOP, what)
         self.document = document
-        self.entries = {key: value for key, value in entries.items() if value.plain is not None}
+        self.entries = _given(entries)
         self.own = self.entries["tvfast"].mapping(_OWN) if "tvfast" in self.entries else {}
         stats = self.own.get("stats")
         self.stats: dict[str, Value] = {}
@@ -96,8 +97,6 @@ class _Reader:
         self.words = self._words()
 
     def recipe(self, text: str, name: str | None) -> Recipe:
-        if "modules" in self.entries:
-            raise self.entries["modules"].error("is not supported yet; expected models or slices.")
         if name is None:
             for key in ("name", "out_path"):
                 if key in self.entries:
@@ -105,7 +104,11 @@ class _Reader:
         parameters = self._settings(self.entries.get("parameters"), level="recipe")
         base = self._reference("base_model")
         self.instruct = self._instruct(base)
-        slices, stacked = self._slices(base, parameters)
+        modules = self._modules(base, parameters)
+        stacked = False
+        slices = tuple(part for module in modules for part in module.slices)
+        if not modules:
+            slices, stacked = self._slices(self.entries, self.document, base, parameters)
         known = {source.model for part in slices for source in part.sources}
         for model, value in self.stats.items():
             if model not in known:
@@ -119,8 +122,8 @@ class _Reader:
             slices=slices,
             stacked=stacked,
             parameters=parameters,
-            dtype=self._dtype("dtype"),
-            out_dtype=self._dtype("out_dtype"),
+            dtype=dtype(self.entries.get("dtype")),
+            out_dtype=dtype(self.entries.get("out_dtype")),
             tokenizer=read_tokenizer(
                 self.entries.get("tokenizer"),
                 self.entries.get("tokenizer_source"),
@@ -129,17 +132,18 @@ class _Reader:
             ),
             chat_template=self._chat_template(),
             shard_bytes=self._shard_bytes(),
-            seed=self._seed(),
+            seed=seed(self.own.get("seed")),
             tie=self._word("tie", tuple(TIES)),
             words=self.words,
             nonfinite=self._word("nonfinite", _NONFINITE) or "error",
             on_missing=self._word("on_missing", _ON_MISSING) or "error",
             on_missing_stats=self._word("on_missing_stats", _ON_MISSING_STATS) or "error",
-            lora_merge_dtype=self._dtype_of(self.own.get("lora_merge_dtype")),
+            lora_merge_dtype=dtype(self.own.get("lora_merge_dtype")),
             on_missing_scale=self._word("on_missing_scale", _ON_MISSING_SCALE) or "error",
             out_format=self._word("out_format", _OUT_FORMAT) or "safetensors",
             adapters=self.references.adapters,
             instruct=self.instruct,
+            modules=modules,
             name=name,
             warnings=tuple(f"{self.document.where}: {warning}" for warning in self.warnings.values()),
         )
@@ -150,10 +154,13 @@ class _Reader:
         """Whether a base is named, for the recipe or for a slice."""
         if "base_model" in self.entries:
             return True
-        slices = self.entries.get("slices")
-        items = slices.sequence("a list of slices") if slices is not None else []
-        found = (item.mapping(what="a mapping with sources").get("base_model") for item in items)
-        return any(base is not None and base.plain is not None for base in found)
+        sections = [self.entries]
+        if "modules" in self.entries:
+            sections += [_given(one.mapping(_MODULE)) for one in self._sections().values()]
+        found = [entries["slices"] for entries in sections if "slices" in entries]
+        items = [item for slices in found for item in slices.sequence("a list of slices")]
+        bases = (item.mapping(what="a mapping with sources").get("base_model") for item in items)
+        return any(base is not None and base.plain is not None for base in bases)
 
     # -- method and parameters --------------------------------------------------------------------------
 
@@ -224,12 +231,46 @@ class _Reader:
 
     # -- models -----------------------------------------------------------------------------------------
 
-    def _slices(self, base: str | None, parameters: Settings) -> tuple[tuple[Slice, ...], bool]:
-        given = [key for key in ("models", "slices") if key in self.entries]
+    def _modules(self, base: str | None, parameters: Settings) -> tuple[Module, ...]:
+        """What is merged by itself; nothing: the recipe has no modules."""
+        own = self.own.get("modules")
+        told = {} if own is None or own.plain is None else own.mapping(what=_WHAT_MODULES)
+        if "modules" not in self.entries:
+            if told and own is not None:
+                raise own.error("belongs to recipes with modules; this one has none. Remove it.")
+            return ()
+        if "models" in self.entries or "slices" in self.entries:
+            raise self.document.error("has modules and models or slices besides; expected one of them.")
+        sections = self._sections()
+        for name, value in told.items():
+            if name not in sections:
+                hint = nearest(name, list(sections))
+                raise value.error(f"{shortened(repr(name))} is no module of this recipe.{hint} Remove it.")
+        modules = []
+        for name, section in sections.items():
+            found = _given(section.mapping(_MODULE))
+            settings = self._settings(found.get("parameters"), level="slice")
+            slices, stacked = self._slices(found, section, base, {**parameters, **settings})
+            slices = tuple(replace(part, module=settings) for part in slices)
+            prefixes = beginnings(told[name]) if name in told else ()
+            modules.append(Module(name, prefixes, slices, stacked, section.path))
+        return tuple(modules)
+
+    def _sections(self) -> dict[str, Value]:
+        """The modules of the recipe by name, one at least."""
+        found = self.entries["modules"].mapping(what="a mapping from modules to models or slices")
+        if not found:
+            raise self.entries["modules"].expected("one module at least")
+        return found
+
+    def _slices(
+        self, entries: Mapping[str, Value], where: Value, base: str | None, parameters: Settings
+    ) -> tuple[tuple[Slice, ...], bool]:
+        given = [key for key in ("models", "slices") if key in entries]
         if len(given) != 1:
             found = "has both models and slices" if given else "has neither models nor slices"
-            raise self.document.error(f"{found}; expected one of them.")
-        value = self.entries[given[0]]
+            raise where.error(f"{found}; expected one of them.")
+        value = entries[given[0]]
         items = value.sequence(f"a list of {given[0]}")
         if not items:
             raise value.expected(f"one of its {given[0]} at least")
@@ -348,7 +389,7 @@ class _Reader:
         for part in recipe.slices:
             operands = [part.sources[k] for k in resolver.models(part)]
             for key in self.keys.values():
-                levels = [part.parameters, recipe.parameters]
+                levels = [part.parameters, part.module, recipe.parameters]
                 lacking = operands if key.per_model else [None]
                 for source in lacking:
                     at = levels if source is None else [source.parameters, *levels]
@@ -400,19 +441,6 @@ class _Reader:
             raise value.expected("auto or a Jinja template; there are no built-in names, paste the template")
         return template
 
-    def _dtype(self, key: str) -> str | None:
-        return self._dtype_of(self.entries.get(key))
-
-    @staticmethod
-    def _dtype_of(value: Value | None) -> str | None:
-        if value is None or value.plain is None:
-            return None
-        what = f"one of {', '.join(BY_RECIPE_NAME)}"
-        word = value.text(what).removeprefix("torch.")
-        if word not in BY_RECIPE_NAME:
-            raise value.expected(what)
-        return BY_RECIPE_NAME[word]
-
     def _shard_bytes(self) -> int:
         value = self.entries.get("out_shard_size")
         own = self.own.get("out_shard_size")
@@ -421,15 +449,6 @@ class _Reader:
                 raise own.error("there is an out_shard_size outside of tvfast, too; expected one of them.")
             value = own
         return SHARD_BYTES if value is None else n_bytes(value)
-
-    def _seed(self) -> int:
-        value = self.own.get("seed")
-        if value is None or value.plain is None:
-            return 0
-        seed = value.plain
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise value.expected("an integer of 64 bits")
-        return seed
 
     def _words(self) -> dict[str, str]:
         """The method's parameters that are words."""
@@ -459,11 +478,18 @@ class _Reader:
         raise value.expected(f"one of {', '.join(known)}")
 
 
+_MODULE = ("models", "slices", "parameters")
+_WHAT_MODULES = "a mapping from modules to the beginnings of their tensors' names"
 _NONFINITE: tuple[Literal["error"], Literal["propagate"]] = ("error", "propagate")
 _ON_MISSING_STATS: tuple[Literal["error"], Literal["plain"]] = ("error", "plain")
 _ON_MISSING_SCALE: tuple[Literal["error"], Literal["one"]] = ("error", "one")
 _OUT_FORMAT: tuple[Literal["safetensors"], Literal["dcp"]] = ("safetensors", "dcp")
 _ON_MISSING: tuple[Literal["error"], Literal["base"]] = ("error", "base")
+
+
+def _given(entries: Mapping[str, Value]) -> dict[str, Value]:
+    """Those that are not null."""
+    return {key: value for key, value in entries.items() if value.plain is not None}
 
 
 def _inputs(slices: Iterable[Slice], base: str | None) -> list[str]:

@@ -1,9 +1,10 @@
-"""Values of a recipe that are integers, sizes in bytes, or ranges of layers."""
+"""Values of a recipe that are integers, sizes in bytes, ranges of layers, storage types or lists of names."""
 
 from __future__ import annotations
 
 import re
 
+from tvfast.dtypes import BY_RECIPE_NAME
 from tvfast.recipe.document import Value
 
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]|[kmgt]i?b)?\s*", re.IGNORECASE)
@@ -51,3 +52,35 @@ def n_bytes(value: Value) -> int:
     if not 1 <= plain <= _MOST_BYTES:
         raise value.error(f"is {plain} bytes; expected at least 1 and at most {_MOST_BYTES}.")
     return plain
+
+
+def dtype(value: Value | None) -> str | None:
+    """The safetensors name of a storage type; None: not given."""
+    if value is None or value.plain is None:
+        return None
+    what = f"one of {', '.join(BY_RECIPE_NAME)}"
+    word = value.text(what).removeprefix("torch.")
+    if word not in BY_RECIPE_NAME:
+        raise value.expected(what)
+    return BY_RECIPE_NAME[word]
+
+
+def seed(value: Value | None) -> int:
+    """An integer of 64 bits, 0 where there is none."""
+    if value is None or value.plain is None:
+        return 0
+    found = value.plain
+    if isinstance(found, bool) or not isinstance(found, int) or not -(2**63) <= found < 2**64:
+        raise value.expected("an integer of 64 bits")
+    return found
+
+
+def beginnings(value: Value) -> tuple[str, ...]:
+    """Beginnings of tensors' names: one, or a list of them."""
+    what = "the beginning of tensors' names such as model.visual, or a list of them"
+    if isinstance(value.plain, str):
+        return (value.text(what),)
+    items = value.sequence(what)
+    if not items:
+        raise value.expected(what)
+    return tuple(item.text(what) for item in items)

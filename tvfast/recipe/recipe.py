@@ -46,6 +46,7 @@ class Slice:
         instruct: position of the instruct model in `sources`; None: the method compares with none.
         parameters: of this slice.
         place: where the recipe has it.
+        module: parameters of the module that it belongs to.
     """
 
     sources: tuple[Source, ...]
@@ -53,6 +54,7 @@ class Slice:
     parameters: Settings
     place: str
     instruct: int | None = None
+    module: Settings = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int | None:
@@ -67,6 +69,25 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """A component of the models that is merged by itself, such as the vision tower.
+
+    Attributes:
+        name: in the recipe.
+        prefixes: beginnings of the names of its tensors; none: they are found by the module's name.
+        slices: at least one; several only if `stacked`.
+        stacked: given as `slices`, so layers are renumbered.
+        place: where the recipe has it.
+    """
+
+    name: str
+    prefixes: tuple[str, ...]
+    slices: tuple[Slice, ...]
+    stacked: bool
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A checked recipe.
 
@@ -76,7 +97,7 @@ class Recipe:
         method: name of a registered method.
         dialect: whose reading of it.
         base_model: as written; also where it is no operand.
-        slices: at least one; several only if `stacked`.
+        slices: at least one; several only if `stacked`, or those of all modules.
         stacked: given as `slices`, so layers are renumbered.
         parameters: of the whole recipe.
         dtype, out_dtype: storage types by their safetensors names; None: not given.
@@ -97,6 +118,7 @@ class Recipe:
         warnings: what was ignored.
         adapters: models that are a base with an adapter added: (path of the base, path of the adapter).
         lora_merge_dtype: what these sums are rounded to; None: the type of the base's tensor.
+        modules: components that are merged by themselves; none: models are merged as they are.
         out_format: of the output: safetensors, or a distributed checkpoint of torch.
         on_missing_scale: what 8-bit codes without factors mean: an error, or numbers as they are.
         instruct: the instruct model of the base, as written; None: the method compares with none.
@@ -131,6 +153,7 @@ class Recipe:
     on_missing_scale: Literal["error", "one"] = "error"
     instruct: str | None = None
     out_format: Literal["safetensors", "dcp"] = "safetensors"
+    modules: tuple[Module, ...] = ()
 
     @property
     def reads_base(self) -> bool:

@@ -16,9 +16,9 @@ Arguments = tuple[tuple[str, Any], ...]
 class Resolver:
     """Makes methods; equal numbers give the identical object, so that tensors can be merged in batches.
 
-    A parameter is looked for at the source, at the slice, at the recipe; a level without a filter that fits
-    is passed over. What every model has of its own filters on the name of the input tensor, the rest on
-    that of the output.
+    A parameter is looked for at the source, at the slice, at its module, at the recipe; a level without a
+    filter that fits is passed over. What every model has of its own filters on the name of the input tensor,
+    the rest on that of the output.
     """
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
@@ -42,9 +42,10 @@ class Resolver:
 
     def is_constant(self, part: Slice) -> bool:
         """Whether all tensors of a slice have the same numbers."""
+        shared = (part.parameters, part.module, self.recipe.parameters)
         return all(
             setting.constant
-            for settings in (part.parameters, self.recipe.parameters, *(s.parameters for s in part.sources))
+            for settings in (*shared, *(source.parameters for source in part.sources))
             for setting in settings.values()
         )
 
@@ -82,7 +83,7 @@ class Resolver:
     def _arguments(
         self, part: Slice, names: Sequence[str], output: str, t: float
     ) -> Iterator[tuple[str, Any]]:
-        levels = (part.parameters, self.recipe.parameters)
+        levels = (part.parameters, part.module, self.recipe.parameters)
         for key in self._keys:
             if not key.per_model:
                 value = _lookup(key, levels, output, t)

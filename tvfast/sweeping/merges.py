@@ -37,6 +37,7 @@ def why_files(recipe: Recipe) -> str | None:
     part = recipe.slices[0]
     reasons = {
         "it has slices": recipe.stacked,
+        "it has modules": bool(recipe.modules),
         "it has several stages": bool(recipe.stages),
         "it changes the vocabulary": recipe.tokenizer is not None,
         "it has adapters": bool(recipe.adapters),
