@@ -1,8 +1,10 @@
 // Rows of files in another order: reads them where they belong, then fills in what is absent.
 #include <errno.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "api.hpp"
@@ -32,29 +34,83 @@ std::byte* byte_at(void* p, std::int64_t i, std::size_t size) {
   return static_cast<std::byte*>(p) + i * static_cast<std::int64_t>(size);
 }
 
-// Consecutive bytes of a file that go to consecutive bytes of memory.
-struct Request {
-  std::int64_t offset = 0;
-  std::byte* to = nullptr;
-  std::int64_t n = 0;
-
-  bool follows(std::int64_t next_offset, const std::byte* next_to) const {
-    return n > 0 && offset + n == next_offset && to + n == next_to;
-  }
+// Part of a row that is wanted: where it lies in the file, and where it goes.
+struct Wanted {
+  std::int64_t offset, n;
+  std::byte* to;
 };
 
-// The number of the error, or -1; where it stopped is left in `request`.
-int read_all(int descriptor, Request& request) {
-  while (request.n > 0) {
-    const ssize_t n =
-        pread(descriptor, request.to, static_cast<std::size_t>(request.n), request.offset);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return n < 0 ? errno : 0;
-    request.offset += n;
-    request.to += n;
-    request.n -= n;
+// Bytes between two wanted rows that are read and dropped rather than asked around: a call costs as
+// much as copying some thousand bytes.
+constexpr std::int64_t kGap = 4096;
+constexpr std::size_t kParts = 512;  // of one call; systems take 1024 at most
+
+// Reads wanted rows that lie behind each other in the file by one call.
+class Requests {
+ public:
+  explicit Requests(int descriptor) : descriptor_(descriptor) { parts_.reserve(kParts); }
+
+  // In ascending order of offsets. The number of the error, or -1.
+  int add(const Wanted& wanted) {
+    const std::int64_t gap = wanted.offset - end_;
+    if (parts_.empty() || gap < 0 || gap > kGap || parts_.size() + 2 > kParts) {
+      const int code = flush();
+      if (code >= 0) return code;
+      begin_ = end_ = wanted.offset;
+    } else if (gap > 0) {
+      append(dropped_.data(), gap);
+    }
+    append(wanted.to, wanted.n);
+    return -1;
   }
-  return -1;
+
+  int flush() {
+    std::size_t first = 0;
+    while (first < parts_.size()) {
+      ssize_t n = preadv(descriptor_, parts_.data() + first, int(parts_.size() - first), begin_);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) return n < 0 ? errno : 0;
+      begin_ += n;
+      for (; first < parts_.size() && static_cast<std::size_t>(n) >= parts_[first].iov_len; ++first)
+        n -= static_cast<ssize_t>(parts_[first].iov_len);
+      if (n > 0) {
+        parts_[first].iov_base = static_cast<std::byte*>(parts_[first].iov_base) + n;
+        parts_[first].iov_len -= static_cast<std::size_t>(n);
+      }
+    }
+    parts_.clear();
+    return -1;
+  }
+
+  std::int64_t stopped_at() const { return begin_; }
+
+ private:
+  void append(std::byte* to, std::int64_t n) {
+    end_ += n;
+    if (!parts_.empty()) {
+      iovec& last = parts_.back();
+      if (static_cast<std::byte*>(last.iov_base) + last.iov_len == to && to != dropped_.data()) {
+        last.iov_len += static_cast<std::size_t>(n);
+        return;
+      }
+    }
+    parts_.push_back({to, static_cast<std::size_t>(n)});
+  }
+
+  const int descriptor_;
+  std::int64_t begin_ = 0, end_ = 0;  // in the file
+  std::vector<iovec> parts_;
+  std::array<std::byte, kGap> dropped_;
+};
+
+bool earlier(const Wanted& a, const Wanted& b) { return a.offset < b.offset; }
+
+// Whether rows are out of order, and so close together that in order many are one request.
+bool neighbours_are_near(const std::vector<Wanted>& rows) {
+  if (std::is_sorted(rows.begin(), rows.end(), earlier)) return false;
+  const auto [first, last] = std::minmax_element(rows.begin(), rows.end(), earlier);
+  const std::int64_t each = (last->offset - first->offset) / std::int64_t(rows.size());
+  return each <= first->n + kGap;
 }
 
 // Reads a source's rows in its own type behind everything that widening will write first.
@@ -63,28 +119,24 @@ RowFailure read_rows(const RowGather& gather, int index) {
   const std::size_t size = size_of(source.stored);
   std::byte* const first =
       byte_at(source.out, gather.n, size_of(gather.dtype)) - gather.n * std::int64_t(size);
-  Request request;
-  RowFailure failure;
-  const auto flush = [&] {
-    if (failure.source >= 0 || request.n == 0) return;
-    const int code = read_all(source.descriptor, request);
-    if (code >= 0) failure = {index, code, request.offset};
-  };
+  std::vector<Wanted> rows;
+  rows.reserve(static_cast<std::size_t>(gather.n / gather.row + 2));
   for_each_row(gather, [&](const Run& run) {
     const std::int32_t row = source.rows[run.row];
-    if (row < 0 || failure.source >= 0) return;
-    const std::int64_t bytes = run.n * std::int64_t(size);
-    const std::int64_t offset =
-        source.offset + (row * gather.row + run.column) * std::int64_t(size);
-    std::byte* const to = first + run.at * std::int64_t(size);
-    if (!request.follows(offset, to)) {
-      flush();
-      request = {offset, to, 0};
-    }
-    request.n += bytes;
+    if (row < 0) return;
+    const std::int64_t element = row * gather.row + run.column;
+    rows.push_back({source.offset + element * std::int64_t(size), run.n * std::int64_t(size),
+                    first + run.at * std::int64_t(size)});
   });
-  flush();
-  return failure;
+  if (neighbours_are_near(rows)) std::sort(rows.begin(), rows.end(), earlier);
+  Requests requests(source.descriptor);
+  for (const Wanted& wanted : rows) {
+    const int code = requests.add(wanted);
+    if (code >= 0) return {index, code, requests.stopped_at()};
+  }
+  const int code = requests.flush();
+  if (code >= 0) return {index, code, requests.stopped_at()};
+  return {};
 }
 
 // Fills one row of every source that lacks it.

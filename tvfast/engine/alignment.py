@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from tvfast.checkpoint.reading import Checkpoint
@@ -233,8 +234,10 @@ class Alignment:
             member = self._members[model]
             end = min(member.n_rows, n_stored)
             ids: Mapping[Any, int] = member.vocabulary.ids  # also asked for None, which has no token
-            numbers = map(ids.get, self.tokenizer.tokens)
-            known = array("i", (-1 if n is None or n >= end else n for n in numbers))
+            numbers = list(map(ids.get, self.tokenizer.tokens, repeat(-1)))
+            if max(numbers, default=-1) >= end:
+                numbers = [n if n < end else -1 for n in numbers]
+            known = array("i", numbers)
             self._own[model, n_stored] = known
             if model == self._donor and n_stored > self.n_rows:
                 self._note(

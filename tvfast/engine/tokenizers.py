@@ -109,9 +109,8 @@ def union_tokenizer(
     added: dict[str, dict[str, Any]] = {}
     for member in (base, *others):
         own = member.vocabulary.added
-        for token in member.vocabulary.ids:
-            if token not in own and member.number(token) >= 0:
-                plain.setdefault(token)
+        numbers = member.vocabulary.ids.items()
+        plain |= {token: None for token, n in numbers if 0 <= n < member.n_rows and token not in own}
         for token, settings in own.items():
             if member.number(token) >= 0:
                 added.setdefault(token, settings)
