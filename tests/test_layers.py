@@ -55,7 +55,7 @@ LAYERS = {
     "tvfast.dtypes": Layer(),
     "tvfast.program": Layer(),
     "tvfast.factored": Layer(inside=("tvfast.program",)),
-    "tvfast.checkpoint": Layer(inside=("tvfast.errors", "tvfast.dtypes")),
+    "tvfast.checkpoint": Layer(inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint.hub")),
     "tvfast.checkpoint.hub": Layer(inside=("tvfast.errors",), outside=("huggingface_hub",)),
     "tvfast.statistics": Layer(
         inside=("tvfast.errors", "tvfast.dtypes", "tvfast.checkpoint", "tvfast.statistics.tensors")

@@ -154,3 +154,32 @@ def test_rows_are_added_in_their_order() -> None:
         expected += one
     host.add_rows(matrix.ctypes.data, 37, 13, sums.ctypes.data)
     assert np.array_equal(sums, expected)
+
+
+@pytest.mark.parametrize("order", ["ascending", "mixed", "far"])
+@pytest.mark.parametrize("step", [1, 2, 9])
+def test_neighbours_in_a_file_become_one_request(tmp_path: Path, order: str, step: int) -> None:
+    """More rows than one call takes, with gaps of any size between them, some asked for twice."""
+    n_rows, row = 1500, 257
+    rng = np.random.default_rng(step)
+    stored = rng.standard_normal((n_rows * step, row)).astype(np.float32)
+    path = tmp_path / "matrix"
+    path.write_bytes(bytes(_OFFSET) + stored.tobytes())
+    rows = np.arange(0, n_rows * step, step, dtype=np.int32)
+    if order == "mixed":
+        rows = np.concatenate([rng.permutation(part) for part in np.split(rows, 15)])
+        rows[::7] = rows[3]
+    elif order == "far":
+        rows = rng.permutation(rows)
+    rows[::11] = -1
+    expected = np.where(rows[:, None] < 0, np.float32(0), stored[rows]).reshape(-1)
+    fill = np.full(n_rows, ZERO_ROW, np.int32)
+    start, n = 100, (n_rows - 2) * row
+    out = np.zeros(n, np.float32)
+    descriptor = os.open(path, os.O_RDONLY)
+    source = RowSource(descriptor, _OFFSET, DType.F32, rows.ctypes.data, 0, out.ctypes.data)
+    try:
+        host.gather_rows([source], fill.ctypes.data, DType.F32, row, start, n)
+    finally:
+        os.close(descriptor)
+    assert np.array_equal(out, expected[start : start + n])
