@@ -63,9 +63,8 @@ THREE = (
 
 
 def weights(binding: Binding, name: str) -> Any:
-    method = task(binding, name).method
-    assert method is not None
-    return method.weights  # type: ignore[attr-defined]  # every method of these recipes has weights
+    method: Any = task(binding, name).method
+    return method.weights
 
 
 def test_every_module_has_its_own_numbers() -> None:

@@ -91,14 +91,15 @@ def downloaded(path: str, files: Sequence[Sequence[str]]) -> str:
         )
     try:
         import huggingface_hub
-        from huggingface_hub import errors, utils
+        from huggingface_hub import errors
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise CheckpointError(
             f"{nowhere}; huggingface_hub, which downloads models, is not installed. Expected a checkpoint's "
             "directory or file; if it is a model of the hub, `pip install tvfast[hub]`, or download it first."
         ) from None
     if not sys.stderr.isatty():
-        utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         for patterns in files:
             snapshot = huggingface_hub.snapshot_download(

@@ -84,7 +84,7 @@ class ModuleRows:
         modules = self._recipe.modules
         names = list(checkpoint.tensors)
         owners: dict[str, str] = {}
-        rest = []
+        rest: list[Module] = []
         for module in modules:
             prefixes = module.prefixes or self._prefixes(module, names, checkpoint)
             if not prefixes:
@@ -101,7 +101,7 @@ class ModuleRows:
                 "one such module at most, which takes what the others have not",
             )
         found: dict[str, list[str]] = {module.name: [] for module in modules}
-        lost = []
+        lost: list[str] = []
         for name in names:
             owner = _owner(name, owners) or (rest[0].name if rest else None)
             (lost if owner is None else found[owner]).append(name)
