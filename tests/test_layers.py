@@ -52,6 +52,7 @@ LAYERS = {
         )
     ),
     "tvfast.errors": Layer(),
+    "tvfast._pictures": Layer(),
     "tvfast.dtypes": Layer(),
     "tvfast.program": Layer(),
     "tvfast.factored": Layer(inside=("tvfast.program",)),
@@ -226,12 +227,19 @@ LAYERS = {
         outside=("torch", "transformers"),
     ),
     "tvfast.analysis": Layer(
-        inside=("tvfast.errors", "tvfast.live"),
+        inside=("tvfast.errors", "tvfast.live", "tvfast._pictures"),
         outside=("torch", "numpy", "fairlearn", "pandas", "matplotlib"),
     ),
     # `tvfast sweep`: recipes are read as merges read them, and merged live or as files.
     "tvfast.sweeping": Layer(
-        inside=("tvfast.errors", "tvfast.recipe", "tvfast.search", "tvfast.live", "tvfast.methods"),
+        inside=(
+            "tvfast.errors",
+            "tvfast.recipe",
+            "tvfast.search",
+            "tvfast.live",
+            "tvfast.methods",
+            "tvfast._pictures",
+        ),
         exactly=("tvfast", "tvfast.checkpoint.reading", "tvfast.engine.reading"),
         outside=("torch", "transformers", "matplotlib"),
     ),
@@ -308,6 +316,7 @@ LAYERS = {
             "tvfast.ops.raw",
             "tvfast.checkpoint",
             "tvfast.engine",
+            "tvfast._pictures",
         ),
         outside=("matplotlib",),
     ),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from tvfast._pictures import verbatim
 from tvfast.analysis.disentanglement import DisentanglementMap
 from tvfast.analysis.fairness import FairnessRow
 
@@ -43,7 +44,8 @@ def draw_disentanglement(
             shading="nearest",
         )
         axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color="white", linewidth=1.4)
-        axes.set(xlabel=f"α₁, {names[0]}", ylabel=f"α₂, {names[1]}", title=title, aspect="equal")
+        first, second = map(verbatim, names)
+        axes.set(xlabel=f"α₁, {first}", ylabel=f"α₂, {second}", title=verbatim(title), aspect="equal")
     figure.colorbar(shown, ax=list(panels), label="ξ(α₁, α₂)")
     figure.savefig(path, dpi=130)
 
@@ -62,7 +64,7 @@ def draw_fairness(
     scales = [row.scale for row in rows]
     left.plot(scales, [row.fairness.accuracy for row in rows], color="black", linewidth=2.2, label="all")
     for group in rows[0].fairness.accuracies:
-        left.plot(scales, [row.fairness.accuracies[group] for row in rows], marker=".", label=group)
+        left.plot(scales, [row.fairness.accuracies[group] for row in rows], marker=".", label=verbatim(group))
     for name, metric in (
         ("demographic parity", "demographic_parity_difference"),
         ("equalised odds", "equalised_odds_difference"),
@@ -72,10 +74,10 @@ def draw_fairness(
     right.set_ylabel("difference between groups")
     right.set_ylim(bottom=0.0)
     for axes in (left, right):
-        axes.set_xlabel(label)
+        axes.set_xlabel(verbatim(label))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-    figure.suptitle(title)
+    figure.suptitle(verbatim(title))
     figure.savefig(path, dpi=130)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any
 
+from tvfast._pictures import verbatim
 from tvfast.errors import OutputError
 
 _COLORS = ("#2668dd", "#c2570c", "#0c8567", "#8b3fd9", "#c2185f", "#66740a", "#087b9f", "#79593f")
@@ -34,7 +35,7 @@ def draw(found: dict[str, Any], path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    base, *names = (os.path.basename(os.path.normpath(one["path"])) for one in found["checkpoints"])
+    base, *names = (verbatim(os.path.basename(os.path.normpath(one["path"]))) for one in found["checkpoints"])
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     (size, direction), (signs, magnitudes) = figure.subplots(2, 2)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tvfast._pictures import verbatim
 from tvfast.search import Interval
 from tvfast.sweeping.configuration import Sweep
 from tvfast.sweeping.table import Row
@@ -52,10 +53,10 @@ def _curves(figure: Any, sweep: Sweep, rows: Sequence[Row], best: Row | None, na
         points = sorted((row.parameters[axis.name], row.metrics[name]) for row in _with(rows, name))
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.6)
         _mark(axes, axis.name, name, best)
-        axes.set_ylabel(name)
+        axes.set_ylabel(verbatim(name))
         axes.grid(alpha=0.3)
         _scale(axes.set_xscale, axis.values)
-    axes.set_xlabel(axis.name)
+    axes.set_xlabel(verbatim(axis.name))
 
 
 def _maps(figure: Any, sweep: Sweep, rows: Sequence[Row], best: Row | None, names: Sequence[str]) -> None:
@@ -81,7 +82,7 @@ def _maps(figure: Any, sweep: Sweep, rows: Sequence[Row], best: Row | None, name
             range(len(xs)), [f"{x:g}" for x in xs], rotation=90 if len(xs) > _MOST_LABELLED else 0
         )
         axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-        axes.set(xlabel=across.name, ylabel=down.name, title=name)
+        axes.set(xlabel=verbatim(across.name), ylabel=verbatim(down.name), title=verbatim(name))
         if max(len(xs), len(ys)) <= _MOST_LABELLED:
             _figures(axes, image, cells)
         if best is not None:
@@ -120,10 +121,10 @@ def _panels(figure: Any, sweep: Sweep, rows: Sequence[Row], best: Row | None, na
             points, [row.metrics[name] for row in found], c=[row.point for row in found], s=14, cmap="viridis"
         )
         _mark(axes, axis.name, name, best)
-        axes.set_xlabel(axis.name)
+        axes.set_xlabel(verbatim(axis.name))
         axes.grid(alpha=0.3)
         _scale(axes.set_xscale, axis.values)
-    panels[0].set_ylabel(name)
+    panels[0].set_ylabel(verbatim(name))
     panels[0].set_title("early points are dark, late ones bright", fontsize=8)
     if sweep.objective is not None:
         better = max if sweep.objective.maximise else min
