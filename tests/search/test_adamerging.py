@@ -109,3 +109,20 @@ def test_what_stops_it() -> None:
     voting = tvfast.LiveMerge(model, deltas=task_vectors(model), method="ties")
     with pytest.raises(ArgumentError, match="elects signs"):
         search.adamerging(voting, outputs, data())
+
+
+def test_entropy_of_distributions_with_impossible_classes() -> None:
+    """0 ln 0 counts 0, in the value and in the gradient."""
+    logits = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.5, 0.5]], requires_grad=True)
+    few = search.entropy(logits)
+    (expected,) = torch.autograd.grad(few, logits)
+    masked = torch.tensor([[1.0, -torch.inf, 2.0, -1.0], [0.5, 0.5, -torch.inf, 0.5]], requires_grad=True)
+    found = search.entropy(masked)
+    assert found == few
+    (gradient,) = torch.autograd.grad(found, masked)
+    possible = masked.detach() > -torch.inf
+    torch.testing.assert_close(gradient[possible].view(2, 3), expected)
+    assert not gradient[~possible].any()
+    assert search.entropy(torch.tensor([[0.0, -torch.inf]])) == 0.0
+    assert search.entropy(torch.tensor([[0.0, -1e6]])) == 0.0
+    assert search.entropy(torch.full((1, 2), -torch.inf)).isnan()

@@ -99,3 +99,35 @@ def test_wrong_searches(make: Callable[[], Any], message: str) -> None:
 def test_what_is_no_number_is_named() -> None:
     with pytest.raises(EvaluationError, match=r"returned a NoneType at \[1.0\]"):
         search.maximise(lambda point: None, Grid([[1]]))  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("worst", [math.inf, math.nan, 1e308])
+def test_cma_ranks_infinities_and_nan(worst: float) -> None:
+    """Only the order of values counts: -inf is better than every number, and NaN comes last."""
+    pytest.importorskip("cma", reason="CMA-ES is the package cma's")
+
+    def follow(values: Sequence[float]) -> list[tuple[float, ...]]:
+        search = CMA([Interval(0.0, 1.0)] * 2, 18, seed=1, population=6)
+        points = search.ask()
+        search.tell(values)
+        return points + search.ask()
+
+    assert follow([3.0, -math.inf, 1.0, 2.0, worst, 1.0]) == follow([3.0, -5.0, 1.0, 2.0, 7.0, 1.0])
+    assert follow([math.inf, 2.0, 1.0, 3.0, math.nan, 0.0]) == follow([4.0, 2.0, 1.0, 3.0, 5.0, 0.0])
+
+
+def test_cma_goes_where_values_are_without_a_bound() -> None:
+    pytest.importorskip("cma", reason="CMA-ES is the package cma's")
+
+    def value(point: Sequence[float]) -> float:
+        return -math.inf if point[0] < 0.1 else point[0]
+
+    found = search.minimise(value, CMA([Interval(0.0, 1.0)] * 2, 90, seed=1))
+    assert found.best.value == -math.inf
+    assert sum(trial.value == -math.inf for trial in found.trials[-30:]) > 15
+
+
+def test_nan_is_the_best_only_where_all_are() -> None:
+    values = iter([math.nan, math.inf, math.nan])
+    assert search.minimise(lambda point: next(values), Grid([[0, 1, 2]])).best.value == math.inf
+    assert math.isnan(search.minimise(lambda point: math.nan, Grid([[0, 1]])).best.value)

@@ -27,9 +27,10 @@ class Learned:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of softmax distributions, in nats: logits [..., C] -> []."""
+    """Mean entropy of softmax distributions, in nats: logits [..., C] -> []; classes of -inf count 0."""
     logarithms = logits.float().log_softmax(-1)
-    return -(logarithms.exp() * logarithms).sum(-1).mean()
+    finite = logarithms.masked_fill(logarithms == -torch.inf, 0.0)  # 0 ln 0 = 0, in the gradient too
+    return -(logarithms.exp() * finite).sum(-1).mean()
 
 
 def adamerging(

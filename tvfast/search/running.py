@@ -20,7 +20,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All trials in their order, and the first of the best ones; NaN is never the best of several."""
+    """All trials in their order, and the first of the best ones; NaN is the best only where all are NaN."""
 
     best: Trial
     trials: tuple[Trial, ...]
@@ -53,7 +53,7 @@ def _search(evaluate: Callable[[Point], float], strategy: Strategy, sign: float)
         found = [Trial(point, _number(evaluate(point), point)) for point in points]
         trials += found
         strategy.tell([sign * trial.value for trial in found])
-    best = min(trials, key=lambda trial: math.inf if math.isnan(trial.value) else sign * trial.value)
+    best = min(trials, key=lambda trial: (math.isnan(trial.value), sign * trial.value))
     return Found(best, tuple(trials))
 
 

@@ -52,7 +52,10 @@ class Strategy(Protocol):
         """The next points, none when it is done. Values of the last ones are told before."""
 
     def tell(self, losses: Sequence[float]) -> None:
-        """What the points of the last `ask` came to, in their order; lower is better, NaN the worst."""
+        """What the points of the last `ask` came to, in their order.
+
+        Lower is better; infinities are values like others, and NaN comes after all of them.
+        """
 
 
 class Grid:
@@ -179,9 +182,10 @@ class CMA:
     def tell(self, losses: Sequence[float]) -> None:
         if len(losses) < len(self._asked):
             return  # the last generation, cut short
-        # ranks are all that matters: what failed comes after everything that did not
-        worst = max((loss for loss in losses if math.isfinite(loss)), default=0.0) + 1.0
-        self._distribution.tell(self._asked, [loss if math.isfinite(loss) else worst for loss in losses])
+        # Their order is all that CMA-ES reads of values, and ranks are finite.
+        order = sorted({loss for loss in losses if not math.isnan(loss)})
+        ranks = {loss: float(rank) for rank, loss in enumerate(order)}
+        self._distribution.tell(self._asked, [ranks.get(loss, float(len(order))) for loss in losses])
 
 
 def _distribution(start: Sequence[float], spread: float, seed: int, population: int | None) -> Any:
