@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tvfast
-from bench.checkpoints import device, loads, suite
+from bench.checkpoints import device, loads, reports, suite
 from bench.checkpoints.family import PRESETS, Family
 from bench.checkpoints.limits import cold_reads, direct_write, moved, warm_limit
 from bench.checkpoints.peer import Peer, find_peer
@@ -251,6 +251,23 @@ def test_the_suite_measures_and_leaves_nothing(
     assert rows["ties", "cold"]["limit_parts"][0]["read"]["n_bytes"] == rows["ties", "cold"]["read_bytes"]
     assert sorted(p.name for p in family.rglob("*")) == before
     assert "cat + cp" in capsys.readouterr().out
+
+
+def test_reports_are_timed_in_turn_with_merges_without(
+    family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in family.rglob("*"))
+    assert reports.main(["--family", str(family), "--rounds", "2", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["row"] == "ties --report"
+    for name in ("without", "with"):
+        assert len(row[name]["seconds"]["samples_s"]) == 2
+        assert row[name]["cpu_s"]["median_s"] > 0
+    pairs = zip(*(row[name]["seconds"]["samples_s"] for name in ("with", "without")), strict=True)
+    assert row["ratio"] == pytest.approx(sum(a / b for a, b in pairs) / 2)
+    assert sorted(p.name for p in family.rglob("*")) == before
+    assert "ties --report" in capsys.readouterr().out
 
 
 def test_a_merge_that_fails_is_a_record(
