@@ -1,16 +1,20 @@
 """A disentanglement map beside its forward passes alone: `python -m bench.disentanglement [--points 21]`.
 
 An encoder of MiniLM's size (6 layers of width 384, 22 million parameters), two task vectors and tokens, all
-of them random: time depends on none of it. Prints one JSON object; `ratio` is to be at most 1.2.
+of them random: time depends on none of it. Prints one JSON object; `ratio` is to be at most 1.2. Interrupted,
+or with `--seconds`, it tells of the first part of a map.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +46,52 @@ class Encoder(nn.Module):
         return logits
 
 
+class Stopped(Exception):
+    """A map took as long as it may."""
+
+
+@dataclass
+class Spent:
+    """Seconds of one map, and of its forward passes alone: each runs once more right after it, so that both
+    meet the same drift of the machine."""
+
+    clock: Callable[[], float]
+    predict: Callable[[int], Tensor]
+    most_s: float = math.inf
+    start: float = 0.0
+    alone_s: float = 0.0
+    map_s: float = 0.0
+    n_forward: int = 0
+
+    def __call__(self, task: int) -> Tensor:
+        found = self.predict(task)
+        between = self.clock()
+        self.predict(task)
+        end = self.clock()
+        self.map_s = between - self.start - self.alone_s
+        self.alone_s += end - between
+        self.n_forward += 1
+        if end - self.start > self.most_s:
+            raise Stopped
+        return found
+
+    @property
+    def ratio(self) -> float:
+        return self.map_s / self.alone_s if self.alone_s else math.nan
+
+
 def measured(
-    points: int, texts: int, length: int, rounds: int, clock: Callable[[], float]
+    points: int,
+    texts: int,
+    length: int,
+    rounds: int,
+    clock: Callable[[], float],
+    most_s: float = math.inf,
 ) -> dict[str, object]:
-    """Maps and plain forward passes in turn, and the median of their ratios."""
+    """Maps with their forward passes alone, and the median of their ratios.
+
+    A round that is interrupted, or takes longer than `most_s`, is the last, and its figures are of a part.
+    """
     torch.manual_seed(0)
     model = Encoder(length).eval()
     deltas = [{n: 0.01 * torch.randn_like(t) for n, t in model.state_dict().items()} for _ in range(2)]
@@ -56,27 +102,29 @@ def measured(
         with torch.no_grad():
             return torch.cat([model(part) for part in tokens[task].split(_BATCH)]).argmax(-1)
 
-    maps, forwards = [], []
+    found: list[Spent] = []
+    complete = False
     with tvfast.LiveMerge(model, deltas=deltas) as live:
         predict(0)
-        for _ in range(rounds):
-            start = clock()
-            found = analysis.disentanglement(live, predict, first=axis)
-            between = clock()
-            for number in range(found.n_forward):
-                predict(number % 2)
-            maps.append(between - start)
-            forwards.append(clock() - between)
+        try:
+            for _ in range(rounds):
+                found.append(Spent(clock, predict, most_s, clock()))
+                analysis.disentanglement(live, found[-1], first=axis)
+            complete = True
+        except (Stopped, KeyboardInterrupt):
+            found = [one for one in found if one.n_forward]
+            if not found:
+                raise
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "points": points,
         "texts_per_task": texts,
         "tokens_per_text": length,
-        "n_forward": found.n_forward,
-        "n_merges": found.n_merges,
-        "map_s": statistics.median(maps),
-        "forward_s": statistics.median(forwards),
-        "ratio": statistics.median(a / b for a, b in zip(maps, forwards, strict=True)),
+        "complete": complete,
+        "n_forward": [one.n_forward for one in found],
+        "map_s": statistics.median(one.map_s for one in found),
+        "forward_s": statistics.median(one.alone_s for one in found),
+        "ratio": statistics.median(one.ratio for one in found),
         "environment": environment(),
     }
 
@@ -89,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=256, help="of each task")
     parser.add_argument("--length", type=int, default=32, help="tokens of a text")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of a round, at most; then it ends")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--cpu-time",
@@ -98,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    found = measured(options.points, options.texts, options.length, options.rounds, clock)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
+    found = measured(options.points, options.texts, options.length, options.rounds, clock, options.seconds)
     print(json.dumps({"threads": options.threads, "cpu_time": options.cpu_time, **found}, indent=1))
     return 0
 
