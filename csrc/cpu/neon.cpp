@@ -14,6 +14,7 @@ namespace {
 #include "generic/combine.inl"
 #include "generic/fused.inl"
 #include "generic/host.inl"
+#include "generic/sums.inl"
 #include "generic/measure.inl"
 #include "generic/multiply.inl"
 #include "generic/rows.inl"

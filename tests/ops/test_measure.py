@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -156,6 +157,67 @@ def test_sums_are_within_the_bound_of_the_true_sums(
         check(np.abs(row), lambda moments, j=j: moments.l1_before[j])
         for k, other in enumerate(rows):
             check(row * other, lambda moments, j=j, k=k: moments.gram[j][k])
+
+
+def by_definition(addends: Sequence[float]) -> float:
+    """docs/numerics.md, Sums: each addend at a multiple of 2^(40 (J - 1)), added as integers."""
+    largest = max(map(abs, addends))
+    if largest == 0.0:
+        return 0.0
+    grid = 40 * (math.frexp(largest)[1] // 40 - 1)
+    unit = Fraction(2) ** grid
+    return float(unit * sum(round(Fraction(x) / unit) for x in addends))
+
+
+BLOCKS = {
+    "alike": [0, 0, 0, 0, 0],
+    "windows rise": [-60, -40, -20, 0, 20],
+    "windows fall": [20, 0, -20, -40, -60],
+    "by one bit": [-1, 0, -21, -20, -19],
+    "some of zeros": [None, -10, None, 10, None],
+    "nothing": [None] * 5,
+}
+"""Exponents of what blocks of elements are scaled by; None: they are zeros."""
+
+
+@pytest.mark.parametrize("exponents", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_many_blocks_follow_the_definition(
+    native_with: Callable[..., Backend], exponents: list[int | None], dtype: torch.dtype
+) -> None:
+    """Other blocks than the first have a window to be added at, if their products stay below it."""
+    rng = np.random.default_rng(5)
+    n, n_last = 1344, 333
+    models = []
+    for model in range(4):
+        shifted = exponents[model % 2 :] + exponents[: model % 2]  # so that pairs have windows of their own
+        blocks = [
+            torch.zeros(n) if exponent is None else normal_values(rng, n, torch.float32) * 2.0**exponent
+            for exponent in shifted
+        ]
+        models.append(torch.cat(blocks)[: -(n - n_last)].to(dtype))
+    case = sums_case(models)
+    rows = [model.double().tolist() for model in models]
+    expected = [
+        [by_definition([x * y for x, y in zip(one, other, strict=True)]) for other in rows] for one in rows
+    ]
+    for options in ({}, {"tile": 64}, {"tile": 1024}):
+        backend = native_with(**options)
+        (found,) = backend.measure(case.table(), case.program, case.scalars, Wants.GRAM, n_threads=2)
+        assert found.gram == expected
+
+
+def test_an_infinity_in_a_late_block_is_in_its_own_sums_only(native: Backend) -> None:
+    models = [torch.full((5000,), 0.5) for _ in range(3)]
+    models[1][4321] = -math.inf
+    models[2][4321] = 0.0
+    case = sums_case(models)
+    (found,) = native.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    assert found.gram[0][0] == 1250.0
+    assert found.gram[2][2] == found.gram[0][2] == 1249.75
+    assert found.gram[1][1] == math.inf
+    assert found.gram[0][1] == -math.inf
+    assert math.isnan(found.gram[1][2])
 
 
 def test_squares_are_the_diagonal_of_the_gram_matrix(backend: Backend) -> None:

@@ -1,62 +1,5 @@
 // measure: sums, counts and keys of a block. No include guard on purpose.
 
-TVFAST_INLINE D widened(const float* p) { return __builtin_convertvector(load<HalfF>(p), D); }
-
-TVFAST_INLINE D widened_magnitude(const float* p) {
-  return (D)((Q)widened(p) & 0x7fffffffffffffffull);
-}
-
-// Adds `n` doubles to an order-independent sum: docs/numerics.md, "Sums". value(j) is kDoubles of
-// them from j on, zeros past `n`. Parts of addends are below 2^39 units, so sums of up to 2^14 of
-// them are exact.
-template <class Value>
-TVFAST_INLINE void add_block(BinnedSum& sum, std::int64_t n, Value&& value) {
-  constexpr int kParts = kLanes / kDoubles;
-  // At the window of the largest addend so far, two rounding constants split an addend into exact
-  // high and low parts. If the block holds a larger addend, the window is raised and the block is
-  // taken again.
-  for (int window = sum.window == kNoWindow ? -9 : sum.window;;) {
-    const double split_high = std::ldexp(1.5, 52 + kWindowBits * window);
-    const double split_low = std::ldexp(1.5, 52 + kWindowBits * (window - 1));
-    D high[kParts] = {}, low[kParts] = {};
-    Q most[kParts] = {};
-    for (std::int64_t j = 0; j < n; j += kLanes) {
-#pragma GCC unroll 2
-      for (int part = 0; part < kParts; ++part) {
-        const D x = value(j + part * kDoubles);
-        const D q = (x + split_high) - split_high;
-        high[part] += q;
-        low[part] += ((x - q) + split_low) - split_low;
-        const Q magnitude = (Q)x & 0x7fffffffffffffffull;
-        most[part] = magnitude > most[part] ? magnitude : most[part];
-      }
-    }
-    std::uint64_t largest = 0;
-    for (const Q& part : most) largest = std::max<std::uint64_t>(largest, lane_max(part));
-    if (largest >= 0x7ff0000000000000ull) {
-      for (std::int64_t j = 0; j < n; j += kDoubles) {
-        const D x = value(j);
-        for (int lane = 0; lane < kDoubles; ++lane) sum.add(x[lane]);
-      }
-      return;
-    }
-    if (largest == 0) return;
-    const int needed = window_of(std::bit_cast<double>(largest));
-    if (needed > window || sum.window == kNoWindow) {
-      sum.raise(needed);
-      if (needed != window) {
-        window = needed;
-        continue;
-      }
-    }
-    for (int part = 0; part < kParts; ++part) {
-      sum.high += static_cast<Int128>(std::ldexp(lane_sum(high[part]), -kWindowBits * window));
-      sum.low += static_cast<Int128>(std::ldexp(lane_sum(low[part]), -kWindowBits * (window - 1)));
-    }
-    return;
-  }
-}
-
 // The lanes from j on that lie before n.
 TVFAST_INLINE M first_lanes(std::int64_t j, std::int64_t n) {
   return (M)(iota() < static_cast<std::uint32_t>(std::min<std::int64_t>(n - j, kLanes)));
@@ -128,9 +71,39 @@ static void count_alone(const BlockCall& block, Moments& moments) {
   }
 }
 
+// Leaves of a block's task vector what the keep stage keeps; counts it, and sets bits of planes.
+static void keep_and_count(const BlockCall& block, int k, const KeepBlock& keep, unsigned wants,
+                           Moments& moments) {
+  const Entry& entry = block.tile.entry;
+  const std::int64_t n = block.n;
+  float* tau = block.tau(k);
+  I kept_count = {}, nonzero_count = {};
+  std::uint64_t word = 0;
+  for (std::int64_t j = 0; j < n; j += kLanes) {
+    const F x = load<F>(tau + j);
+    const M kept = keep(j, x) & first_lanes(j, n);
+    const F t = masked(kept, x);
+    store(tau + j, t);
+    kept_count -= kept;
+    nonzero_count -= not_zero(t);
+    if (!(wants & kPlanes)) continue;
+    word |= std::uint64_t{mask_bits(kept)} << (j & 63);
+    if (((j + kLanes) & 63) != 0 && j + kLanes < n) continue;
+    const std::int64_t first = j & ~std::int64_t{63};
+    set_bits(entry.masks[k], block.begin + first, word, std::min<std::int64_t>(64, n - first));
+    word = 0;
+  }
+  if (wants & COUNTS) {
+    moments.n_kept[k] += lane_sum(kept_count);
+    moments.n_nonzero[k] += lane_sum(nonzero_count);
+  }
+}
+
 static void measure_tile(const TileCall& call, unsigned wants, Moments& moments) {
   const Entry& entry = call.entry;
   const int n_models = call.n_models();
+  const bool asks_keep = call.program.keep != Keep::ALL || (wants & (COUNTS | kPlanes)) != 0;
+  std::vector<float> largest(n_models);
   for_each_block(call, [&](const BlockCall& block) {
     const std::int64_t n = block.n;
     const float* origin =
@@ -151,27 +124,7 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
     const float* variance = stage_variance(block);
     for (int k = 0; k < n_models; ++k) {
       float* tau = block.tau(k);
-      const KeepBlock keep = keep_block(block, k, variance);
-      I kept_count = {}, nonzero_count = {};
-      std::uint64_t word = 0;
-      for (std::int64_t j = 0; j < n; j += kLanes) {
-        const F x = load<F>(tau + j);
-        const M kept = keep(j, x) & first_lanes(j, n);
-        const F t = masked(kept, x);
-        store(tau + j, t);
-        kept_count -= kept;
-        nonzero_count -= not_zero(t);
-        if (!(wants & kPlanes)) continue;
-        word |= std::uint64_t{mask_bits(kept)} << (j & 63);
-        if (((j + kLanes) & 63) != 0 && j + kLanes < n) continue;
-        const std::int64_t first = j & ~std::int64_t{63};
-        set_bits(entry.masks[k], block.begin + first, word, std::min<std::int64_t>(64, n - first));
-        word = 0;
-      }
-      if (wants & COUNTS) {
-        moments.n_kept[k] += lane_sum(kept_count);
-        moments.n_nonzero[k] += lane_sum(nonzero_count);
-      }
+      if (asks_keep) keep_and_count(block, k, keep_block(block, k, variance), wants, moments);
       if (wants & L1)
         add_block(moments.l1[k], n, [tau](std::int64_t j) { return widened_magnitude(tau + j); });
     }
@@ -188,13 +141,14 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
       }
     }
     if (wants & (GRAM | SQUARES)) {
+      for (int k = 0; k < n_models; ++k) largest[k] = largest_of(block.tau(k), n);
       for (int a = 0; a < n_models; ++a) {
+        Products products(block.tau(a), largest[a], n);
         for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
           if ((wants & LAST) != 0 && b != a && b != n_models - 1) continue;
-          const float *x = block.tau(a), *y = block.tau(b);
-          add_block(moments.gram[a * n_models + b], n,
-                    [x, y](std::int64_t j) { return widened(x + j) * widened(y + j); });
+          products.add(block.tau(b), largest[b], moments.gram[a * n_models + b]);
         }
+        products.flush();
       }
     }
     if (wants & ALONE) count_alone(block, moments);

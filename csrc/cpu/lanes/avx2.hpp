@@ -27,6 +27,13 @@ TVFAST_INLINE F fused_add(F a, F b, F c) {
   return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
+TVFAST_INLINE D widened(const float* p) { return __builtin_convertvector(load<HalfF>(p), D); }
+
+// x y + c, rounded once.
+TVFAST_INLINE D add_product(D x, D y, D c) {
+  return (D)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)c);
+}
+
 TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   const __m256i x = (__m256i)a, y = _mm256_set1_epi32(static_cast<int>(b));
   const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);

@@ -29,6 +29,14 @@ TVFAST_INLINE F fused_add(F a, F b, F c) {
   return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+// kDoubles floats; the compiler would convert them in two halves.
+TVFAST_INLINE D widened(const float* p) { return (D)_mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+
+// x y + c, rounded once.
+TVFAST_INLINE D add_product(D x, D y, D c) {
+  return (D)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)c);
+}
+
 TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   const __m512i x = (__m512i)a, y = _mm512_set1_epi32(static_cast<int>(b));
   const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, y), 32);

@@ -22,6 +22,11 @@ TVFAST_INLINE F fused_add(F a, F b, F c) {
   return c;
 }
 
+TVFAST_INLINE D widened(const float* p) { return __builtin_convertvector(load<HalfF>(p), D); }
+
+// x y + c, rounded once: x and y hold floats, so that their product is exact.
+TVFAST_INLINE D add_product(D x, D y, D c) { return x * y + c; }
+
 // High word of the 64-bit product, by 16-bit halves.
 TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   const U a0 = a & 0xffffu, a1 = a >> 16;
