@@ -14,7 +14,9 @@ from torch import Tensor
 
 import tvfast
 from tvfast.cli.main import main
-from tvfast.errors import ArgumentError, RecipeError, ShapeError
+from tvfast.engine.run import Run
+from tvfast.engine.source import Loaded
+from tvfast.errors import ArgumentError, MergeError, RecipeError, ShapeError
 from tvfast.recipe import parse_recipe
 
 State = dict[str, Tensor]
@@ -112,6 +114,51 @@ def test_little_memory_gives_the_same_bytes(tmp_path: Path, parameters: dict[str
     wanted = expected(found, parameters, own)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(merged[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named_and_may_go_through(
+    tmp_path: Path, member: str, value: float
+) -> None:
+    """The norms tell that there is one, and only then is it looked for."""
+    found = members(24)
+    found[member]["model.layers.7.attn.q.weight"].view(-1)[37] = value
+    config = recipe(write(tmp_path, found), {}, {})
+    says = rf"{member}/model.safetensors: tensor 'model.layers.7.attn.q.weight' holds NaN .* at element 37"
+    with pytest.raises(MergeError, match=says):
+        tvfast.merge_checkpoints(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    tvfast.merge_checkpoints(config, tmp_path / "out", nonfinite="propagate", resume=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in expected(found, {}, {}).items():
+        assert torch.equal(merged[name].view(torch.int16), tensor.view(torch.int16)), name
+
+
+def test_inputs_are_not_searched_where_norms_tell_that_all_is_finite(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+    check = Run._check_finite
+
+    def spied(run: Run, loaded: Loaded) -> None:
+        searched.extend(part.task.name for part in loaded.parts)
+        check(run, loaded)
+
+    monkeypatch.setattr(Run, "_check_finite", spied)
+    tvfast.merge_checkpoints(recipe(family, {}, {}), tmp_path / "out")
+    assert sorted(searched) == sorted(name for name in shapes(24) if "layers" not in name)
+
+
+def test_finite_inputs_that_are_too_far_apart_for_their_type_are_allowed(tmp_path: Path) -> None:
+    """A difference beyond float32 makes norms infinite, and nothing that is searched for is found."""
+    found = members(24)
+    found["base"]["model.layers.7.attn.q.weight"].view(-1)[37] = 3e38
+    found["chat"]["model.layers.7.attn.q.weight"].view(-1)[37] = -3e38
+    config = recipe(write(tmp_path, found), {}, {})
+    tvfast.merge_checkpoints(config, tmp_path / "out", nonfinite="propagate")
+    with pytest.raises(MergeError, match="of the result"):
+        tvfast.merge_checkpoints(config, tmp_path / "other")
 
 
 def test_what_is_not_ranked_is_read_once(family: Path) -> None:

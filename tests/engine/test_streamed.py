@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -121,8 +122,16 @@ class TensorSource:
     cuts: list[list[tuple[int, int, int]]]  # of each chunk: (row, start, stop) of its entries
     samples: list[list[tuple[int, int, int]]] = field(default_factory=list)
 
-    def chunks(self, *, write: bool) -> Iterator[Chunk]:
+    looked: list[bool] = field(default_factory=list)  # of each pass
+    unseen: bool = True
+
+    def chunks(self, *, write: bool, look: bool = True) -> Iterator[Chunk]:
+        self.looked.append(look and self.unseen)
+        self.unseen = self.unseen and not look
         yield from self._resident(self.cuts, write)
+
+    def vouch(self) -> None:
+        self.unseen = False
 
     def sample(self) -> Iterator[Chunk]:
         yield from self._resident(self.samples, False)
@@ -417,8 +426,8 @@ def test_thresholds_and_positions_of_every_key(keep: Keep, seed: int, n: int) ->
     source = TensorSource(items, method, logical, pieces_of(items, rng, False))
     resident_parts = source.chunks
 
-    def with_scores(*, write: bool) -> Iterator[Chunk]:
-        for chunk in resident_parts(write=write):
+    def with_scores(*, write: bool, look: bool = True) -> Iterator[Chunk]:
+        for chunk in resident_parts(write=write, look=look):
             for entry in chunk.table.entries:
                 entry.scores = entry.models[::-1]
             yield chunk
@@ -500,3 +509,42 @@ def test_a_backend_without_a_resumable_form_is_refused() -> None:
     table = table_of(items, method, resident=False)
     with pytest.raises(BackendError, match="'reference' cannot process a table in parts"):
         StreamedBackend(reference.backend(), TensorSource(items, method, table, []))
+
+
+@pytest.mark.parametrize(
+    ("keep", "wants", "value", "looked"),
+    [
+        (Keep.ALL, Wants.GRAM, 1.0, [False, False]),
+        (Keep.ALL, Wants.GRAM | Wants.LAST, 1.0, [False, False]),
+        (Keep.ALL, Wants.SQUARES, 1.0, [False, False]),
+        (Keep.ALL, Wants.SQUARES, math.inf, [False, True, False]),
+        (Keep.ALL, Wants.GRAM, math.nan, [False, True, False]),
+        (Keep.ALL, Wants.GRAM | Wants.LAST, -math.inf, [False, True, False]),
+        (Keep.ALL, Wants.L1, 1.0, [True, False]),
+        (Keep.BAND, Wants.GRAM, 1.0, [True, False]),
+    ],
+)
+@pytest.mark.parametrize("where", ["base", "first", "last"])
+def test_norms_that_are_finite_spare_the_search_for_nan(
+    keep: Keep, wants: Wants, value: float, looked: list[bool], where: str
+) -> None:
+    method = make_method("task_arithmetic")
+    items = one_tensor()
+    {"base": items[0].base, "first": items[0].models[0], "last": items[0].models[-1]}[where][31] = value
+    table = table_of(items, method, resident=False)
+    source = TensorSource(items, method, table, blocks_of(items, 10))
+    backend = StreamedBackend(load("cpp"), source)
+    backend.measure(table, Program(keep=keep), plain_scalars(table), wants)
+    backend.combine(table, Program(), plain_scalars(table))
+    assert source.looked == looked
+
+
+def test_what_norms_do_not_cover_is_searched() -> None:
+    method = make_method("task_arithmetic")
+    items = one_tensor()
+    table = table_of(items, method, resident=False)
+    for change in ({"task_vectors": True}, {"scores": table.entries[0].models}):
+        other = WorkTable([replace(table.entries[0], **change)], table.n_models)
+        source = TensorSource(items, method, table, blocks_of(items, 10))
+        StreamedBackend(load("cpp"), source).measure(other, Program(), plain_scalars(other), Wants.SQUARES)
+        assert source.looked == [True]

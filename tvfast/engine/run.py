@@ -347,9 +347,8 @@ class Run:
         self, unit: Unit, table: WorkTable, slots: Slots, finish: Callable[[Loaded], Future[None]]
     ) -> StreamSource:
         layout, inputs = self._plan.layout, self._inputs
-        return StreamSource(
-            unit, table, layout, inputs, slots, finish, self._check_finite, self._plan.n_threads
-        )
+        check = None if self._propagate else self._check_finite
+        return StreamSource(unit, table, layout, inputs, slots, finish, check, self._plan.n_threads)
 
     def _backend(self, table: WorkTable) -> Backend:
         return backend_for(table)

@@ -36,7 +36,8 @@ class StreamSource:
         unit: its parts are whole tensors.
         table: their logical entries, in the same order.
         finish: called with every chunk whose results are complete; returns when they are written.
-        check: called with every chunk when it is in memory for the first time.
+        check: called with every chunk in the first pass that looks, unless somebody vouches before; None: all
+            numbers may go through.
         n_threads: of what makes numbers of 8-bit codes and adapters; 0: all cores.
 
     Attributes:
@@ -51,7 +52,7 @@ class StreamSource:
         inputs: Inputs,
         slots: Slots,
         finish: Callable[[Loaded], Future[None]],
-        check: Callable[[Loaded], None],
+        check: Callable[[Loaded], None] | None,
         n_threads: int = 0,
     ) -> None:
         self._table = table
@@ -60,16 +61,22 @@ class StreamSource:
         self._slots = slots
         self._finish = finish
         self._n_threads = n_threads
-        self._check: Callable[[Loaded], None] | None = check
+        self._check = check
+        self._n_inputs = [len(part.task.inputs) for part in unit.parts]
         self._rows = {part.task.name: row for row, part in enumerate(unit.parts)}
         pieces = [piece for part in unit.parts for piece in _pieces(part.task, unit.chunk_bytes)]
         self._chunks = list(_gathered(pieces, unit.chunk_bytes))
         self._samples = list(_gathered(list(samples(unit.parts)), unit.chunk_bytes))
         self.result_dtypes = tuple(DType[part.task.result] for part in unit.parts)
 
-    def chunks(self, *, write: bool) -> Iterator[Chunk]:
-        """Every chunk once, in order; with `write`, results are written when the next is asked for."""
-        check, self._check = self._check, None
+    def chunks(self, *, write: bool, look: bool = True) -> Iterator[Chunk]:
+        """Every chunk once, in order; with `write`, results are written when the next is asked for.
+
+        With `look`, chunks are checked before, unless they have been.
+        """
+        check = None
+        if look:
+            check, self._check = self._check, None
         writing: deque[Future[None]] = deque()
         for loaded in self._loaded(self._chunks, self._layout if write else None):
             if check is not None:
@@ -83,6 +90,17 @@ class StreamSource:
                 writing.popleft().result()
         for future in writing:
             future.result()
+
+    @property
+    def unseen(self) -> bool:
+        """Whether chunks are still to be checked."""
+        return self._check is not None
+
+    def vouch(self) -> None:
+        """All operands are finite: where these are all that is read, no chunk is checked any more."""
+        operands = map(_n_operands, self._table.entries)
+        if all(n >= n_inputs for n, n_inputs in zip(operands, self._n_inputs, strict=True)):
+            self._check = None
 
     def results(self) -> Iterator[list[tuple[int, int, View]]]:
         """Memory for every result, in chunks of (row, first element, elements).
@@ -179,6 +197,10 @@ def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = Non
         group=logical.group if logical else 0,
         group_offset=logical.group_offset if logical else 0,
     )
+
+
+def _n_operands(entry: Entry) -> int:
+    return len(entry.models) + (entry.base is not None)
 
 
 def _pieces(task: Task, chunk_bytes: int) -> Iterator[Part]:

@@ -6,6 +6,7 @@ not depend on order, and draws and tie hashes know the place of an element in it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -48,11 +49,19 @@ class Chunk:
 class ChunkSource(Protocol):
     """Where the parts come from. Rank stages need cuts at multiples of a row."""
 
-    def chunks(self, *, write: bool) -> Iterator[Chunk]:
+    def chunks(self, *, write: bool, look: bool = True) -> Iterator[Chunk]:
         """Everything once, in an order that does not change; valid until the next item is asked for.
 
-        With `write`, entries have `out`, which the source writes away when the next item is asked for.
+        With `write`, entries have `out`, which the source writes away when the next item is asked for. With
+        `look`, NaN and infinity are looked for where `unseen`, and nothing is unseen any more.
         """
+
+    @property
+    def unseen(self) -> bool:
+        """Whether NaN and infinity are errors that have still to be looked for."""
+
+    def vouch(self) -> None:
+        """The base and the models of all entries are finite: they need not be looked at."""
 
     def sample(self) -> Iterator[Chunk]:
         """About 1/64 of the data, or a few MB, whichever is more; the same each time.
@@ -227,10 +236,17 @@ class StreamedBackend:
         if self._forecast is not None and self._forecast.answers(program, scalars, wants):
             return self._forecast.votes.finish()
         sums = self._inner.accumulate(len(table.entries), table.n_models)
-        for chunk in self._chunks(table, program):
+        shown = self._source.unseen and _shows_nonfinite(table, program, wants)
+        for chunk in self._chunks(table, program, look=not shown):
             of_chunk = [scalars[row] for row in chunk.rows]
             sums.measure(chunk.table, chunk.rows, program, of_chunk, wants, n_threads)
-        return sums.finish()
+        moments = sums.finish()
+        if shown and all(math.isfinite(one.gram[k][k]) for one in moments for k in range(table.n_models)):
+            self._source.vouch()
+        elif shown:
+            for _ in self._chunks(table):
+                pass  # it raises, or finite inputs are too far apart
+        return moments
 
     def row_masks(
         self,
@@ -259,7 +275,7 @@ class StreamedBackend:
             self._combine(chunk.table, program, [scalars[row] for row in chunk.rows], n_threads)
 
     def _chunks(
-        self, table: WorkTable, program: Program | None = None, *, write: bool = False
+        self, table: WorkTable, program: Program | None = None, *, write: bool = False, look: bool = True
     ) -> Iterator[Chunk]:
         """One pass.
 
@@ -268,7 +284,7 @@ class StreamedBackend:
         """
         self.n_passes += 1
         seen = [0] * len(table.entries)
-        for chunk in self._source.chunks(write=write):
+        for chunk in self._source.chunks(write=write, look=look):
             for entry, row in zip(chunk.table.entries, chunk.rows, strict=True):
                 seen[row] += entry.n_elements
                 if program is not None and program.ranks_rows:
@@ -323,6 +339,15 @@ def _elects_over_trimmed(program: Program) -> bool:
         and program.vote is not Vote.NONE
         and program.ballot is Ballot.RAW
         and program.zero_sign is ZeroSign.MAJORITY
+    )
+
+
+def _shows_nonfinite(table: WorkTable, program: Program, wants: Wants) -> bool:
+    """Whether a NaN or an infinity in any input makes ‖τ_k‖² one, for some k."""
+    return (
+        bool(wants & (Wants.GRAM | Wants.SQUARES))
+        and program.keep is Keep.ALL
+        and not any(entry.task_vectors or entry.scores for entry in table.entries)
     )
 
 

@@ -71,7 +71,9 @@ class Room:
     def on_host(unit_bytes: int, n_workers: int, arena: int) -> Room:
         """Every tensor that fits the arena is there as a whole."""
         unit, chunk = min(unit_bytes, arena // (n_workers + 1)), arena // CHUNKS_IN_FLIGHT
-        return Room(arena, unit, arena, min(2 * unit, chunk), min(2 * unit_bytes, chunk))
+        # Where there is room, the other workers copy and merge while one streams a model.
+        whole = max(min(unit_bytes, chunk), (arena - (n_workers - 1) * unit) // CHUNKS_IN_FLIGHT)
+        return Room(arena, unit, arena, min(2 * unit, chunk), min(2 * unit_bytes, whole))
 
     @staticmethod
     def beside(
