@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -118,6 +119,23 @@ def test_a_tensor_that_does_not_fit_is_streamed_with_a_reason() -> None:
     n_sampled = 126 * 32768  # runs, one in every 64
     assert plan.read_bytes == 4 * 2 * (2 * 128256 * 2048 + n_sampled + 2048 * 2048)
     assert plan_of(tasks, memory=8192 * MiB, n_threads=2).n_passes == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_what_is_not_ranked_has_room_beside_a_model_that_is(threads: int) -> None:
+    ranked = make_method("ties", density=0.2, dialect="paper")
+    tasks = tasks_of([(2048, 8192)] * 12, ranked)
+    others = [
+        replace(task, name=f"o{task.name}", key=f"o{task.key}") for task in tasks_of([(128256, 2048)], SUM)
+    ]
+    plan = plan_of((*tasks, *others), n_threads=threads)
+    streamed, *beside = plan.units
+    assert streamed.chunk_bytes
+    assert streamed.n_bytes + (plan.n_workers - 1) * max(unit.n_bytes for unit in beside) <= plan.arena_bytes
+    check_complete(plan, (*tasks, *others))
+    little = plan_of((*tasks, *others), n_threads=threads, memory=plan.peak_bytes - 64 * MiB)
+    assert little.peak_bytes <= plan.peak_bytes - 64 * MiB
+    check_complete(little, (*tasks, *others))
 
 
 def test_a_method_without_statistics_never_needs_a_second_pass() -> None:
