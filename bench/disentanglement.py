@@ -147,8 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
-    found = measured(options.points, options.texts, options.length, options.rounds, clock, options.seconds)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
+    try:
+        found = measured(
+            options.points, options.texts, options.length, options.rounds, clock, options.seconds
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(json.dumps({"threads": options.threads, "cpu_time": options.cpu_time, **found}, indent=1))
     return 0
 
