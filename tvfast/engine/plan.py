@@ -336,7 +336,7 @@ def _budget(
     while True:
         together = sum(tensors[-n_workers:])
         wanted = max((n_workers + 1) * unit, least, largest + 2 * unit, together)
-        if whole and not device:  # other workers go on beside the one that streams
+        if whole and single and not device:  # other workers go on beside the one that streams
             wanted = max(wanted, (CHUNKS_IN_FLIGHT + n_workers - 1) * unit)
         scratch = _Scratch.of(single, n_workers, n_threads)
         fixed = arena = 0
