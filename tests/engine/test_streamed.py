@@ -543,8 +543,9 @@ def test_what_norms_do_not_cover_is_searched() -> None:
     method = make_method("task_arithmetic")
     items = one_tensor()
     table = table_of(items, method, resident=False)
-    for change in ({"task_vectors": True}, {"scores": table.entries[0].models}):
-        other = WorkTable([replace(table.entries[0], **change)], table.n_models)
+    entry = table.entries[0]
+    for changed in (replace(entry, task_vectors=True), replace(entry, scores=entry.models)):
+        other = WorkTable([changed], table.n_models)
         source = TensorSource(items, method, table, blocks_of(items, 10))
         StreamedBackend(load("cpp"), source).measure(other, Program(), plain_scalars(other), Wants.SQUARES)
         assert source.looked == [True]

@@ -169,7 +169,7 @@ def by_definition(addends: Sequence[float]) -> float:
     return float(unit * sum(round(Fraction(x) / unit) for x in addends))
 
 
-BLOCKS = {
+BLOCKS: dict[str, list[int | None]] = {
     "alike": [0, 0, 0, 0, 0],
     "windows rise": [-60, -40, -20, 0, 20],
     "windows fall": [20, 0, -20, -40, -60],
@@ -201,8 +201,7 @@ def test_products_of_many_blocks_follow_the_definition(
     expected = [
         [by_definition([x * y for x, y in zip(one, other, strict=True)]) for other in rows] for one in rows
     ]
-    for options in ({}, {"tile": 64}, {"tile": 1024}):
-        backend = native_with(**options)
+    for backend in (native_with(), native_with(tile=64), native_with(tile=1024)):
         (found,) = backend.measure(case.table(), case.program, case.scalars, Wants.GRAM, n_threads=2)
         assert found.gram == expected
 

@@ -74,9 +74,9 @@ class StreamSource:
 
         With `look`, chunks are checked before, unless they have been.
         """
-        check = None
+        check = self._check if look else None
         if look:
-            check, self._check = self._check, None
+            self._check = None
         writing: deque[Future[None]] = deque()
         for loaded in self._loaded(self._chunks, self._layout if write else None):
             if check is not None:
