@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.engine.staged import (
     units_of,
     write_units,
 )
+from tvfast.engine.journal import Journal
 from tvfast.engine.locking import FolderLock
 from tvfast.engine.staging import Staging
 from tvfast.errors import ArgumentError, OutputError
@@ -262,6 +264,99 @@ def test_overwriting_starts_anew(out: Path) -> None:
 def test_overwriting_works_without_anything_to_overwrite(out: Path) -> None:
     merge(out, small_layout(), overwrite=True)
     assert files_in(out).items() >= expected(small_layout()).items()
+
+
+def test_overwriting_waits_for_ranks_of_an_earlier_run(out: Path) -> None:
+    """They open files by name, and would write into the new ones."""
+    layout = small_layout()
+    begin(out, layout, 4)
+    rank = Journal(str(out / ".tvfast" / "journal-1"))
+    before = files_in(out)
+    with pytest.raises(OutputError, match=r"journal-1: a process of .* again with --overwrite"):
+        merge(out, layout, seed=2, overwrite=True)
+    assert files_in(out) == before
+    rank.close()
+    merge(out, layout, seed=2, overwrite=True)
+    assert files_in(out).items() >= expected(layout, 2).items()
+    assert not (out / ".tvfast").exists()
+
+
+# -- what NFS keeps ---------------------------------------------------------------------------------------
+
+
+def open_files() -> set[str]:
+    """Paths of the files that this process has open."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return found
+
+
+@pytest.fixture
+def as_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is deleted while it is open gets another name in its directory until it is closed."""
+    unlink, close = os.unlink, os.close
+    renamed: set[str] = set()
+
+    def unlink_there(path: str, *, dir_fd: int | None = None) -> None:
+        folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        whole = os.path.realpath(os.path.join(folder, path))
+        if os.path.basename(path).startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        if whole not in open_files():
+            unlink(path, dir_fd=dir_fd)
+            return
+        kept = os.path.join(os.path.dirname(whole), f".nfs{len(renamed):08}")
+        os.rename(whole, kept)
+        renamed.add(kept)
+
+    def close_there(descriptor: int) -> None:
+        close(descriptor)
+        for path in list(renamed - open_files()):
+            renamed.remove(path)
+            unlink(path)
+
+    monkeypatch.setattr(os, "unlink", unlink_there)
+    monkeypatch.setattr(os, "close", close_there)
+
+
+def test_a_lock_that_nfs_keeps_is_in_nobodys_way(out: Path, as_nfs: None) -> None:
+    merge(out, small_layout())
+    assert is_model(out)
+    assert not (out / ".tvfast").exists()
+
+
+@pytest.mark.parametrize("name", ["journal-1", "files/note", "lock.old"])
+def test_a_file_that_another_process_has_open_does_not_fail_a_finished_merge(
+    out: Path, as_nfs: None, name: str
+) -> None:
+    layout = small_layout()
+    with Staging.open(str(out), layout, IDENTITY, resume=False, overwrite=False) as staging:
+        write_units(staging, contents(layout), units_of(layout))
+        with (out / ".tvfast" / name).open("wb"):
+            staging.commit()
+    assert files_in(out)[layout.shards[0].name] == contents(layout)[0]
+    assert [path.name[:4] for path in (out / ".tvfast").rglob("*") if path.is_file()] in ([], [".nfs"])
+    merge(out, layout, resume=True)
+    assert is_model(out)
+
+
+def test_what_cannot_be_deleted_is_an_error_still(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *, dir_fd: int | None = None) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    layout = small_layout()
+    with Staging.open(str(out), layout, IDENTITY, resume=False, overwrite=False) as staging:
+        write_units(staging, contents(layout), units_of(layout))
+        (out / ".tvfast" / "files" / "note").touch()
+        monkeypatch.setattr(os, "unlink", refuse)
+        with pytest.raises(OutputError, match="cannot delete the staging directory's content"):
+            staging.commit()
+    monkeypatch.undo()
+    merge(out, layout, resume=True)
+    assert is_model(out)
+    assert not (out / ".tvfast").exists()
 
 
 # -- what can be told without a change --------------------------------------------------------------------

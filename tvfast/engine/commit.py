@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 
 from tvfast.engine.durable import output_error, sync_folder
-from tvfast.engine.locking import LOCK_NAME
+from tvfast.engine.locking import LOCK_NAME, NOT_EMPTY
 from tvfast.engine.manifest import RUNNING_NAME, Manifest
 from tvfast.errors import OutputError
 
@@ -107,27 +106,45 @@ def sync_tree(folder: str) -> None:
         sync_folder(path)
 
 
-def clear(staging: str, *, keep_lock: bool) -> None:
-    """Deletes what is staged, the manifest after everything that it speaks of.
+def clear(staging: str) -> None:
+    """Deletes what is staged, the manifest after everything that it speaks of; the lock stays.
 
     Raises:
         OutputError: something cannot be deleted.
     """
-    last = [RUNNING_NAME, LOCK_NAME]
     try:
-        names = [name for name in os.listdir(staging) if name not in last]
-        for name in [*sorted(names), *last]:
+        names = [name for name in os.listdir(staging) if name not in (RUNNING_NAME, LOCK_NAME)]
+        for name in [*sorted(names), RUNNING_NAME]:
             path = os.path.join(staging, name)
-            if name == LOCK_NAME and keep_lock:
+            if _is_kept_open(name):
                 continue
             if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
+                _remove_tree(path)
             elif os.path.lexists(path):
                 os.unlink(path)
-        if not keep_lock:
-            os.rmdir(staging)
     except OSError as error:
         raise output_error(error, "delete the staging directory's content", staging) from error
+
+
+def _remove_tree(folder: str) -> None:
+    """Deletes a directory with all in it, except what NFS keeps for processes that still have it open."""
+    with os.scandir(folder) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                _remove_tree(entry.path)
+            elif not _is_kept_open(entry.name):
+                os.unlink(entry.path)
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        left = [name for _, _, names in os.walk(folder) for name in names]
+        if error.errno not in NOT_EMPTY or not all(map(_is_kept_open, left)):
+            raise
+
+
+def _is_kept_open(name: str) -> bool:
+    """Whether this is how NFS calls a deleted file until the last process closes it; then it is gone."""
+    return name.startswith(".nfs")
 
 
 def remove_empty(folders: Sequence[str]) -> None:

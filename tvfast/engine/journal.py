@@ -78,20 +78,13 @@ class Journal:
             raise output_error(error, "open the journal", path) from error
 
     def _claim(self) -> None:
-        """Raise if another process has the file; where the filesystem has no locks, nobody is asked.
-
+        """
         Raises:
             OutputError: a rank of an earlier run still writes.
         """
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                self.close()
-                raise OutputError(
-                    f"{self._path}: a process of an earlier run still writes here. Wait until it ends, or "
-                    "stop it, then run again with --resume."
-                ) from error
+        if not _claimed(self._fd):
+            self.close()
+            raise _still_written(self._path, "--resume")
 
     def take_over(self, prefix: str) -> None:
         """Add to `records` those of other journals beside this one, which end here.
@@ -166,6 +159,46 @@ class Journal:
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
+
+
+def _claimed(fd: int) -> bool:
+    """Lock a journal; False where another process has. Where the filesystem has no locks, nobody is asked."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _still_written(path: str, option: str) -> OutputError:
+    return OutputError(
+        f"{path}: a process of an earlier run still writes here. Wait until it ends, or stop it, then run "
+        f"again with {option}."
+    )
+
+
+def check_left(folder: str, prefix: str) -> None:
+    """Raise if a process still writes to one of the journals of `folder`, which may not be there.
+
+    Args:
+        prefix: of the journals' names.
+
+    Raises:
+        OutputError: naming the journal, or one cannot be opened.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(prefix)]
+        for path in (os.path.join(folder, name) for name in sorted(names)):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if not _claimed(fd):
+                    raise _still_written(path, "--overwrite")
+            finally:
+                os.close(fd)
+    except FileNotFoundError:
+        pass  # nothing was begun here
+    except OSError as error:
+        raise output_error(error, "open the journals of an earlier run", folder) from error
 
 
 class Coverage:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+from contextlib import suppress
 
 from tvfast.engine.durable import output_error
 from tvfast.errors import OutputError
@@ -13,6 +14,7 @@ from tvfast.errors import OutputError
 LOCK_NAME = "lock"
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
 
 
 class FolderLock:
@@ -43,14 +45,14 @@ class FolderLock:
         return lock
 
     def _attempt(self, folder: str) -> bool:
-        """False where the owner before us removed the file between our opening it and our locking it."""
-        try:
-            os.mkdir(folder)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(folder).st_mode):
-                raise
+        """False where the owner before us removed file or folder before we had locked it."""
         fd = -1
         try:
+            try:
+                os.mkdir(folder)
+            except FileExistsError:
+                if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                    raise
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._flock(fd)
             held, named = os.fstat(fd), os.stat(self._path)
@@ -86,6 +88,26 @@ class FolderLock:
             f"{os.path.dirname(folder)}: {who} is writing a merge here. Wait until it ends, stop it, or name "
             "another directory."
         )
+
+    def remove(self) -> None:
+        """Deletes the file, gives the lock back and deletes the folder, if nobody has anything there.
+
+        In this order: NFS keeps a name for what is deleted while it is open. What is in the folder after
+        that belongs to others: to a process that waits for its turn, or to one that has not closed its files.
+
+        Raises:
+            OutputError: the file or the folder cannot be deleted.
+        """
+        folder = os.path.dirname(self._path)
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self.release()
+            with suppress(FileNotFoundError):
+                os.rmdir(folder)
+        except OSError as error:
+            if error.errno not in NOT_EMPTY:
+                raise output_error(error, "delete the staging directory", folder) from error
 
     def release(self) -> None:
         """Gives the lock back; may be called twice."""

@@ -13,7 +13,7 @@ from tvfast.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
 from tvfast.engine import commit
 from tvfast.engine.checksums import Range, checksums, known_coverage, shard_checksum
 from tvfast.engine.durable import output_error, sync_file, sync_folder, write_file
-from tvfast.engine.journal import Journal, Record
+from tvfast.engine.journal import Journal, Record, check_left
 from tvfast.engine.locking import FolderLock
 from tvfast.engine.manifest import (
     FINISHED_NAME,
@@ -258,16 +258,17 @@ class Staging:
 
     def _discard(self) -> None:
         """Ends what an earlier run has begun, so that a new one can replace it."""
+        check_left(self._folder, _JOURNAL_NAME)  # by its rank: it would write to the new files, too
         with suppress(OutputError):  # what cannot be completed any more is given up
             found = Manifest.read(self._folder)
             if found is not None and found.state is State.COMMITTING:
                 commit.publish(self.out, self._folder, found)
-        commit.clear(self._folder, keep_lock=True)
+        commit.clear(self._folder)
 
     def _start(self, overwrite: bool, spare_bytes: int, made: Sequence[str]) -> None:
         self._manifest = Manifest(self._manifest.identity, overwrite)
         try:
-            commit.clear(self._folder, keep_lock=True)
+            commit.clear(self._folder)
             self._make_files_folder()
             self._manifest.write(self._folder)
             self._sync_out()
@@ -467,9 +468,9 @@ class Staging:
         self._clean_up()
 
     def _clean_up(self) -> None:
-        commit.clear(self._folder, keep_lock=False)
+        commit.clear(self._folder)
         if self._lock is not None:
-            self._lock.release()
+            self._lock.remove()
         self._sync_out()
 
     def _sync_out(self) -> None:
