@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Mapping
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tvfast.checkpoint.dcp import read_dcp
 from tvfast.checkpoint.reading import open_checkpoint
 from tvfast.cli.main import main
 from tvfast.engine import reading
+from tvfast.engine.plan import METADATA_LEFT, METADATA_PEAK
 from tvfast.errors import CheckpointError
 from tvfast.inspection.measuring import task_vectors
 
@@ -164,6 +168,107 @@ def _without_seconds(found: object) -> object:
     if isinstance(found, dict):
         return {key: _without_seconds(value) for key, value in found.items() if key != "seconds"}
     return list(map(_without_seconds, found)) if isinstance(found, list) else found
+
+
+_WEIGH = """
+import sys
+import warnings
+from tvfast.checkpoint.dcp_pickle import load_metadata
+
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+raw = open(sys.argv[1], "rb").read()
+before = kib("VmRSS")
+found = load_metadata(raw, "there")
+peak = kib("VmHWM") - before
+kept = [index.get("fqn") for index in list(found.get("storage_data"))]
+del found
+print(peak * 1024 / len(raw), (kib("VmRSS") - before) * 1024 / len(raw))
+"""
+
+
+@pytest.mark.parametrize("of_tensor", [1, 4, 64])
+def test_what_reading_metadata_takes_is_what_plans_count(of_tensor: int, tmp_path: Path) -> None:
+    """10 000 pieces, that many of each tensor; only names are kept."""
+    first = pickle.loads(
+        (write_pieces(tmp_path / "one", {"a": torch.ones(1, 4)}, 1) / ".metadata").read_bytes()
+    )
+    (index, place), known = next(iter(first.storage_data.items())), first.state_dict_metadata["a"]
+    for number in range(10_000 // of_tensor):
+        name, chunks = f"model.layers.{number}.self_attn.q_proj.weight", []
+        for k in range(of_tensor):
+            at = torch.Size([7 * k, 0])
+            chunks.append(type(known.chunks[0])(at, torch.Size([7, 4096])))
+            here = type(place)(f"__{k}_0.distcp", 100_000 * number, 60_000)
+            first.storage_data[type(index)(name, at, k)] = here
+        shape = torch.Size([7 * of_tensor, 4096])
+        first.state_dict_metadata[name] = type(known)(known.properties, shape, chunks)
+        first.planner_data[name] = (name,)
+    path = tmp_path / "many"
+    path.write_bytes(pickle.dumps(first))
+    done = subprocess.run([sys.executable, "-c", _WEIGH, path], capture_output=True, text=True, check=True)
+    peak, left = map(float, done.stdout.split())
+    assert METADATA_PEAK / 2 < peak <= METADATA_PEAK
+    assert left <= METADATA_LEFT
+
+
+def test_a_plan_knows_the_metadata_of_its_models(tmp_path: Path) -> None:
+    pieces = write_pieces(tmp_path / "pieces", {"weight": torch.ones(6, 4)}, 3)
+    plan = tvfast.plan(
+        {"merge_method": "linear", "models": [{"model": str(pieces), "parameters": {"weight": 1}}]}
+    )
+    assert plan.binding.metadata_bytes == (pieces / ".metadata").stat().st_size
+
+
+class _App:
+    """What torch's examples save: an object that tells of model and optimizer when it is asked."""
+
+    def __init__(self, model: Mapping[str, Tensor]) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        moments = {name: {"exp_avg": torch.zeros(4)} for name in self.model}
+        return {"model": dict(self.model), "optim": {"state": moments}}
+
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def _saved(folder: Path, found: dict[str, Any]) -> Path:
+    from torch.distributed import checkpoint
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
+        checkpoint.save(found, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda model: {"app": _App(model)},
+        lambda model: {"app": _App(model), "loader": {"state": {"model": torch.zeros(2)}}, "step": 7},
+        lambda model: {"train_state": {"state_dict": model, "optim": {"lr": torch.zeros(1)}}},
+        lambda model: {"app": dict(model)},
+        lambda model: {"model": model, "app": {"model": {"other": torch.zeros(2)}}},
+    ],
+    ids=["app", "app-and-others", "another-name", "app-of-tensors", "model-first"],
+)
+def test_the_model_is_found_in_what_was_saved_around_it(
+    wrapped: Callable[[dict[str, Tensor]], dict[str, Any]], tmp_path: Path
+) -> None:
+    model = {"embed.weight": torch.ones(6, 4), "layers.0.up.weight": torch.zeros(3, 4)}
+    _, tensors = read_dcp(str(_saved(tmp_path / "dcp", wrapped(model))))
+    assert {name: stored.shape for name, stored in tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in model.items()
+    }
+
+
+def test_of_two_models_none_is_taken_for_the_model(tmp_path: Path) -> None:
+    found = {name: {"model": {"weight": torch.ones(2)}} for name in ("actor", "critic")}
+    _, tensors = read_dcp(str(_saved(tmp_path / "dcp", found)))
+    assert set(tensors) == {"actor.model.weight", "critic.model.weight"}
 
 
 @pytest.mark.parametrize("unit_bytes", [2**25, 2**16])

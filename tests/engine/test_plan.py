@@ -19,7 +19,7 @@ from tvfast.engine.binding import Binding
 from tvfast.engine.cuts import CUT
 from tvfast.engine.memory import PAGE
 from tvfast.engine.passes import count_passes
-from tvfast.engine.plan import MiB, Plan, make_plan
+from tvfast.engine.plan import METADATA_PEAK, PROGRAM_BYTES, MiB, Plan, make_plan
 from tvfast.engine.tasks import Task
 from tvfast.errors import ArgumentError, RecipeError
 from tvfast.methods import make_method
@@ -208,3 +208,16 @@ def test_a_plan_says_what_it_does_as_json() -> None:
     assert plan["methods"] == [{"tensors": 3, "method": "ties density=0.2"}]
     assert plan["read_bytes"] == 4 * 3 * 2 * 100_000
     assert plan["shards"][0]["name"] == "model.safetensors"
+
+
+def test_a_plan_counts_what_reading_the_metadata_of_many_pieces_takes() -> None:
+    tasks = tasks_of([(1000, 100)], TIES)
+    layout = make_layout([(t.name, t.dtype, t.shape) for t in tasks], 2**40, {})
+    binding = Binding(tasks=tasks, config=None, donor="m0", tokenizer=None, warnings=(), ties={})
+    n_bytes = 40 * MiB  # 280 000 pieces
+    larger = replace(binding, metadata_bytes=n_bytes)
+    opening = PROGRAM_BYTES + METADATA_PEAK * n_bytes
+    assert make_plan(larger, layout).peak_bytes >= opening > 2 * make_plan(binding, layout).peak_bytes
+    with pytest.raises(ArgumentError, match=rf"it needs at least {opening} "):
+        make_plan(larger, layout, memory=opening - 1)
+    assert make_plan(larger, layout, memory=opening).peak_bytes == opening

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,6 +28,7 @@ SUFFIX = ".distcp"
 MAX_OPEN = 256
 _MOST_BYTES = 2**28
 _WRAPPERS = ("model", "state_dict")
+_STATEFUL = "app"  # the object that torch's examples save
 _WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -42,15 +43,16 @@ def read_dcp(directory: str) -> tuple[tuple[Header, ...], dict[str, Stored]]:
     """What each file is, and the tensors of the model.
 
     Of a checkpoint with a `model` or `state_dict` beside others, as trainers write them, only the former's
-    tensors are taken, by their names in there. What is no tensor is left out.
+    tensors are taken, by their names in there; also where a single object holds those (`{"app": AppState}`).
+    What is no tensor is left out.
 
     Raises:
         CheckpointError: a file or piece is missing, damaged, not what `.metadata` says, or of a type that
             safetensors do not know; pieces overlap or leave holes; there is no tensor.
 
     Notes:
-        Nothing of the pickles is executed. About 0.1 ms a piece, for each is an archive of its own, and
-        2.6 KB while `.metadata` is read.
+        Nothing of the pickles is executed. About 0.1 ms a piece, for each is an archive of its own. While
+        `.metadata` is read, `plan.METADATA_PEAK` times its bytes.
     """
     path = os.path.join(directory, METADATA_NAME)
     with open_regular(path) as file:
@@ -113,10 +115,9 @@ def _named_tensors(metadata: Record, path: str) -> dict[str, tuple[str, Record]]
     planner = metadata.get("planner_data")
     paths = planner if isinstance(planner, dict) else {}
     routes = {key: _route(paths.get(key) or (key,), path) for key in tensors}
-    heads = {route[0] for route in routes.values() if len(route) > 1}
-    wrapper = next((one for one in _WRAPPERS if one in heads), None)
-    if wrapper is not None:
-        routes = {key: route[1:] for key, route in routes.items() if route[0] == wrapper and len(route) > 1}
+    wrapper = _wrapper(routes.values())
+    within = len(wrapper)
+    routes = {k: route[within:] for k, route in routes.items() if route[:within] == wrapper != route}
     named: dict[str, tuple[str, Record]] = {}
     for key, route in routes.items():
         name = ".".join(route)
@@ -137,6 +138,22 @@ def _route(found: object, path: str) -> tuple[str, ...]:
     if not isinstance(found, tuple) or any(type(step) not in (str, int) for step in found):
         raise damaged(path, f"planner_data leads to a tensor by {described(found)}; expected a tuple of keys")
     return tuple(map(str, found))
+
+
+def _wrapper(routes: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """The keys under which the model is; none: everything is the model.
+
+    A state dict of a module has no dictionaries in it, so one that leads to others was put around it.
+    """
+    heads = {route[0] for route in routes if len(route) > 1}
+    if found := [wrapper for wrapper in _WRAPPERS if wrapper in heads]:
+        return (found[0],)
+    holders = {route[0] for route in routes if len(route) > 2 and route[1] in _WRAPPERS}
+    holder = holders.pop() if len(holders) == 1 else _STATEFUL
+    if holder not in heads:
+        return ()
+    held = {route[1] for route in routes if len(route) > 2 and route[0] == holder}
+    return (holder, *[wrapper for wrapper in _WRAPPERS if wrapper in held][:1])
 
 
 def _places(metadata: Record, path: str) -> dict[tuple[str, tuple[int, ...]], Record]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tvfast.checkpoint.dcp import METADATA_NAME
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES
@@ -40,6 +41,7 @@ class Binding:
         tokenizer_files: by name, those that differ from that directory's.
         vocabulary: what tells whether another run gathers the same rows.
         vocabulary_bytes: memory that vocabularies and their maps take.
+        metadata_bytes: of the largest `.metadata` of a distributed checkpoint.
         directories: where companion files are, by path of a model.
         warnings: of recipe and files.
         ties: tensors that are left out because they are another one: alias -> name.
@@ -56,6 +58,7 @@ class Binding:
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
     vocabulary_bytes: int = 0
+    metadata_bytes: int = 0
     directories: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -109,6 +112,15 @@ def bind(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int | N
         tokenizer_files=alignment.tokenizer.files if alignment else {},
         vocabulary=tuple(alignment.digest()) if alignment else (),
         vocabulary_bytes=alignment.n_bytes if alignment else 0,
+        metadata_bytes=max(
+            (
+                header.n_bytes
+                for checkpoint in checkpoints.values()
+                for header in checkpoint.headers
+                if os.path.basename(header.path) == METADATA_NAME
+            ),
+            default=0,
+        ),
         directories={
             recipe.parts_of(model)[0]: checkpoint.directory
             for model, checkpoint in checkpoints.items()
