@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from tvfast import errors
 from tvfast.errors import ArgumentError, TvfastError
 from tvfast.sharded.communicator import Communicator, communicator_of
 from tvfast.sharded.layouts import team_meshes
+from tvfast.sharded.notes import TOKEN_BYTES
 from tvfast.statistics import StatisticsFile
 
 _DIGEST_BYTES = 32
@@ -46,9 +48,10 @@ def agreement_of(*weights: Any) -> AbstractContextManager[Description]:
 
 @contextmanager
 def agreement(team: Communicator) -> Iterator[Description]:
-    """Runs the checks of a call, then compares the descriptions of all ranks: one gather of 33 bytes each.
+    """Runs the checks of a call, then compares the descriptions of all ranks: one gather of 41 bytes each.
 
-    A rank whose checks fail says so instead, so that no other waits for it.
+    A rank whose checks fail says so instead, so that no other waits for it. The last 8 bytes, drawn by one
+    rank, name the place where a rank leaves a note that fails after this.
 
     Raises:
         TvfastError: the first failing rank's error, of its class, on every rank.
@@ -62,7 +65,10 @@ def agreement(team: Communicator) -> Iterator[Description]:
         failure = error
         description.lines = [f"error: {type(error).__name__}: {error}"]
     message = bytes([failure is not None]) + description.digest()
-    said = team.gather(torch.tensor(list(message), dtype=torch.uint8))
+    token = os.urandom(TOKEN_BYTES)
+    said = team.gather(torch.tensor(list(message + token), dtype=torch.uint8))
+    team.note.agree(bytes(said[0, len(message) :].tolist()))
+    said = said[:, : len(message)]
     alike = bool((said == said[0]).all())
     if alike and failure is None:
         return

@@ -7,8 +7,10 @@ ties know the place of an element in its whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from tvfast.sharded.keys import LocalKeys
 from tvfast.sharded.selection import nth_equal, select
 from tvfast.sharded.shards import Part
 from tvfast.sharded.sums import totals
+
+_Given, _Answer = ParamSpec("_Given"), TypeVar("_Answer")
 
 _FOLLOW_RUNS = ("cpp", "reference")
 """Backends that read `Entry.run`; others are given an entry for each run."""
@@ -62,6 +66,19 @@ class LocalTable:
         return WorkTable(entries, self.table.n_models), [self.rows[place] for place in places]
 
 
+def _telling(
+    question: Callable[Concatenate[ShardedBackend, _Given], _Answer],
+) -> Callable[Concatenate[ShardedBackend, _Given], _Answer]:
+    """A question that fails on one rank ends the call on all."""
+
+    @wraps(question)
+    def telling(self: ShardedBackend, *given: _Given.args, **named: _Given.kwargs) -> _Answer:
+        with self.team.telling():
+            return question(self, *given, **named)
+
+    return telling
+
+
 @dataclass(slots=True)
 class ShardedBackend:
     """`Backend` over one logical table, whose views have lengths but no addresses.
@@ -80,6 +97,7 @@ class ShardedBackend:
     def why_not(self, table: WorkTable) -> str | None:
         return self.inner.why_not(self.local.table)
 
+    @_telling
     def thresholds(
         self, table: WorkTable, keep: Keep, queries: Sequence[RankQuery], n_threads: int = 0
     ) -> list[Threshold]:
@@ -98,6 +116,7 @@ class ShardedBackend:
             )
         return [answers[query] for query in queries]
 
+    @_telling
     def nth_equal(
         self,
         table: WorkTable,
@@ -117,6 +136,7 @@ class ShardedBackend:
         answers.update(zip(there, places, strict=True))
         return [answers[query] for query in queries]
 
+    @_telling
     def measure(
         self,
         table: WorkTable,
@@ -156,6 +176,7 @@ class ShardedBackend:
             "`new_plane`, so that every pass evaluates the keep stage."
         )
 
+    @_telling
     def combine(
         self,
         table: WorkTable,

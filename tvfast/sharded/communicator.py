@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from tvfast.sharded.notes import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,18 @@ class Communicator:
         rank: this one's global rank.
         groups: one group of all ranks; or, where there is none, one for each dimension of their mesh.
         device: where tensors have to be to be sent.
+        note: of a rank that fails while others wait for it.
     """
 
     ranks: tuple[int, ...]
     rank: int
     groups: tuple[dist.ProcessGroup, ...]
     device: torch.device
+    note: Note = field(default_factory=Note, compare=False)
+
+    def telling(self) -> AbstractContextManager[None]:
+        """What is raised in here ends the call on the other ranks as well, where they wait for this one."""
+        return self.note.leaving(self.rank)
 
     @property
     def size(self) -> int:
@@ -45,7 +54,7 @@ class Communicator:
         found = values.to(self.device).unsqueeze(0).contiguous()
         for group in self.groups:
             parts = [torch.empty_like(found) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, found, group=group)
+            self.note.wait(dist.all_gather(parts, found, group=group, async_op=True))
             found = torch.cat(parts)
         return found.cpu()
 
@@ -61,7 +70,7 @@ class Communicator:
     def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         held = values.to(self.device, copy=True)
         for group in self.groups:
-            dist.all_reduce(held, op=operation, group=group)
+            self.note.wait(dist.all_reduce(held, op=operation, group=group, async_op=True))
         return held.cpu()
 
 

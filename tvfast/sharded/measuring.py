@@ -32,7 +32,7 @@ def measure(
         leaves = sharded_leaves(base, found, said, redistribute=redistribute)
     scalars = TensorScalars(models=[ModelScalars() for _ in found])
     moments = {one.name: Moments.empty(len(found)) for one in leaves}
-    with torch.no_grad():
+    with said.team.telling(), torch.no_grad():
         for rows in _rows(leaves, said.team):
             for double in (False, True):
                 own = [row for row in rows if row.leaf.float64 is double and row.part.n_elements > 0]

@@ -60,7 +60,7 @@ class _Merge:
 
     def run(self, targets: Mapping[str, Tensor]) -> None:
         """Merge into this rank's shards of the results, by name."""
-        with torch.no_grad():
+        with self.team.telling(), torch.no_grad():
             if isinstance(self.method, TensorMethod):
                 rest, average = merge_whole(self.method, self.leaves, targets, self.statistics)
                 if average is not None:
@@ -141,11 +141,15 @@ def merge(
     """
     merge = _agreed(base, models, call, writes=False)
     if isinstance(base, nn.Module):
-        merged = copy.deepcopy(base)
+        with merge.team.telling():
+            merged = copy.deepcopy(base)
         tensors = named_tensors(merged, "base")
         merge.run({one.name: local_of(tensors[one.name].detach()) for one in merge.leaves})
         return merged
-    targets = {one.name: torch.empty_like(local_of(one.base), requires_grad=False) for one in merge.leaves}
+    with merge.team.telling():
+        targets = {
+            one.name: torch.empty_like(local_of(one.base), requires_grad=False) for one in merge.leaves
+        }
     merge.run(targets)
     by_name = {}
     for one in merge.leaves:
@@ -182,7 +186,7 @@ def _agreed(base: Weights, models: Iterable[Weights], call: Call, *, writes: boo
         statistics = Statistics.of(said, method, leaves, call.stats, call.report)
         if isinstance(method, TensorMethod) and not call.redistribute:
             check_whole(method, leaves, statistics)
-    with torch.no_grad():
+    with said.team.telling(), torch.no_grad():
         completed = (
             [LeafScores()] * len(leaves) if scores is None else scores.completed(said.team, call.n_threads)
         )
