@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 import tvfast
 from tvfast.cli import (
@@ -26,6 +27,7 @@ from tvfast.cli import (
     plan,
     sweep,
 )
+from tvfast.cli.merge import is_rank
 from tvfast.cli.signals import INTERRUPTED, Stopped
 from tvfast.errors import ArgumentError, RecipeError, TvfastError, UnknownNameError
 
@@ -87,6 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain("interrupted", INTERRUPTED)
     except Exception as error:
         return _internal(error)
+
+
+def command() -> int:
+    """`main` as a process of its own; a rank of several ends in here.
+
+    A rank has torch, which takes a quarter of a second to put its objects away, while others may wait for the
+    processor. Its part of the output is on the disk by now, and the other ranks know that it has left.
+    """
+    status = main()
+    if is_rank():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _is_configuration(error: TvfastError) -> bool:

@@ -89,11 +89,11 @@ def run(options: argparse.Namespace) -> int:
                 nonfinite=options.nonfinite,
                 report=options.report,
                 progress=progress,
-                distributed=_is_rank(),
+                distributed=is_rank(),
             )
         finally:
             progress.finish()
-    if _is_rank() and os.environ["RANK"] != "0":
+    if is_rank() and os.environ["RANK"] != "0":
         return 0  # rank 0 tells of all
     for warning in report.warnings:
         print(f"tvfast: warning: {' '.join(warning.split())}", file=sys.stderr)
@@ -145,7 +145,7 @@ def as_text(found: dict[str, Any]) -> str:
     )
 
 
-def _is_rank() -> bool:
+def is_rank() -> bool:
     """Whether `torchrun` started this process as one of several."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 

@@ -35,7 +35,7 @@ GRACE_S = 20.0
 """How long a process may take to leave its kernels when another rank is lost."""
 
 _FAILURE = "failure"
-_POLL_S = 0.02
+_SHORTEST_NAP_S, _POLL_S = 0.001, 0.02
 
 _merges = 0  # of this process: each has keys of its own
 
@@ -64,15 +64,18 @@ def join() -> Group:
     rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if rank >= size:
         raise ArgumentError(f"RANK is {rank} of WORLD_SIZE {size}; expected less, as torchrun sets it.")
+    is_master = rank == 0 and not _of_agent()
+    left = timeout if is_master else _until_listened(os.environ["MASTER_ADDR"], port, timeout)
     try:
         store = TCPStore(
             os.environ["MASTER_ADDR"],
             port,
             size,
-            is_master=rank == 0 and not _of_agent(),
-            timeout=timedelta(seconds=timeout),
+            is_master=is_master,
+            timeout=timedelta(seconds=left),
             wait_for_workers=False,
         )
+        store.set_timeout(timedelta(seconds=timeout))
     except (ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())[:300]
         raise RankError(
@@ -84,6 +87,24 @@ def join() -> Group:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = PrefixStore(f"tvfast-{attempt}-{_merges}", store)
     return Group(own, rank, size, timeout_s=timeout, stall_s=stall)
+
+
+def _until_listened(host: str, port: int, timeout: float) -> float:
+    """Wait for the store's process, which may come later; seconds that are left for the store.
+
+    The store's client would try again half a second later.
+    """
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 1.0:
+        try:
+            socket.create_connection((host, port), timeout=left).close()
+        except (ConnectionRefusedError, TimeoutError):
+            time.sleep(_POLL_S)
+        except OSError:
+            break  # which the store's client says better
+        else:
+            break
+    return max(left, min(1.0, timeout))
 
 
 def _of_agent() -> bool:
@@ -160,10 +181,12 @@ class Group:
         if self.rank and not to_all:
             return []
         keys = [f"{topic}-{rank}" for rank in range(self.size)]
+        nap = _SHORTEST_NAP_S
         while not self._asked(lambda: self._store.check(keys)):
             if self._error is not None:
                 raise self._error
-            time.sleep(_POLL_S)
+            time.sleep(nap)
+            nap = min(2 * nap, _POLL_S)
         return [json.loads(found) for found in self._asked(lambda: self._store.multi_get(keys))]
 
     def describe(self, rank: int) -> str:
@@ -236,7 +259,7 @@ class Group:
             there = [key for key in keys if self._store.check([key])]
             if all(Beat.unpack(self._store.get(key)).left for key in there):
                 return
-            time.sleep(_POLL_S)
+            time.sleep(_SHORTEST_NAP_S)
 
     def _asked(self, question: Callable[[], Any]) -> Any:
         """The store's answer.
