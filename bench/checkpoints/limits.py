@@ -4,8 +4,8 @@ Warm: `cat` of the inputs to /dev/null, then `cp` of as many bytes as the merge 
 Cold: the inputs read by cat, and with O_DIRECT by one to eight threads, the best of these; and the output's
 bytes written with O_DIRECT.
 
-Moved: the inputs read through the page cache by some threads, while as many bytes as the merge writes go into
-a preallocated file, and are synced: what a merge does beside merging.
+Moved: the inputs read through the page cache by some threads, while as many bytes as the merge writes go with
+O_DIRECT into a preallocated file, and are synced: what a merge does beside merging, by the same calls.
 """
 
 from __future__ import annotations
@@ -38,19 +38,24 @@ def warm_limit(inputs: Sequence[Path], like: Sequence[Path], scratch: Path) -> d
 
 
 def moved(inputs: Sequence[Path], scratch: Path, n_bytes: int, threads: int = 2) -> float:
-    """Seconds of reading every input while `n_bytes` are written to one file, and of fdatasync."""
+    """Seconds of reading every input while `n_bytes` go to one file of whole pages, and of fdatasync.
+
+    Past the page cache, as a merge writes: through it, the same bytes have waited for their turn among those
+    of other processes, and for memory. What is deleted before and after is not in the figure.
+    """
+    n_bytes += -n_bytes % _PAGE
     reads = [(path, place) for path in inputs for place in range(0, path.stat().st_size, _BLOCK)]
     writes = range(0, n_bytes, _BLOCK)
     sources = {path: os.open(path, os.O_RDONLY) for path in inputs}
     remove(scratch)
     scratch.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    target = os.open(scratch, os.O_RDWR | os.O_CREAT)
+    target = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
     try:
         os.posix_fallocate(target, 0, n_bytes)
 
         def move(mine: int) -> None:
-            block = bytearray(_BLOCK)
+            block = mmap.mmap(-1, _BLOCK)
             own, sought = writes[mine::threads], reads[mine::threads]
             for number, (path, place) in enumerate(sought):
                 os.preadv(sources[path], [block], place)
@@ -59,11 +64,11 @@ def moved(inputs: Sequence[Path], scratch: Path, n_bytes: int, threads: int = 2)
 
         _in_threads(threads, range(threads), move)
         os.fdatasync(target)
+        return time.perf_counter() - start
     finally:
         for descriptor in (target, *sources.values()):
             os.close(descriptor)
         remove(scratch)
-    return time.perf_counter() - start
 
 
 def _shell(script: str, files: Sequence[Path]) -> float:

@@ -10,7 +10,11 @@ with exit status 1 otherwise:
   to the last rename (`seconds` of the report: torch is loaded before that);
 - each rank reads at most its part of the bytes and 5 % more;
 - `tvfast plan` is within 25 % of every run from start to exit. Its disk moves the same bytes in and out as
-  fast as two threads do that merge nothing, in the same round; all ranks share it (`--network`).
+  fast as two threads do that merge nothing, by the same calls, before each run; all ranks share it
+  (`--network`).
+
+The first round is not counted: it finds other work's pages in memory, and places on the disk that were never
+written. Before each merge as much memory as it takes is written to and freed (`running.back_memory`).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -30,7 +35,16 @@ from typing import Any
 
 from bench.checkpoints.limits import moved
 from bench.checkpoints.rows import ROWS, MethodRow
-from bench.checkpoints.running import ROOT, RunError, remove, shards, total_bytes, tvfast, warm
+from bench.checkpoints.running import (
+    ROOT,
+    RunError,
+    back_memory,
+    remove,
+    shards,
+    total_bytes,
+    tvfast,
+    warm,
+)
 from bench.checkpoints.suite import Place, working_in
 from bench.environment import environment, load_average
 from bench.suite import write
@@ -40,14 +54,18 @@ METHODS = ("task_arithmetic", "ties", "della")
 SHAPES = ((1, 1), (1, 2), (2, 1))
 """(ranks, threads of each)."""
 
+MEMORY_BYTES = 4 * 10**9
+"""More than the ranks of one merge take."""
+
 MOST_SLOWER, MOST_READ, MOST_ERROR = 1.15, 1.05, 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class RanksRun:
-    """One merge: from start to exit of all ranks, and what the report says."""
+    """One merge: from start to exit of all ranks, their processor time, and what the report says."""
 
     wall_s: float
+    cpu_s: float
     merge_s: float
     read_bytes: tuple[int, ...]
 
@@ -68,6 +86,7 @@ def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> RanksRun:
         size = str(n_ranks)
         common |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
         common |= {"MASTER_PORT": str(port)}
+    before = _children_s()
     start = time.perf_counter()
     ranks = [
         subprocess.Popen(
@@ -80,13 +99,19 @@ def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> RanksRun:
         for rank in range(n_ranks)
     ]
     said = [rank.communicate() for rank in ranks]
-    wall = time.perf_counter() - start
+    wall, cpu = time.perf_counter() - start, _children_s() - before
     remove(place.out)
     if any(rank.returncode for rank in ranks):
         raise RunError("\n".join(errors for _, errors in said))
     report: dict[str, Any] = json.loads(said[0][0])
     works = report["ranks"] or [report]
-    return RanksRun(wall, report["seconds"], tuple(work["read_bytes"] for work in works))
+    return RanksRun(wall, cpu, report["seconds"], tuple(work["read_bytes"] for work in works))
+
+
+def _children_s() -> float:
+    """Processor seconds of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def predicted_s(place: Place, row: MethodRow, n_ranks: int, threads: int, gb_per_s: float) -> float:
@@ -100,18 +125,21 @@ def predicted_s(place: Place, row: MethodRow, n_ranks: int, threads: int, gb_per
 
 
 def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
-    """A record for each shape; rounds go through all shapes in turn."""
+    """A record for each shape; rounds go through all shapes in turn, and one round more than is counted."""
     files = place.inputs(row)
     outputs = shards(place.family / row.inputs()[0])
     runs: dict[tuple[int, int], list[RanksRun]] = {shape: [] for shape in SHAPES}
-    limits = []
-    for _ in range(rounds):
-        warm(files)
-        limits.append(moved(files, place.work / "scratch" / "moved", total_bytes(outputs)))
+    limits: list[float] = []
+    for _ in range(1 + rounds):
         for shape in SHAPES:
             warm(files)
+            limits.append(moved(files, place.work / "scratch" / "moved", total_bytes(outputs)))
+            warm(files)
+            back_memory(MEMORY_BYTES)
             runs[shape].append(merge(place, row, *shape))
-    gb_per_s = (total_bytes(files) + total_bytes(outputs)) / 1e9 / Summary(tuple(limits)).median
+    runs = {shape: found[1:] for shape, found in runs.items()}
+    limit = Summary(tuple(limits[len(SHAPES) :]))
+    gb_per_s = (total_bytes(files) + total_bytes(outputs)) / 1e9 / limit.median
     records = []
     for (n_ranks, threads), found in runs.items():
         wall = Summary(tuple(run.wall_s for run in found))
@@ -124,6 +152,9 @@ def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
                 "threads": threads,
                 "wall_s": wall.record(),
                 "merge_s": Summary(tuple(run.merge_s for run in found)).record(),
+                "cpu_s": Summary(tuple(run.cpu_s for run in found)).record(),
+                "moved_s": limit.record(),
+                "moved_first_s": limits[: len(SHAPES)],
                 "disk_gb_per_s": gb_per_s,
                 "planned_s": planned,
                 "planned_error": planned / wall.median - 1,
@@ -179,12 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with working_in(family) as work:
         records = [record for row in rows for record in measured(Place(family, work), row, options.rounds)]
     result |= {"rows": records, "load_after": load_average()}
-    print("row                     from start to exit   merge     planned   error   largest share read")
+    print(
+        "row                    from start to exit           merge  processor    planned   error  share read"
+    )
     for record in records:
         wall, seconds = record["wall_s"]["median_s"], record["merge_s"]["median_s"]
         print(
-            f"{record['row']:<22} {wall:>9.2f} s {seconds:>15.2f} s {record['planned_s']:>8.2f} s "
-            f"{record['planned_error']:>+7.0%} {record['read_share']:>12.3f}"
+            f"{record['row']:<22} {wall:>16.2f} s {seconds:>13.2f} s {record['cpu_s']['median_s']:>8.2f} s "
+            f"{record['planned_s']:>8.2f} s {record['planned_error']:>+7.0%} {record['read_share']:>11.3f}"
         )
     missed = judged(records)
     print(write(result, options.out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -87,6 +88,22 @@ def warm(files: Iterable[Path]) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def back_memory(n_bytes: int) -> None:
+    """Write to so much memory and give it back to the system, as far as it has that much.
+
+    A virtual machine's host takes free memory away within seconds and gives it anew page by page, when it is
+    touched: 0.9 GB of writes took 2.0 to 4.4 s after some rest, and 0.2 s when as much had just been freed.
+    """
+    with open("/proc/meminfo") as lines:
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    n_bytes = min(n_bytes, found["MemAvailable"] // 2)
+    with mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        blank = bytes(_CHUNK)
+        for place in range(0, n_bytes, _CHUNK):
+            memory[place : place + _CHUNK] = blank[: n_bytes - place]
 
 
 def evict(files: Iterable[Path]) -> None:

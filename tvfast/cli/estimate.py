@@ -83,8 +83,9 @@ READ_GB_S, WRITE_GB_S = 4.0, 5.0
 """What one core does beside merging, where the CPU merges: reads out of the page cache and looks for NaN;
 takes checksums and writes. From the processor time of whole merges there."""
 
-START_S, JOIN_S = 0.25, 1.5
-"""From the shell to the first read; and what torch and the meeting of several ranks take besides."""
+START_S, JOIN_S = 0.25, 0.6
+"""From the shell to the first read; and what several ranks take besides: torch, 0.53 s of a core to load and
+to leave, and their meeting."""
 
 EXCHANGES, RECORD_BYTES = 8, 30
 """Values that each rank gives to the others for a merge, and bytes for each unit of work among them."""
