@@ -60,7 +60,9 @@ def moved(inputs: Sequence[Path], scratch: Path, n_bytes: int, threads: int = 2)
             for number, (path, place) in enumerate(sought):
                 os.preadv(sources[path], [block], place)
                 for at in own[len(own) * number // len(sought) : len(own) * (number + 1) // len(sought)]:
-                    os.pwrite(target, memoryview(block)[: n_bytes - at], at)
+                    part = memoryview(block)[: n_bytes - at]
+                    if os.pwrite(target, part, at) != len(part):
+                        raise OSError(f"{scratch}: fewer than {len(part)} bytes written at {at}")
 
         _in_threads(threads, range(threads), move)
         os.fdatasync(target)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import tvfast
-from bench.checkpoints import device, loads, reports, suite
+from bench.checkpoints import device, loads, ranks, reports, suite
 from bench.checkpoints.family import PRESETS, Family
 from bench.checkpoints.limits import cold_reads, direct_write, moved, warm_limit
 from bench.checkpoints.peer import Peer, find_peer
-from bench.checkpoints.rows import LIMIT, PEER, ROWS, Goal
-from bench.checkpoints.running import RunError, evict, run, shards, total_bytes, warm
+from bench.checkpoints.rows import LIMIT, PEER, ROWS, Goal, MethodRow
+from bench.checkpoints.running import RunError, back_memory, evict, run, shards, total_bytes, warm
 from bench.checkpoints.running import tvfast as command
+from bench.checkpoints.suite import Place
 from bench.checkpoints.table import judged, table
 from tests.parity.shards import read
 
@@ -119,7 +120,42 @@ def test_bytes_are_moved_by_several_threads(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "scratch" / "moved").exists()
     ends = [at + n for at, n in sorted(written)]
     assert [0, *ends[:-1]] == [at for at, _ in sorted(written)]
-    assert ends[-1] == 40_000_001
+    assert ends[-1] == -(-40_000_001 // 4096) * 4096, "whole pages, past the page cache"
+
+
+def test_the_first_round_of_ranks_is_not_counted(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> ranks.RanksRun:
+        steps.append("merge")
+        first = steps.count("merge") <= len(ranks.SHAPES)
+        return ranks.RanksRun(100.0 if first else 2.0, 1.0, 1.5, (60,) if n_ranks == 1 else (30, 30))
+
+    def move(*_: object) -> float:
+        steps.append("move")
+        return 50.0 if steps.count("move") <= len(ranks.SHAPES) else 0.5
+
+    monkeypatch.setattr(ranks, "merge", merge)
+    monkeypatch.setattr(ranks, "moved", move)
+    monkeypatch.setattr(ranks, "back_memory", lambda n_bytes: steps.append("memory"))
+    monkeypatch.setattr(ranks, "predicted_s", lambda *_: 2.2)
+    row = next(row for row in ROWS if row.method == "ties")
+    records = ranks.measured(Place(family, tmp_path), row, 2)
+    assert steps == ["move", "memory", "merge"] * len(ranks.SHAPES) * 3
+    n_bytes = total_bytes(Place(family, tmp_path).inputs(row)) + total_bytes(shards(family / "base"))
+    for record in records:
+        assert record["wall_s"]["samples_s"] == [2.0, 2.0]
+        assert record["moved_s"]["samples_s"] == [0.5] * len(ranks.SHAPES) * 2
+        assert record["disk_gb_per_s"] == n_bytes / 0.5e9
+        assert record["planned_error"] == pytest.approx(0.1)
+    assert ranks.judged(records) == []
+
+
+def test_memory_of_any_size_is_touched() -> None:
+    back_memory(1)
+    back_memory(3 * 2**24 + 5)
 
 
 # -- rows and judgement ---------------------------------------------------------------------------------
