@@ -34,7 +34,8 @@ from tvfast.sharded.selection import nth_equal, select
 from tvfast.sharded.shards import Part
 from tvfast.sharded.sums import totals
 
-_Given, _Answer = ParamSpec("_Given"), TypeVar("_Answer")
+_Given = ParamSpec("_Given")
+_Answer = TypeVar("_Answer")
 
 _FOLLOW_RUNS = ("cpp", "reference")
 """Backends that read `Entry.run`; others are given an entry for each run."""
@@ -72,7 +73,7 @@ def _telling(
     """A question that fails on one rank ends the call on all."""
 
     @wraps(question)
-    def telling(self: ShardedBackend, *given: _Given.args, **named: _Given.kwargs) -> _Answer:
+    def telling(self: ShardedBackend, /, *given: _Given.args, **named: _Given.kwargs) -> _Answer:
         with self.team.telling():
             return question(self, *given, **named)
 
