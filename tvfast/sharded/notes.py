@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from tvfast.errors import RankError
 
@@ -31,7 +32,7 @@ class Note:
     """
 
     key: str | None = None
-    _store: dist.Store | None = field(default_factory=lambda: _default_store())
+    _store: Store | None = field(default_factory=lambda: _default_store())
     _left: bool = False
 
     def agree(self, token: bytes) -> None:
@@ -96,9 +97,9 @@ class Note:
             ) from cause
 
 
-def _default_store() -> dist.Store | None:
+def _default_store() -> Store | None:
     try:
-        store: dist.Store = dist.distributed_c10d._get_default_store()
+        store: Store = dist.distributed_c10d._get_default_store()
     except (AttributeError, KeyError, ValueError):
         return None
     return store
