@@ -24,9 +24,6 @@ inline std::int64_t block_length(int n_models) {
   return std::clamp<std::int64_t>(8192 / (n_models + 2) / 64 * 64, kMinBlock, kMaxBlock);
 }
 
-// Elements up to which a bin of magnitudes is sorted by insertion.
-inline constexpr std::uint32_t kInsertionSort = 256;
-
 // Rows of fewer elements are sorted: there are more bins to count in than elements.
 inline constexpr std::int64_t kFewToCount = 256;
 
@@ -60,7 +57,7 @@ class Buffer {
 // One thread's memory.
 struct Scratch {
   Buffer<float> base, taus, rows, score, shares, result;
-  Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
+  Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, binned, longer;
   Buffer<std::uint64_t> sorted;
 };
 

@@ -98,50 +98,87 @@ static bool rank_by_counting(const std::uint32_t* keys, std::int64_t n, std::uin
   return true;
 }
 
+// How far apart keys of one bin are compared; larger bins are sorted. Without lanes every
+// comparison is an instruction, and sorting is cheaper. Measured on an EPYC, rows of 8192 normal
+// values: 2.1 ns a key with AVX-512, 2.4 with AVX2, 6.6 without vectors.
+inline constexpr std::uint32_t kWindow = kLanes > 1 ? 32 : 4;
+
+// What is added to the position of a key in its bin's order of arrival: the smaller keys that come
+// after it, less the larger ones before it. Keys further apart than `distance` are in order.
+TVFAST_INLINE U displacement(const std::uint32_t* keys, std::int64_t distance) {
+  const I own = load<I>(keys);
+  I after = {}, before = {};
+  for (std::int64_t d = 1; d <= distance; ++d) {
+    after = tally(after, load<I>(keys + d) < own);
+    before = tally(before, load<I>(keys - d) > own);
+  }
+  return (U)(after - before);
+}
+
+// Sorts the bins of more than kWindow + 1 keys, which displacements do not reach across.
+static void sort_large_bins(const std::uint32_t* end, std::uint32_t n_bins, std::uint32_t* keys,
+                            std::uint32_t* index, Scratch& scratch) {
+  for (std::uint32_t bin = 0, from = 0; bin < n_bins; from = end[bin++]) {
+    const std::uint32_t n = end[bin] - from;
+    if (n <= kWindow + 1 || std::is_sorted(keys + from, keys + end[bin])) continue;
+    std::uint64_t* sorted = scratch.sorted.get(n);  // (key, index), which orders as one number
+    for (std::uint32_t j = 0; j < n; ++j)
+      sorted[j] = std::uint64_t{keys[from + j]} << 32 | index[from + j];
+    std::sort(sorted, sorted + n);
+    for (std::uint32_t j = 0; j < n; ++j) {
+      keys[from + j] = static_cast<std::uint32_t>(sorted[j] >> 32);
+      index[from + j] = static_cast<std::uint32_t>(sorted[j]);
+    }
+  }
+}
+
 // Ranks any row. Keys are binned by their leading bits, down to 16 octaves below the largest, and
-// then sorted within bins, which are small. More octaves would leave fewer bins for the three that
-// hold most of a bell curve.
-static void rank_by_sorting(const std::uint32_t* keys, std::int64_t n, std::uint32_t largest,
-                            Scratch& scratch, std::uint32_t* rank) {
+// compared with their neighbours within bins, which are small: no branch depends on a key, where
+// insertion took three times as long. More octaves would leave fewer bins for the three that hold
+// most of a bell curve.
+static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::uint32_t largest,
+                              Scratch& scratch, std::uint32_t* rank) {
   const int bin_bits =
       std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n))), 6, 16);
   const int shift = 27 - bin_bits;
-  const std::uint32_t last_bin = (1u << bin_bits) - 1;
-  const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, last_bin);
-  const auto bin_of = [=](std::uint32_t key) { return std::max(key >> shift, lowest) - lowest; };
-  std::uint32_t* start = scratch.bins.get(std::size_t{last_bin} + 1);
-  std::fill_n(start, last_bin + 1, 0u);
-  for (std::int64_t i = 0; i < n; ++i) ++start[bin_of(keys[i])];
-  std::uint64_t* sorted = scratch.sorted.get(n);  // (key, index), which orders as one number
-  std::uint32_t total = 0;
-  bool large_bins = false;
-  for (std::uint32_t bin = 0; bin <= last_bin; ++bin) {
-    const std::uint32_t here = start[bin];
-    large_bins = large_bins || here > kInsertionSort;
-    start[bin] = total;
-    total += here;
+  const std::uint32_t n_bins = 1u << bin_bits;
+  const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, n_bins - 1);
+  std::uint32_t* start = scratch.bins.get(n_bins);
+  std::fill_n(start, n_bins, 0u);
+  std::uint32_t* bins = scratch.bin_of.get(n + kLanes);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const U leading = load<U>(keys + i) >> static_cast<std::uint32_t>(shift);
+    store(bins + i, leading > lowest ? leading - lowest : U{});
   }
-  for (std::int64_t i = 0; i < n; ++i)
-    sorted[start[bin_of(keys[i])]++] = std::uint64_t{keys[i]} << 32 | static_cast<std::uint32_t>(i);
-  if (large_bins) {
-    // After the scatter, start[bin] is the end of that bin.
-    for (std::uint32_t bin = 0, from = 0; bin <= last_bin; from = start[bin++])
-      if (start[bin] - from > kInsertionSort && !std::is_sorted(sorted + from, sorted + start[bin]))
-        std::sort(sorted + from, sorted + start[bin]);
+  for (std::int64_t i = 0; i < n; ++i) ++start[bins[i]];
+  U total = {}, most = {};
+  for (std::uint32_t bin = 0; bin < n_bins; bin += kLanes) {
+    const U here = load<U>(start + bin), sums = running_sum(here);
+    store(start + bin, total + sums - here);
+    total += last_lane(sums);
+    most = here > most ? here : most;
   }
-  std::uint64_t previous = 0;
+  // Binned in order of arrival, between keys that are in order with any.
+  std::uint32_t* binned = scratch.binned.get(n + kLanes + 2 * kWindow) + kWindow;
+  std::uint32_t* index = scratch.longer.get(n + 2 * kLanes);
+  std::fill_n(binned - kWindow, kWindow, 0u);
+  std::fill_n(binned + n, kWindow + kLanes, kNanKey);
   for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint64_t moving = sorted[i];
-    if (moving >= previous) {
-      previous = moving;
-      continue;
-    }
-    std::int64_t to = i;
-    for (; to > 0 && sorted[to - 1] > moving; --to) sorted[to] = sorted[to - 1];
-    sorted[to] = moving;
+    const std::uint32_t at = start[bins[i]]++;
+    binned[at] = keys[i];
+    index[at] = static_cast<std::uint32_t>(i);
   }
-  for (std::int64_t i = 0; i < n; ++i)
-    rank[static_cast<std::uint32_t>(sorted[i])] = static_cast<std::uint32_t>(i);
+  const std::uint32_t largest_bin = lane_max(most);
+  if (largest_bin > kWindow + 1) sort_large_bins(start, n_bins, binned, index, scratch);
+  const std::int64_t distance = std::min<std::int64_t>(largest_bin - 1, kWindow);
+  std::int64_t at = 0;
+  for (; at + kLanes <= n; at += kLanes) {
+    std::uint32_t places[kLanes];
+    store(places, static_cast<std::uint32_t>(at) + iota() + displacement(binned + at, distance));
+    for (int lane = 0; lane < kLanes; ++lane) rank[index[at + lane]] = places[lane];
+  }
+  const U places = static_cast<std::uint32_t>(at) + iota() + displacement(binned + at, distance);
+  for (int lane = 0; at < n; ++at, ++lane) rank[index[at]] = places[lane];
 }
 
 // `row` has room for a vector behind its n elements, which is set to zero.
@@ -156,5 +193,5 @@ static void rank_row(float* row, std::int64_t n, Scratch& scratch, std::uint32_t
   }
   const std::uint32_t top = lane_max(largest);
   if (n < kFewToCount || !rank_by_counting(keys, n, top, scratch, rank))
-    rank_by_sorting(keys, n, top, scratch, rank);
+    rank_by_comparing(keys, n, top, scratch, rank);
 }
