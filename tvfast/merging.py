@@ -23,6 +23,7 @@ from tvfast.methods.merging import merge_table
 from tvfast.methods.passthrough import Passthrough
 from tvfast.methods.statistics import PLANE_BYTES
 from tvfast.ops._check import threads
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops._views import check_overlap, span, view
 from tvfast.ops.raw import Backend, backend_for
 from tvfast.program import DType, Entry, View, WorkTable
@@ -177,7 +178,7 @@ def merge(
         targets = named_tensors(merged, "base")
         _run(chosen, leaves, extra, [targets[leaf.name] for leaf in leaves], n_threads)
         return merged
-    outs = [torch.empty_like(leaf.base, requires_grad=False) for leaf in leaves]
+    outs = [on_huge_pages(torch.empty_like(leaf.base, requires_grad=False)) for leaf in leaves]
     _run(chosen, leaves, extra, outs, n_threads)
     by_name = {
         name: out for leaf, out in zip(leaves, outs, strict=True) for name in (leaf.name, *leaf.aliases)

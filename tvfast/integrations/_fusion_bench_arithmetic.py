@@ -12,6 +12,7 @@ from torch import Tensor
 from tvfast.integrations._fusion_bench_leaves import leaves
 from tvfast.integrations._patching import Function, NotServed
 from tvfast.integrations._tables import Merge, entry, number, scalars
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import Divisor, Program
 
 StateDicts = Sequence[Mapping[str, Tensor]]
@@ -35,7 +36,7 @@ def _sums(
         raise NotServed("tensors of integers")
     chosen = [{name: one[name] for name in names} for one in state_dicts]
     found = leaves(chosen[0], chosen)
-    outs = {leaf.name: torch.empty_like(leaf.base) for leaf in found}
+    outs = {leaf.name: on_huge_pages(torch.empty_like(leaf.base)) for leaf in found}
     merge = Merge(
         [entry(leaf.models, outs[leaf.name], name=leaf.name) for leaf in found],
         [scalars(weights) for _ in found],

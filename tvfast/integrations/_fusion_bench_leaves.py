@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import check_served
+from tvfast.ops._huge_pages import on_huge_pages
 
 StateDict = Mapping[str, Tensor]
 
@@ -82,4 +83,4 @@ def resident(pool: Any) -> tuple[nn.Module, list[nn.Module]]:
 
 def empty_like(leaf_models: Sequence[Tensor]) -> Tensor:
     """A contiguous tensor for a merge of these."""
-    return torch.empty_like(leaf_models[0], memory_format=torch.contiguous_format)
+    return on_huge_pages(torch.empty_like(leaf_models[0], memory_format=torch.contiguous_format))

@@ -14,6 +14,7 @@ from tvfast.integrations._fusion_bench_models import negative_zeros_
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars
 from tvfast.methods.scalars import float32
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops.raw import Wants
 from tvfast.program import Members, Program, Reduce, Vote, ZeroSign
 
@@ -31,7 +32,7 @@ def emr_merge(
     found = leaves(task_vectors[0], task_vectors)
     if any(leaf.base.dtype != torch.float32 for leaf in found):
         raise NotServed("16 bits")
-    unified = {leaf.name: torch.empty_like(leaf.base) for leaf in found}
+    unified = {leaf.name: on_huge_pages(torch.empty_like(leaf.base)) for leaf in found}
     entries = [entry(leaf.models, unified[leaf.name], name=leaf.name) for leaf in found]
     merge = Merge(entries, [scalars((1.0,) * n_models) for _ in found])
     merge.check_finite()
@@ -102,7 +103,7 @@ def task_masks(
     for leaf in found:
         if leaf.base.dtype != torch.float32:
             raise NotServed("16 bits")
-        masks[leaf.name] = torch.empty_like(leaf.base)
+        masks[leaf.name] = on_huge_pages(torch.empty_like(leaf.base))
         base, multi, own = (tensor.view(-1) for tensor in (leaf.base, *leaf.models))
         for part in flat_chunks(base.numel()):
             kept = (base[part] - own[part]).abs_() > (multi[part] - own[part]).abs_().mul_(factor)

@@ -32,6 +32,7 @@ from tvfast.methods.base import share_groups
 from tvfast.methods.scalars import draw_limit, float32
 from tvfast.methods.slerp import coefficients
 from tvfast.methods.ties import Ties
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import Entry, Gain, Keep, Program, Reduce, TensorScalars
 
 # -- TIES -----------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def ties_merging(flat_task_checks: Tensor, reset_thresh: Any = None, merge_func:
         raise NotServed("task vectors that are no matrix")
     rows = list(flat_task_checks)
     made = _ties_method(reset_thresh, merge_func, 1.0, rows[0], rows[0].numel())
-    out = torch.empty_like(rows[0])
+    out = on_huge_pages(torch.empty_like(rows[0]))
     one = entry(rows, out, name="tensor")
     program, numbers = _elect(made, [one])
     Merge([one], numbers).combine(program)
@@ -220,7 +221,7 @@ def slerp(t: float, v0: Tensor, v1: Tensor, DOT_THRESHOLD: float = 0.9995, epsil
         raise NotServed("thresholds of the caller's")
     check_served([v0, v1])
     share = number(t, "t")
-    out = torch.empty(v0.shape, dtype=torch.float32, device=v0.device)
+    out = on_huge_pages(torch.empty(v0.shape, dtype=torch.float32, device=v0.device))
     merge = Merge([entry((v0, v1), out)], [scalars((1.0, 1.0))])
     first, second = slerp_weights(merge.statistics.gram(Program(), merge.numbers)[0], share)
     for model, weight in zip(merge.numbers[0].models, (first, second), strict=True):
@@ -251,7 +252,7 @@ def drop(integration: Integration) -> Function:
         sparsity = number(sparsity_level, "the sparsity")
         if not 0.0 <= sparsity < 1.0:
             raise NotServed("everything is dropped")
-        out = torch.empty_like(data)
+        out = on_huge_pages(torch.empty_like(data))
         merge = Merge([entry([data], out)], [scalars((1.0,))])
         merge.check_finite()
         model = merge.numbers[0].models[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars, view
 from tvfast.methods.scalars import float32
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops.raw import Wants
 from tvfast.program import Divisor, Program, ScoreMap, Weighting
 
@@ -42,7 +43,7 @@ def merging_with_fisher_weights(
         raise NotServed("weights that may sum to 0")
     entries, merged = [], {}
     for name, tensors in models_to_merge_param_dict.items():
-        merged[name] = torch.empty_like(tensors[0])
+        merged[name] = on_huge_pages(torch.empty_like(tensors[0]))
         one = entry(tensors, merged[name], name=name)
         one.scores = tuple(view(fisher[name]) for fisher in fishers)
         one.score_maps = (ScoreMap(shift=floor, floor=-math.inf),) * n_models
@@ -86,7 +87,7 @@ def merging_with_regmean_weights(
         if name.endswith(".weight") and module in grams[0]:
             merged[name] = _solved([gram[module] for gram in grams], tensors, ratio, weight_transpose)
         else:
-            merged[name] = averaged[name] = torch.empty_like(tensors[0])
+            merged[name] = averaged[name] = on_huge_pages(torch.empty_like(tensors[0]))
     if averaged:
         entries = [entry(models_to_merge_param_dict[name], out, name=name) for name, out in averaged.items()]
         merge = Merge(entries, [scalars((1.0,) * len(one.models)) for one in entries])

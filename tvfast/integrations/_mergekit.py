@@ -22,6 +22,7 @@ from tvfast.integrations._tables import (
 )
 from tvfast.methods.scalars import float32
 from tvfast.methods.slerp import coefficients
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import Divisor, Program
 
 # (sparsifier, consensus) -> our method; mergekit's names for both are strings.
@@ -167,7 +168,7 @@ def model_stock(base: Tensor, models: Sequence[Tensor], *, guard_singular: bool)
     """t * mean + (1 - t) * base, one angle for the tensor, in mergekit's order of operations."""
     check_served([base, *models])
     n = len(models)
-    out = torch.empty_like(base, dtype=torch.float32)
+    out = on_huge_pages(torch.empty_like(base, dtype=torch.float32))
     deltas = Merge([entry(models, out, base=base)], [scalars((1.0,) * n)])
     gram = deltas.statistics.gram(Program(), deltas.numbers)[0]
     cosines = [
@@ -186,7 +187,7 @@ def model_stock(base: Tensor, models: Sequence[Tensor], *, guard_singular: bool)
     else:
         share = float32(n * cosine / denominator)
     Merge([entry(models, out)], [scalars((1.0,) * n)]).combine(Program(divisor=Divisor.COUNT))
-    result = out if base.dtype == torch.float32 else torch.empty_like(base)
+    result = out if base.dtype == torch.float32 else on_huge_pages(torch.empty_like(base))
     weights = (share, float32(1.0 - share))
     merge = Merge([entry((out, base), result)], [scalars(weights)])
     merge.combine(Program())

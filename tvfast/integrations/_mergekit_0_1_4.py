@@ -13,6 +13,7 @@ from tvfast.integrations._mergekit import karcher, merge_task_vectors, model_sto
 from tvfast.integrations._patching import Function, Hook, Integration, NotServed, same
 from tvfast.integrations._tables import check_served, merge_by, method, number
 from tvfast.methods import METHODS
+from tvfast.ops._huge_pages import on_huge_pages
 
 _METHODS = "mergekit.merge_methods"
 _SPHERICAL = (Hook("karcher", f"{_METHODS}.karcher", "karcher_merge_tensors", same(karcher)),)
@@ -94,7 +95,7 @@ def _slerp(t: Any, v0: Any, v1: Any, DOT_THRESHOLD: float = 0.9995, eps: float =
     if v0.device.type != "cpu":
         raise NotServed("a result that mergekit returns on the CPU")
     first, second = v0.detach(), v1.detach()
-    out = torch.empty(first.shape, dtype=torch.float32)
+    out = on_huge_pages(torch.empty(first.shape, dtype=torch.float32))
     slerp_pairs([number(t, "t")], first.unsqueeze(0), second.unsqueeze(0), out.unsqueeze(0))
     return out
 

@@ -12,6 +12,7 @@ from tvfast.integrations._patching import Function, Hook, Integration, NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, merge_by, method, number, scalars
 from tvfast.methods import METHODS
 from tvfast.methods.linear import sum_of_weights
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import Divisor, Program, Reduce
 
 _METHODS = "mergekit.merge_methods"
@@ -69,7 +70,7 @@ def _slerp(t: Tensor, v0: Tensor, v1: Tensor, dot_threshold: float = 0.9995, eps
     if t.requires_grad and torch.is_grad_enabled():
         raise NotServed("gradients are recorded")
     ts = [number(value, "t") for value in t.reshape(-1).to(torch.float32).tolist()]
-    return slerp_pairs(ts, v0, v1, torch.empty_like(v0))
+    return slerp_pairs(ts, v0, v1, on_huge_pages(torch.empty_like(v0)))
 
 
 def _linear(batch: Any, weight: Tensor, normalize: bool = True) -> Tensor:
@@ -77,7 +78,7 @@ def _linear(batch: Any, weight: Tensor, normalize: bool = True) -> Tensor:
     check_served(tensors)
     if weight.requires_grad and torch.is_grad_enabled():
         raise NotServed("gradients are recorded")
-    out = torch.empty_like(tensors[0])
+    out = on_huge_pages(torch.empty_like(tensors[0]))
     program = Program(reduce=Reduce.FUSED_SUM, divisor=Divisor.WEIGHT if normalize else Divisor.NONE)
     numbers = []
     for row in weight.to(torch.float32).tolist():

@@ -14,6 +14,7 @@ from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, random_keys, scalars
 from tvfast.methods.dialects import kept_sd_mecha
 from tvfast.methods.scalars import draw_limit
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import (
     SMALLEST_POSITIVE,
     Divisor,
@@ -71,7 +72,7 @@ def _prepared(deltas: Sequence[Tensor], k: float) -> tuple[Tensor, Merge]:
     check_served(deltas)
     if number(k, "k") < 0.0:
         raise NotServed("a negative share")
-    out = torch.empty(deltas[0].shape, dtype=torch.float32, device=deltas[0].device)
+    out = on_huge_pages(torch.empty(deltas[0].shape, dtype=torch.float32, device=deltas[0].device))
     merge = Merge([entry(deltas, out)], [scalars((1.0,) * len(deltas))])
     merge.check_finite()
     return out, merge

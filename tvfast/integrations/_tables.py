@@ -14,6 +14,7 @@ from tvfast.errors import ArgumentError, BackendError, MergeError
 from tvfast.integrations._patching import NotServed
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
 from tvfast.methods.scalars import model_key
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops.host import first_nonfinite
 from tvfast.ops.raw import backend_for
 from tvfast.program import (
@@ -237,7 +238,7 @@ def merge_by(
         made.check_models(len(models))
     except ArgumentError as error:
         raise NotServed("parameters out of range") from error
-    out = torch.empty(first.shape, dtype=dtype or first.dtype, device=first.device)
+    out = on_huge_pages(torch.empty(first.shape, dtype=dtype or first.dtype, device=first.device))
     views = tuple(view(model) for model in models)
     origin, operands = (None, views) if base is None else made.operands(view(base), views)
     row = made.row_elements(first.shape)

@@ -32,6 +32,7 @@ from tvfast.integrations._tables import (
 )
 from tvfast.methods.scalars import draw_limit, float32
 from tvfast.ops import combine
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import Divisor, Gain, Keep, Members, Program, Tie, Vote
 
 SMALLEST_PHILOX = 1 << 12
@@ -58,7 +59,7 @@ class _Call:
         check_served(task_tensors)
         first = task_tensors[0]
         own = _weights(weights, len(task_tensors), first)
-        out = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+        out = on_huge_pages(torch.empty(first.shape, dtype=torch.float32, device=first.device))
         return _Call(task_tensors, own, Merge([entry(task_tensors, out)], [scalars(own)]), out)
 
     def trim(self, density: float) -> Keep:

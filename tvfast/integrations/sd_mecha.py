@@ -22,6 +22,7 @@ from tvfast.integrations._chunks import flat_chunks, row_chunks
 from tvfast.integrations._patching import Function, Hook, Integration, IntegrationModule, NotServed, same
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars
 from tvfast.methods.scalars import float32
+from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.program import Program
 
 
@@ -97,7 +98,7 @@ def n_average(*models: Any, **kwargs: Any) -> Tensor:
         raise NotServed("fewer than two models")
     tensors = [model[kwargs["key"]] for model in models]
     check_served(tensors)
-    out = torch.empty_like(tensors[0])
+    out = on_huge_pages(torch.empty_like(tensors[0]))
     with torch.no_grad():
         for part in flat_chunks(out.numel()):
             mean = out.view(-1)[part]
@@ -115,7 +116,7 @@ def slerp(a: Tensor, b: Tensor, alpha: Any = 0.5) -> Tensor:
             raise NotServed("an alpha for every entry")
         alpha = alpha.item()
     share = number(alpha, "alpha")
-    out = torch.empty_like(a)
+    out = on_huge_pages(torch.empty_like(a))
     merge = Merge([entry((a, b), out)], [scalars((1.0, 1.0))])
     gram = merge.statistics.gram(Program(), merge.numbers)[0]
     lengths = [float32(math.sqrt(gram[k][k])) for k in range(2)]
@@ -141,7 +142,7 @@ def model_stock(*deltas: Tensor, cos_eps: float = 1e-6) -> Tensor:
     if len(deltas) < 2:
         raise NotServed("fewer than two models")
     check_served(deltas)
-    out = torch.empty_like(deltas[0])
+    out = on_huge_pages(torch.empty_like(deltas[0]))
     with torch.no_grad():
         for rows in row_chunks(out):
             parts = [elected.as_rows(delta)[rows] for delta in deltas]
