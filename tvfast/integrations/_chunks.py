@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import Tensor
 
-CHUNK = 1 << 18
+CHUNK = 1 << 17
 """Elements. Several of them in float32 fit a cache of the second level or a share of the third."""
 
 
@@ -17,9 +18,10 @@ def flat_chunks(n_elements: int) -> Iterator[slice]:
 
 
 def row_chunks(tensor: Tensor) -> Iterator[slice]:
-    """Rows along the last dimension, in multiples of 64, so that bit planes can be cut there."""
+    """Rows along the last dimension; parts begin at multiples of 64 entries, where bit planes can be cut."""
     columns = max(1, tensor.shape[-1] if tensor.dim() else 1)
     n_rows = tensor.numel() // columns
-    step = max(64, CHUNK // columns // 64 * 64)
+    least = 64 // math.gcd(64, columns)
+    step = max(1, CHUNK // columns // least) * least
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
