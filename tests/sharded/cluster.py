@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -30,6 +31,7 @@ def _serve(pipe: connection.Connection, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what is imported is not searched again for garbage
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.*returned a view")
@@ -49,6 +51,9 @@ def _serve(pipe: connection.Connection, rank: int) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # What an error's traceback holds of the group goes here: where a collective was given up, that
+            # waits for the connections of the other ranks to close.
+            gc.collect()
         pipe.send(answer)
 
 
