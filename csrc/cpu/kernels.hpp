@@ -57,7 +57,7 @@ class Buffer {
 // One thread's memory.
 struct Scratch {
   Buffer<float> base, taus, rows, score, shares, result;
-  Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, binned, longer;
+  Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
   Buffer<std::uint64_t> sorted;
 };
 

@@ -145,7 +145,7 @@ static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::ui
   const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, n_bins - 1);
   std::uint32_t* start = scratch.bins.get(n_bins);
   std::fill_n(start, n_bins, 0u);
-  std::uint32_t* bins = scratch.bin_of.get(n + kLanes);
+  std::uint32_t* bins = rank;  // until there are ranks: plans count 20 bytes a key beside them
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const U leading = load<U>(keys + i) >> static_cast<std::uint32_t>(shift);
     store(bins + i, leading > lowest ? leading - lowest : U{});
@@ -159,7 +159,7 @@ static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::ui
     most = here > most ? here : most;
   }
   // Binned in order of arrival, between keys that are in order with any.
-  std::uint32_t* binned = scratch.binned.get(n + kLanes + 2 * kWindow) + kWindow;
+  std::uint32_t* binned = scratch.bin_of.get(n + kLanes + 2 * kWindow) + kWindow;
   std::uint32_t* index = scratch.longer.get(n + 2 * kLanes);
   std::fill_n(binned - kWindow, kWindow, 0u);
   std::fill_n(binned + n, kWindow + kLanes, kNanKey);
