@@ -55,8 +55,9 @@ $(VENV)/with-torch: | $(BIN)/python
 	$(PIP) install --no-compile '$(TORCH)'
 	touch $@
 
+# Where pip cannot be put into it, as without Debian's python3-venv, the interpreter is there nonetheless.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 lint:
 	$(BIN)/ruff check .
