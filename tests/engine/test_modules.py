@@ -149,6 +149,21 @@ def test_encoder_and_decoder_of_one_length_are_told_apart() -> None:
         bound(text, a=headers("a", tensors, vague))
 
 
+def test_a_number_that_was_changed_is_not_taken_for_that_of_the_next_module() -> None:
+    tensors = [
+        *(f"first.block.{k}.weight" for k in range(4)),
+        *(f"second.block.{k}.weight" for k in range(2)),
+    ]
+    text = (
+        "merge_method: passthrough\nmodules:\n"
+        "  first: {slices: [{sources: [{model: a, layer_range: [0, 2]}]}]}\n"
+        "  second: {slices: [{sources: [{model: a, layer_range: [0, 1]}]}]}\n"
+    )
+    binding = bound(text, a=headers("a", tensors, {"num_layers": 4}))
+    assert binding.config is not None
+    assert binding.config["num_layers"] == 2
+
+
 QWEN = [
     "model.embed_tokens.weight",
     "model.layers.0.mlp.up_proj.weight",

@@ -45,7 +45,7 @@ def patched_config(
         _set_dtype(config, dtype)
     if n_tokens is not None:
         _set_vocabulary(config, n_tokens)
-    for counted in _counted(config, recipe, checkpoints):
+    for counted in list(_counted(config, recipe, checkpoints)):  # all are found before any is changed
         _set_layers(config, counted, checkpoints)
     return config
 
