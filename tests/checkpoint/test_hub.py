@@ -40,7 +40,6 @@ class Hub:
             raise self.error
         repository = Path(options["cache_dir"]) / ("models--" + name.replace("/", "--"))
         snapshot = repository / "snapshots" / COMMIT
-        snapshot.mkdir(parents=True, exist_ok=True)
         reference = repository / "refs" / options["revision"]
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(COMMIT)
@@ -51,6 +50,7 @@ class Hub:
                 blob = repository / "blobs" / str(number)
                 blob.write_bytes(content)
                 link = snapshot / file
+                link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
                 link.symlink_to(os.path.relpath(blob, link.parent))
         return str(snapshot)
@@ -123,6 +123,20 @@ def test_pytorch_files_are_taken_only_where_there_are_no_others(hub: Hub) -> Non
     hub.files = {"config.json": b"{}", "pytorch_model.bin": b"no archive"}
     assert "pytorch_model.bin" in message_of("org/name")
     assert [call["allow_patterns"][0] for call in hub.calls] == ["*.safetensors", "*.bin"]
+
+
+def test_weights_may_be_all_that_is_taken(hub: Hub) -> None:
+    hub.files = {"README.md": b"", "pytorch_model.bin": b"no archive"}
+    assert "pytorch_model.bin" in message_of("org/name")
+    assert len(hub.calls) == 2
+
+
+def test_a_model_of_other_formats_is_named_as_one(hub: Hub) -> None:
+    hub.files = {"README.md": b"", "model-Q8_0.gguf": b""}
+    message = message_of("org/name")
+    assert message.startswith("org/name: the hub's org/name has no file that is read here")
+    assert "*.safetensors" in message
+    assert "*.bin" in message
 
 
 def test_what_the_cache_lacks_is_downloaded(hub: Hub) -> None:

@@ -109,11 +109,25 @@ def downloaded(path: str, files: Sequence[Sequence[str]]) -> str:
                 allow_patterns=list(patterns),
                 ignore_patterns=list(_ELSEWHERE),
             )
-            if any(file.endswith(_WEIGHTS) for file in os.listdir(snapshot)):
+            if any(file.endswith(_WEIGHTS) for file in _names(snapshot)):
                 break
     except Exception as error:  # its HTTP client, which differs between releases, has errors of its own
         raise CheckpointError(f"{path}: {_reason(error, errors, name, revision)}") from None
+    if not _names(snapshot):
+        wanted = ", ".join(pattern for patterns in files for pattern in patterns)
+        raise CheckpointError(
+            f"{path}: the hub's {name} has no file that is read here; expected some of {wanted}, in no folder. "
+            "Check the name, or give a model in another format."
+        )
     return str(snapshot)
+
+
+def _names(snapshot: str) -> list[str]:
+    """What a snapshot holds; of one without a file that was asked for, there is not even the folder."""
+    try:
+        return os.listdir(snapshot)
+    except FileNotFoundError:
+        return []
 
 
 def _reason(error: Exception, errors: ModuleType, name: str, revision: str) -> str:
