@@ -16,6 +16,7 @@ import pytest
 from tests.corpus.directories import file_of
 from tvfast.checkpoint.adapter import open_adapter
 from tvfast.checkpoint.hub import cached_snapshot
+from tvfast.checkpoint.locating import locate_adapter
 from tvfast.checkpoint.reading import open_checkpoint
 from tvfast.errors import CheckpointError
 
@@ -212,3 +213,28 @@ def test_an_adapter_is_downloaded_alone(hub: Hub) -> None:
     assert "adapter_config.json" in message_of("org/adapter", open_adapter)
     assert hub.calls[0]["allow_patterns"] == ["adapter_config.json", "adapter_model.safetensors"]
     assert len(hub.calls) == 1
+
+
+def test_an_adapter_that_is_there_in_part_is_completed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}'}
+    assert "but no weights" in message_of("org/adapter", open_adapter)
+    n_calls = len(hub.calls)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "but no weights" in message_of("org/adapter", open_adapter)
+    assert len(hub.calls) == n_calls
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    hub.files["adapter_model.safetensors"] = file_of("a")
+    directory = locate_adapter("org/adapter")
+    assert sorted(os.listdir(directory)) == ["adapter_config.json", "adapter_model.safetensors"]
+    n_calls = len(hub.calls)
+    assert locate_adapter("org/adapter") == directory
+    assert len(hub.calls) == n_calls
+
+
+def test_a_part_in_the_cache_is_said_to_be_one(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"config.json": b"{}"}
+    message_of("org/name")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = message_of("org/name")
+    assert "only in part in the local cache" in message
+    assert "pip install tvfast[hub]" in message

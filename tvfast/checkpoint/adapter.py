@@ -102,7 +102,7 @@ class Adapter:
 
 
 def open_adapter(path: str) -> Adapter:
-    """The adapter at `path`, a directory or the id of one in the local Hugging Face cache.
+    """The adapter at `path`, a directory or the id of one on the Hugging Face hub.
 
     Raises:
         CheckpointError: nothing there, or damaged.

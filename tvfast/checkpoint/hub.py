@@ -83,7 +83,8 @@ def downloaded(path: str, files: Sequence[Sequence[str]]) -> str:
     found = hub_id(path)
     assert found is not None
     name, revision = found
-    nowhere = f"{path}: no such file or directory, and not in the local cache of the hub ({cache_folder()})"
+    kept = "not in" if cached_snapshot(path) is None else "only in part in"
+    nowhere = f"{path}: no such file or directory, and {kept} the local cache of the hub ({cache_folder()})"
     if (variable := is_offline()) is not None:
         raise CheckpointError(
             f"{nowhere}; {variable} forbids to download it. Expected a checkpoint's directory or file; if it "
@@ -116,8 +117,8 @@ def downloaded(path: str, files: Sequence[Sequence[str]]) -> str:
     if not _names(snapshot):
         wanted = ", ".join(pattern for patterns in files for pattern in patterns)
         raise CheckpointError(
-            f"{path}: the hub's {name} has no file that is read here; expected some of {wanted}, in no folder. "
-            "Check the name, or give a model in another format."
+            f"{path}: the hub's {name} has no file that is read here; expected some of {wanted}, outside of "
+            "folders. Check the name, or give a model in another format."
         )
     return str(snapshot)
 

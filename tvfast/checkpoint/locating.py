@@ -104,6 +104,8 @@ def locate_adapter(path: str) -> str:
         local = written_otherwise(path)
         if local is None:
             local = hub.cached_snapshot(path)
+            if local is not None and not _has_adapter(local) and hub.is_offline() is None:
+                local = None if hub.may_be_downloaded(path) else local
     except OSError as error:
         raise unreadable(path, error) from None
     if local is not None:
@@ -111,6 +113,12 @@ def locate_adapter(path: str) -> str:
     if not hub.may_be_downloaded(path):
         raise _nothing_at(path)
     return hub.downloaded(path, hub.ADAPTER)
+
+
+def _has_adapter(directory: str) -> bool:
+    """Whether configuration and weights are there; peft may have fetched one of them alone."""
+    names = os.listdir(directory)
+    return "adapter_config.json" in names and (_ADAPTER in names or "adapter_model.bin" in names)
 
 
 def written_otherwise(path: str) -> str | None:
