@@ -92,13 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """`main` as a process of its own; a rank of several ends in here.
+    """`main` as a process of its own; a rank of a merge by several ends in here.
 
     A rank has torch, which takes a quarter of a second to put its objects away, while others may wait for the
-    processor. Its part of the output is on the disk by now, and the other ranks know that it has left.
+    processor. Its part of the output is on the disk by now, and the other ranks know that it has left. Other
+    commands call functions of users, whose packages may have something to do at the end.
     """
     status = main()
-    if is_rank():
+    if is_rank() and sys.argv[1:2] == ["merge"]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
