@@ -164,6 +164,21 @@ def test_a_number_that_was_changed_is_not_taken_for_that_of_the_next_module() ->
     assert binding.config["num_layers"] == 2
 
 
+def test_one_number_does_not_count_two_modules_of_different_lengths() -> None:
+    tensors = [f"{module}.block.{k}.weight" for module in ("encoder", "decoder") for k in range(2)]
+    text = (
+        "merge_method: passthrough\nmodules:\n"
+        "  encoder: {slices: [{sources: [{model: a, layer_range: [0, 1]}]}]}\n"
+        "  decoder: {slices: [{sources: [{model: a, layer_range: [0, %d]}]}]}\n"
+    )
+    checkpoint = headers("a", tensors, {"num_layers": 2})
+    with pytest.raises(RecipeError, match=r"modules\.decoder: makes 2 layers and another 1, and"):
+        bound(text % 2, a=checkpoint)
+    binding = bound(text % 1, a=checkpoint)
+    assert binding.config is not None
+    assert binding.config["num_layers"] == 1
+
+
 QWEN = [
     "model.embed_tokens.weight",
     "model.layers.0.mlp.up_proj.weight",

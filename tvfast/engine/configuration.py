@@ -99,17 +99,33 @@ class _Counted:
 def _counted(
     config: Mapping[str, Any], recipe: Recipe, checkpoints: Mapping[str, Checkpoint]
 ) -> Iterator[_Counted]:
+    """
+    Raises:
+        RecipeError: which number counts a module's layers cannot be told, or one counts those of two modules.
+    """
     if recipe.modules:
         rows = ModuleRows(recipe, checkpoints)
+        outputs: dict[tuple[str, ...], int] = {}
         for module in recipe.modules:
             n_layers = rows.n_layers(module, donor_of(recipe, checkpoints)) if module.stacked else None
             keys = None if n_layers is None else _keys_of(config, module, n_layers, recipe)
             if keys is not None and n_layers is not None:
+                n_output = _n_output(module)
+                other = outputs.setdefault(keys, n_output)
+                if other != n_output:
+                    raise RecipeError(
+                        f"{recipe.where}: {module.place}: makes {n_output} layers and another {other}, "
+                        f"and config.json may count both as {'.'.join(keys)}; expected as many in both."
+                    )
                 yield _Counted(keys, n_layers, module.slices, partial(_same_keys, keys))
         return
     count = layer_count(config)
     if recipe.stacked and count is not None:
         yield _Counted(count.keys, count.n_layers, recipe.slices, _keys_of_count)
+
+
+def _n_output(module: Module) -> int:
+    return sum(part.n_layers or 0 for part in module.slices)
 
 
 def _keys_of_count(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -134,7 +150,7 @@ def _keys_of(
     Raises:
         RecipeError: the number of layers changes, and several numbers may say it.
     """
-    n_output = sum(part.n_layers or 0 for part in module.slices)
+    n_output = _n_output(module)
     found = [keys for keys, value in counts(config) if value == n_layers]
     others = {word for other in recipe.modules if other is not module for word in words(other.name)}
     own = words(module.name)
