@@ -271,6 +271,12 @@ def test_of_two_models_none_is_taken_for_the_model(tmp_path: Path) -> None:
     assert set(tensors) == {"actor.model.weight", "critic.model.weight"}
 
 
+def test_an_average_beside_the_model_is_not_taken_for_it(tmp_path: Path) -> None:
+    found = {"net": {"weight": torch.ones(2)}, "ema": {"model": {"weight": torch.zeros(2)}}}
+    _, tensors = read_dcp(str(_saved(tmp_path / "dcp", found)))
+    assert set(tensors) == {"net.weight", "ema.model.weight"}
+
+
 @pytest.mark.parametrize("unit_bytes", [2**25, 2**16])
 def test_scales_in_pieces_are_those_of_their_codes(
     unit_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

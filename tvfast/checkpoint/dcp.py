@@ -153,7 +153,12 @@ def _wrapper(routes: Collection[tuple[str, ...]]) -> tuple[str, ...]:
     if holder not in heads:
         return ()
     held = {route[1] for route in routes if len(route) > 2 and route[0] == holder}
-    return (holder, *[wrapper for wrapper in _WRAPPERS if wrapper in held][:1])
+    found_in = (holder, *[wrapper for wrapper in _WRAPPERS if wrapper in held][:1])
+    if holder != _STATEFUL:
+        names = {route[2:] for route in routes if route[:2] == found_in}
+        if any(route[0] != holder and route[1:] in names for route in routes):
+            return ()  # two models, of which one is an average of the other, for example
+    return found_in
 
 
 def _places(metadata: Record, path: str) -> dict[tuple[str, tuple[int, ...]], Record]:
