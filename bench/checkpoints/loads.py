@@ -8,7 +8,6 @@ N being the parameters of the family.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,9 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bench.checkpoints.options import family_parser, parsed
 from bench.checkpoints.peer import VARIABLE
 from bench.checkpoints.rows import ROWS, MethodRow
-from bench.checkpoints.running import ROOT, RunError, remove, run, tvfast
+from bench.checkpoints.running import RunError, remove, run, tvfast
 from bench.checkpoints.suite import Place, working_in
 from bench.environment import environment
 
@@ -43,19 +43,12 @@ def loaded(place: Place, row: MethodRow, python: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all load and give finite logits; 1 one does not; 2 wrong arguments."""
-    parser = argparse.ArgumentParser(
-        prog="bench.checkpoints.loads", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--family", type=Path, required=True)
-    parser.add_argument("--method", action="append", choices=[row.method for row in ROWS], help="repeatable")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    options = parser.parse_args(arguments)
+    parser = family_parser("bench.checkpoints.loads", __doc__, rounds=False)
+    options = parsed(parser, arguments)
     python = os.environ.get(VARIABLE)
     if not python:
         parser.error(f"{VARIABLE} is not set; tests/parity/make_env.sh makes an environment")
-    family = options.family.resolve()
-    if not (family / "family.json").exists():
-        parser.error(f"--family {family}: no family.json there; bench.checkpoints.family writes one")
+    family = options.family
     record = json.loads((family / "family.json").read_text())
     rows = [row for row in ROWS if not options.method or row.method in options.method]
     with working_in(family) as work:

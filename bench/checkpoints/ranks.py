@@ -19,7 +19,6 @@ written. Before each merge as much memory as it takes is written to and freed (`
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -29,11 +28,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from bench.checkpoints.limits import moved
+from bench.checkpoints.options import beginning, family_parser, parsed
 from bench.checkpoints.rows import ROWS, MethodRow
 from bench.checkpoints.running import (
     ROOT,
@@ -46,7 +44,7 @@ from bench.checkpoints.running import (
     warm,
 )
 from bench.checkpoints.suite import Place, working_in
-from bench.environment import environment, load_average
+from bench.environment import load_average
 from bench.suite import write
 from bench.timing import Summary
 
@@ -188,25 +186,10 @@ def judged(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all that is asked is so; 1 something is not; 2 wrong arguments."""
-    parser = argparse.ArgumentParser(
-        prog="bench.checkpoints.ranks", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--family", type=Path, required=True)
-    parser.add_argument("--method", action="append", choices=[row.method for row in ROWS], help="repeatable")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    options = parser.parse_args(arguments)
-    family = options.family.resolve()
-    if not (family / "family.json").exists():
-        parser.error(f"--family {family}: no family.json there; bench.checkpoints.family writes one")
+    options = parsed(family_parser("bench.checkpoints.ranks", __doc__), arguments)
+    family = options.family
     rows = [row for row in ROWS if row.method in (options.method or METHODS)]
-    result: dict[str, Any] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "what": "ranks",
-        "environment": environment(),
-        "family": json.loads((family / "family.json").read_text()),
-        "load_before": load_average(),
-    }
+    result = beginning("ranks", family)
     with working_in(family) as work:
         records = [record for row in rows for record in measured(Place(family, work), row, options.rounds)]
     result |= {"rows": records, "load_after": load_average()}

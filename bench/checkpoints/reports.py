@@ -9,19 +9,16 @@ time, start-up and the writing of the page included.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
+from bench.checkpoints.options import beginning, family_parser, parsed
 from bench.checkpoints.rows import ROWS, TIES, MethodRow
-from bench.checkpoints.running import ROOT, Finished, remove, warm
+from bench.checkpoints.running import Finished, remove, warm
 from bench.checkpoints.suite import Place, merge, working_in
-from bench.environment import environment, load_average
+from bench.environment import load_average
 from bench.suite import write
 from bench.timing import Summary
 
@@ -58,26 +55,9 @@ def measured(place: Place, row: MethodRow, rounds: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured, whatever the figures; 2 wrong arguments."""
-    parser = argparse.ArgumentParser(
-        prog="bench.checkpoints.reports", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--family", type=Path, required=True)
-    parser.add_argument("--method", action="append", choices=[row.method for row in ROWS], help="repeatable")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    options = parser.parse_args(arguments)
-    family = options.family.resolve()
-    if not (family / "family.json").exists():
-        parser.error(f"--family {family}: no family.json there; bench.checkpoints.family writes one")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: expected at least 1")
-    result: dict[str, Any] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "what": "reports of merges",
-        "environment": environment(),
-        "family": json.loads((family / "family.json").read_text()),
-        "load_before": load_average(),
-    }
+    options = parsed(family_parser("bench.checkpoints.reports", __doc__), arguments)
+    family = options.family
+    result = beginning("reports of merges", family)
     rows = [row for row in ROWS if row.method in (options.method or [TIES])]
     with working_in(family) as work:
         records = [measured(Place(family, work), row, options.rounds) for row in rows]

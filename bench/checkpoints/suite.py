@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bench.checkpoints.family import PRESETS, Family
 from bench.checkpoints.limits import cold_reads, direct_write, warm_limit
+from bench.checkpoints.options import beginning, family_parser, parsed
 from bench.checkpoints.peer import Peer, find_peer
 from bench.checkpoints.rows import ROWS, MethodRow
 from bench.checkpoints.running import (
@@ -36,7 +36,7 @@ from bench.checkpoints.running import (
     warm,
 )
 from bench.checkpoints.table import judged, table
-from bench.environment import environment, load_average
+from bench.environment import load_average
 from bench.suite import write
 from bench.timing import Summary
 
@@ -226,15 +226,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for row in ROWS
         if (row.method in options.method if options.method else members.issuperset(row.inputs()))
     ]
-    found = environment()
-    result: dict[str, Any] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "what": "whole merges",
-        "environment": found,
-        "family": json.loads((options.family / "family.json").read_text()),
-        "options": list(options.option),
-        "load_before": load_average(),
-    }
+    result = beginning("whole merges", options.family)
+    result["options"] = list(options.option)
     with working_in(options.family) as work:
         place = Place(options.family, work)
         records = start_rows(work)
@@ -243,7 +236,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if options.cold_rounds:
             records += cold_rows(place, cold, options.cold_rounds, options.option)
         if options.peer != "none":
-            peer = find_peer(options.peer_results, found)
+            peer = find_peer(options.peer_results, result["environment"])
             records += peer_rows(place, rows, peer, options.peer, options.peer_repeats)
     result["rows"] = judged(records)
     result["load_after"] = load_average()
@@ -252,27 +245,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured, whatever the figures; 1 a merge failed; 2 wrong arguments."""
-    parser = argparse.ArgumentParser(
-        prog="bench/checkpoints/run.py", description=(__doc__ or "").splitlines()[0]
-    )
-    results = ROOT / "bench" / "results"
-    parser.add_argument("--family", type=Path, required=True)
-    parser.add_argument("--method", action="append", choices=[row.method for row in ROWS], help="repeatable")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = family_parser("bench/checkpoints/run.py", __doc__)
     parser.add_argument("--cold-rounds", type=int, default=3, help="0: no cold rows")
     parser.add_argument("--peer", choices=("run", "kept", "none"), default="kept")
     parser.add_argument("--peer-repeats", type=int, default=1)
-    parser.add_argument("--peer-results", type=Path, default=results / "mergekit-merges.json")
+    parser.add_argument(
+        "--peer-results", type=Path, default=ROOT / "bench" / "results" / "mergekit-merges.json"
+    )
     parser.add_argument(
         "--option", action="append", default=[], help="of tvfast merge, e.g. --option=--memory=2G"
     )
-    parser.add_argument("--out", type=Path, default=results)
-    options = parser.parse_args(arguments)
-    options.family = options.family.resolve()
-    if not (options.family / "family.json").exists():
-        parser.error(f"--family {options.family}: no family.json there; bench.checkpoints.family writes one")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: expected at least 1")
+    options = parsed(parser, arguments)
     result = measure(options)
     print(table(result))
     print(write(result, options.out))
