@@ -232,6 +232,20 @@ PYBIND11_MODULE(_C_cpu, m) {
           const py::gil_scoped_release unlocked;
           add_low_rank(sum, begin, end, to_options("", n_threads, 0));
         });
+  m.def("divergences",
+        [](const ViewArgument& of, const ViewArgument& from, std::int64_t n_rows,
+           std::int64_t length, double floor, Address out, Address importances, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          divergences({to_view(of), to_view(from), n_rows, length, floor,
+                       reinterpret_cast<double*>(out), reinterpret_cast<float*>(importances)},
+                      to_options("", n_threads, 0));
+        });
+  m.def("fuse", [](const ViewArgument& of, const ViewArgument& from, std::int64_t n, float least,
+                   float scale, Address importances, int n_threads) {
+    const py::gil_scoped_release unlocked;
+    fuse({to_view(of), to_view(from), least, scale, reinterpret_cast<float*>(importances)}, n,
+         to_options("", n_threads, 0));
+  });
   py::class_<ScaledBlocks>(m, "ScaledBlocks").def(py::init(&to_scaled_blocks));
   m.def("widen_scaled",
         [](const ScaledBlocks& blocks, Address codes, Address scales, std::int64_t first_row,

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/divergence.hpp"
 #include "../core/factored.hpp"
 #include "../core/low_rank.hpp"
 #include "../core/queries.hpp"
@@ -129,6 +130,10 @@ std::vector<std::int64_t> nth_equal(const Table& table, Keep keep,
 // Writes elements [begin, end) of W + factor L R, rounded once.
 void add_low_rank(const LowRankSum& sum, std::int64_t begin, std::int64_t end,
                   const Options& options);
+
+// The divergence of every row, and the importances; then what is taken over, of `n` elements.
+void divergences(const Divergence& matrix, const Options& options);
+void fuse(const Fusion& fusion, std::int64_t n, const Options& options);
 
 // Matrices one after the other, row-major, in blocks of rows and columns that each have a factor;
 // blocks at the end of a matrix may be smaller.

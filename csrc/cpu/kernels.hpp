@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/codes.hpp"
+#include "../core/divergence.hpp"
 #include "../core/factored.hpp"
 #include "../core/low_rank.hpp"
 #include "../core/moments.hpp"
@@ -59,6 +60,7 @@ struct Scratch {
   Buffer<float> base, taus, rows, score, shares, result;
   Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
   Buffer<std::uint64_t> sorted;
+  Buffer<double> exponents;
 };
 
 // Ranks of consecutive entries within their rows, of every model.
@@ -169,6 +171,8 @@ struct Kernels {
   void (*finish_rows)(const ProductPanel& panel, std::int64_t begin, std::int64_t end,
                       Scratch& scratch, BinnedSum& dot);
   void (*add_low_rank)(const LowRankTile& tile);
+  void (*divergence_of_row)(const Divergence& matrix, std::int64_t row, Scratch& scratch);
+  void (*fuse_run)(const Fusion& fusion, std::int64_t begin, std::int64_t n, Scratch& scratch);
   // Codes times their factor.
   void (*widen_fp8)(const std::uint8_t* codes, std::int64_t n, Fp8 format, float factor,
                     float* out);

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tvfast.ops._views import view
+from tvfast.ops import host
+from tvfast.ops._huge_pages import on_huge_pages
+from tvfast.ops._views import DTYPES, view
 from tvfast.ops.raw import backend_for
 from tvfast.program import Entry, Keep, RankQuery, WorkTable
 
@@ -19,9 +21,9 @@ FLOOR = 1e-8
 def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Tensor:
     """b + scale · d where the importance |d| · KL reaches median + 1.5 (q75 - q25), d = m - b; otherwise b.
 
-    Quantiles are exact: the values of rank floor(q (n - 1)) of all n. `exact`: divergences are summed in
-    float64; otherwise in the type of the result, with torch's own sums, and where those are below 0 by
-    rounding so is the importance.
+    Quantiles are exact: the values of rank floor(q (n - 1)) of all n. `exact`: divergences keep the digits of
+    float32, by the CPU's kernels (`tvfast.ops.host`) or summed in float64; otherwise in the type of the
+    result, with torch's own sums, and where those are below 0 by rounding so is the importance.
 
     Returns:
         A tensor of the shape of `base`, float32, or float64 where an input is.
@@ -31,7 +33,10 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
         return base.to(wide)
     length = base.shape[-1] if base.dim() else 1
     start, end = base.reshape(-1, length), model.reshape(-1, length)
-    out = torch.empty(start.shape, dtype=wide, device=base.device)
+    out = on_huge_pages(torch.empty(start.shape, dtype=wide, device=base.device))
+    if exact and base.is_cpu and base.dtype in DTYPES and model.dtype in DTYPES:
+        _by_kernel(start.contiguous(), end.contiguous(), scale, out)
+        return out.view(base.shape)
     step = max(1, CHUNK // max(1, length))
     spans = [slice(begin, begin + step) for begin in range(0, start.shape[0], step)]
     for rows in spans:
@@ -41,13 +46,28 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
         else:
             summed = divergence(b, m, wide)
         torch.mul(torch.sub(m, b).abs_(), summed.to(wide), out=out[rows])
-    q25, median, q75 = _quartiles(out.view(-1))
-    least = median + 1.5 * (q75 - q25)
+    least = _least(out.view(-1), signed=not exact)
     for rows in spans:  # importances become results
         b = start[rows].to(wide)
         tau = torch.sub(end[rows].to(wide), b)
         torch.add(b, tau.mul_(out[rows] >= least).mul_(scale), out=out[rows])
     return out.view(base.shape)
+
+
+def _by_kernel(start: Tensor, end: Tensor, scale: float, out: Tensor) -> None:
+    """The same by the CPU's kernels, out float32 [rows, length]."""
+    first, second = view(end, "model", "rows"), view(start, "base", "rows")
+    n_threads = torch.get_num_threads()
+    found = torch.empty(start.shape[0], dtype=torch.float64)
+    host.divergences(first, second, start.shape[1], FLOOR, found.data_ptr(), out.data_ptr(), n_threads)
+    least = float(_least(out.view(-1), signed=False))
+    host.fuse(first, second, least, scale, out.data_ptr(), n_threads)
+
+
+def _least(importances: Tensor, *, signed: bool) -> Tensor:
+    """The importance from which on an entry is taken; `signed`: some may be below 0."""
+    q25, median, q75 = _quartiles(importances, signed).unbind()
+    return median + 1.5 * (q75 - q25)
 
 
 def divergence(base: Tensor, model: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,11 +81,11 @@ def divergence(base: Tensor, model: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.log(torch.div(p, q, out=q), out=q).mul_(p).sum(dim=-1, keepdim=True)
 
 
-def _quartiles(x: Tensor) -> Tensor:
+def _quartiles(x: Tensor, signed: bool) -> Tensor:
     """The values of ascending ranks (n - 1) / 4, (n - 1) / 2 and 3 (n - 1) / 4, truncated; x [n]."""
     n = x.numel()
     ranks = [(n - 1) * quarter // 4 for quarter in (1, 2, 3)]
-    if x.dtype is torch.float64 or bool((x < 0).any()):  # the selection ranks float32 magnitudes
+    if x.dtype is torch.float64 or (signed and bool(x.min() < 0)):  # the selection ranks float32 magnitudes
         return x.sort().values[ranks]
     table = WorkTable([Entry(name="importance", models=(view(x, "importance", "scores"),))], 1)
     queries = [RankQuery(0, 0, n - rank) for rank in ranks]

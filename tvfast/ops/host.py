@@ -1,4 +1,5 @@
-"""Services over host memory given by its address: checksums, values that are not finite, rows of files."""
+"""Services over host memory given by its address: checksums, values that are not finite, rows of files and
+their divergences."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvfast._C_cpu as _C_cpu
-from tvfast.program import DType
+from tvfast.program import DType, View
 
 
 def crc32c(address: int, n_bytes: int, seed: int = 0) -> int:
@@ -32,6 +33,50 @@ def crc32c_combine(a: int, b: int, n_bytes_b: int) -> int:
 def first_nonfinite(address: int, n_elements: int, dtype: DType) -> int:
     """Index of the first infinity or NaN, or -1; any alignment, without the interpreter's lock."""
     return int(_C_cpu.first_nonfinite(address, n_elements, int(dtype)))
+
+
+def divergences(
+    of: View,
+    start: View,
+    row: int,
+    floor: float,
+    out: int,
+    importances: int = 0,
+    n_threads: int = 0,
+) -> None:
+    """Σ p log(p / q) of every row: p = softmax(row of `of`) + floor, q the same of `start`.
+
+    Within 3e-7 of its value where a row changes by 1/32 at most and spans 4 at most, however small it is;
+    otherwise within 1e-14 of it, and 2e-15. A row with NaN or plus infinity has NaN. The same bits on every
+    instruction set and number of threads.
+
+    Args:
+        of, start: [n_rows * row].
+        floor: above 0.
+        out: address of float64 [n_rows].
+        importances: address of float32 [n_rows * row], |of - start| times the row's divergence, which is at
+            least 0 there; 0: not wanted.
+    """
+    n_rows = of.n_elements // row
+    first, second = ((one.address, int(one.dtype)) for one in (of, start))
+    _C_cpu.divergences(first, second, n_rows, row, floor, out, importances, n_threads)
+
+
+def fuse(
+    of: View,
+    start: View,
+    least: float,
+    scale: float,
+    importances: int,
+    n_threads: int = 0,
+) -> None:
+    """start + (of - start) * taken * scale in float32, taken 1 where the importance is `least` or more, or 0.
+
+    Args:
+        importances: address of float32, one of each element; the result is written over them.
+    """
+    first, second = ((one.address, int(one.dtype)) for one in (of, start))
+    _C_cpu.fuse(first, second, of.n_elements, least, scale, importances, n_threads)
 
 
 ZERO_ROW, MEAN_ROW, CONSTANT_ROW = -1, -2, -3

@@ -19,6 +19,8 @@ static constexpr Kernels kernels(const char* name) {
           .kron = kron_tile,
           .finish_rows = finish_rows,
           .add_low_rank = add_low_rank_tile,
+          .divergence_of_row = divergence_of_row,
+          .fuse_run = fuse_run,
           .widen_fp8 = widen_fp8_run,
           .largest_finite = largest_finite_of,
           .narrow_fp8 = narrow_fp8_run};
