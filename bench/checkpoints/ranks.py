@@ -1,6 +1,6 @@
 """Merges by several ranks against one, and `tvfast plan` against both; print a table and write it as JSON.
 
-    python -m bench.checkpoints.ranks --family FOLDER [--method ties] [--rounds 5] [--out bench/results]
+    python -m bench.checkpoints.ranks --family FOLDER [--like FOLDER] [--method ties] [--rounds 5]
 
 FOLDER is what `python -m bench.checkpoints.family FOLDER --preset 1.2b` writes. Inputs are in the page cache.
 Ranks are processes with the variables of torchrun, so that its own start is not in the figures. Asked are,
@@ -9,9 +9,11 @@ with exit status 1 otherwise:
 - two ranks of one thread take at most 1.15 times as long as one rank of two threads, from the first header
   to the last rename (`seconds` of the report: torch is loaded before that);
 - each rank reads at most its part of the bytes and 5 % more;
-- `tvfast plan` is within 25 % of every run from start to exit. Its disk moves the same bytes in and out as
-  fast as two threads do that merge nothing, by the same calls, before each run; all ranks share it
-  (`--network`).
+- `tvfast plan` is within 25 % of every run from start to exit. With `--like` it is given the report of a
+  merge of that family, smaller, by as many ranks and threads: the middle one of as many rounds. Without, its
+  rates are those of the table in the program, so that this holds on the table's machine only, and its disk
+  moves the same bytes in and out as fast as two threads do that merge nothing, by the same calls, before each
+  run; all ranks share it (`--network`).
 
 The first round is not counted: it finds other work's pages in memory, and places on the disk that were never
 written. Before each merge as much memory as it takes is written to and freed (`running.back_memory`).
@@ -19,6 +21,7 @@ written. Before each merge as much memory as it takes is written to and freed (`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -26,8 +29,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.checkpoints.limits import moved
@@ -60,12 +64,20 @@ MOST_SLOWER, MOST_READ, MOST_ERROR = 1.15, 1.05, 0.25
 
 @dataclass(frozen=True, slots=True)
 class RanksRun:
-    """One merge: from start to exit of all ranks, their processor time, and what the report says."""
+    """One merge: from start to exit of all ranks, their processor time, and what `--json` printed."""
 
     wall_s: float
     cpu_s: float
-    merge_s: float
-    read_bytes: tuple[int, ...]
+    report: Mapping[str, Any]
+
+    @property
+    def merge_s(self) -> float:
+        return float(self.report["seconds"])
+
+    @property
+    def read_bytes(self) -> tuple[int, ...]:
+        """Of each rank."""
+        return tuple(work["read_bytes"] for work in self.report["ranks"] or [self.report])
 
 
 def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> RanksRun:
@@ -80,6 +92,7 @@ def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> RanksRun:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "PYTHONPATH": str(ROOT)}
+    common.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, every rank may compile all of torch that it loads
     if n_ranks > 1:
         size = str(n_ranks)
         common |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
@@ -101,9 +114,7 @@ def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> RanksRun:
     remove(place.out)
     if any(rank.returncode for rank in ranks):
         raise RunError("\n".join(errors for _, errors in said))
-    report: dict[str, Any] = json.loads(said[0][0])
-    works = report["ranks"] or [report]
-    return RanksRun(wall, cpu, report["seconds"], tuple(work["read_bytes"] for work in works))
+    return RanksRun(wall, cpu, json.loads(said[0][0]))
 
 
 def _children_s() -> float:
@@ -112,20 +123,32 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def predicted_s(place: Place, row: MethodRow, n_ranks: int, threads: int, gb_per_s: float) -> float:
+def predicted_s(place: Place, row: MethodRow, n_ranks: int, threads: int, *rates: str) -> float:
     """Seconds from start to exit, by the plan."""
-    rate = f"{gb_per_s:.4g}"
     found = tvfast(
         *("plan", str(place.recipe(row)), "--json", "--ranks", str(n_ranks), "--threads", str(threads)),
-        *("--device", "cpu", "--disk", rate, "--network", rate),
+        *("--device", "cpu", *rates),
     )
     return float(json.loads(found.stdout)["estimate"]["seconds"])
 
 
-def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
+def sampled(place: Place, row: MethodRow, rounds: int) -> dict[tuple[int, int], Path]:
+    """For each shape a file with the report of the middle one of some merges of a smaller family."""
+    found = {}
+    for n_ranks, threads in SHAPES:
+        warm(place.inputs(row))
+        runs = [merge(place, row, n_ranks, threads) for _ in range(1 + rounds)][1:]
+        report = sorted(runs, key=lambda run: run.merge_s)[len(runs) // 2].report
+        found[n_ranks, threads] = place.work / f"{row.method}-{n_ranks}-{threads}.json"
+        found[n_ranks, threads].write_text(json.dumps(report))
+    return found
+
+
+def measured(place: Place, row: MethodRow, rounds: int, like: Place | None) -> list[dict[str, Any]]:
     """A record for each shape; rounds go through all shapes in turn, and one round more than is counted."""
     files = place.inputs(row)
     outputs = shards(place.family / row.inputs()[0])
+    samples = {} if like is None else sampled(like, row, rounds)
     runs: dict[tuple[int, int], list[RanksRun]] = {shape: [] for shape in SHAPES}
     limits: list[float] = []
     for _ in range(1 + rounds):
@@ -141,7 +164,12 @@ def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
     records = []
     for (n_ranks, threads), found in runs.items():
         wall = Summary(tuple(run.wall_s for run in found))
-        planned = predicted_s(place, row, n_ranks, threads, gb_per_s)
+        rate = f"{gb_per_s:.4g}"
+        by_table = predicted_s(place, row, n_ranks, threads, "--disk", rate, "--network", rate)
+        by_sample = None
+        if samples:
+            by_sample = predicted_s(place, row, n_ranks, threads, "--like", str(samples[n_ranks, threads]))
+        planned = by_table if by_sample is None else by_sample
         records.append(
             {
                 "row": f"{row.method}, {n_ranks} x {threads}",
@@ -154,6 +182,8 @@ def measured(place: Place, row: MethodRow, rounds: int) -> list[dict[str, Any]]:
                 "moved_s": limit.record(),
                 "moved_first_s": limits[: len(SHAPES)],
                 "disk_gb_per_s": gb_per_s,
+                "planned_by_table_s": by_table,
+                "planned_by_sample_s": by_sample,
                 "planned_s": planned,
                 "planned_error": planned / wall.median - 1,
                 "read_bytes": found[-1].read_bytes,
@@ -186,12 +216,20 @@ def judged(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all that is asked is so; 1 something is not; 2 wrong arguments."""
-    options = parsed(family_parser("bench.checkpoints.ranks", __doc__), arguments)
+    parser = family_parser("bench.checkpoints.ranks", __doc__)
+    parser.add_argument("--like", type=Path, help="a smaller family: the plan takes its merges' rates")
+    options = parsed(parser, arguments)
     family = options.family
     rows = [row for row in ROWS if row.method in (options.method or METHODS)]
     result = beginning("ranks", family)
-    with working_in(family) as work:
-        records = [record for row in rows for record in measured(Place(family, work), row, options.rounds)]
+    with contextlib.ExitStack() as stack:
+        place = Place(family, stack.enter_context(working_in(family)))
+        like = None
+        if options.like is not None:
+            smaller = options.like.resolve()
+            result["like"] = json.loads((smaller / "family.json").read_text())
+            like = Place(smaller, stack.enter_context(working_in(smaller)))
+        records = [record for row in rows for record in measured(place, row, options.rounds, like)]
     result |= {"rows": records, "load_after": load_average()}
     print(
         "row                    from start to exit           merge  processor    planned   error  share read"

@@ -374,6 +374,53 @@ def test_plan_estimates_time_from_the_disk(
     assert "assuming disk 2 GB/s" in text
 
 
+def test_plan_takes_its_rate_from_a_report(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write(tmp_path, recipe(family, "ties", models=WEIGHTS)))
+    report = tmp_path / "report.json"
+    assert main(["merge", config, str(tmp_path / "out"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+
+    def plan(*arguments: str) -> tuple[int, Any]:
+        status = main(["plan", config, "--like", str(report), "--json", "--device", "cpu", *arguments])
+        said = capsys.readouterr()
+        return status, said.err if status else json.loads(said.out)["estimate"]
+
+    report.write_text(json.dumps(made))
+    status, rates = plan()
+    assert (status, rates["limited_by"], rates["disk_gb_s"]) == (0, "machine", None)
+    planned = package.plan(config).as_json()
+    moved = planned["read_bytes"] + planned["write_bytes"]  # headers too, which the report does not count
+    gb_per_s = (made["read_bytes"] + made["written_bytes"]) / 1e9 / made["seconds"]
+    assert rates["seconds"] == pytest.approx(START_S + moved / 1e9 / gb_per_s)
+    assert any(str(report) in one for one in rates["assumed"])
+    ranks = [{"read_bytes": 10**9, "written_bytes": 0}, {"read_bytes": 10**9, "written_bytes": 10**9}]
+    report.write_text(json.dumps({**made, "ranks": ranks, "seconds": 1.0}))
+    works = package.plan(config, ranks=2).as_json()["ranks"]
+    longest = max(work["read_bytes"] + work["write_bytes"] for work in works)
+    assert plan("--ranks", "2")[1]["seconds"] == pytest.approx(START_S + JOIN_S + longest / 2e9)
+    slow_disk = plan("--disk", "0.00001")[1]
+    assert slow_disk["limited_by"] == "disk"
+    assert set(slow_disk["terms_s"]) == {"disk", "machine"}
+    for wrong, named in (
+        ({**made, "resumed_bytes": 1}, "did not make all"),
+        ({**made, "dry_run": True}, "did not make all"),
+        ({**made, "device": "cuda:0"}, "merged on cuda:0"),
+        ({key: value for key, value in made.items() if key != "seconds"}, "'seconds'"),
+        ([], "is not what"),
+    ):
+        report.write_text(json.dumps(wrong))
+        status, said = plan()
+        assert status == 2
+        assert str(report) in said
+        assert named in said
+    report.write_text("merged")
+    assert "is not what" in plan()[1]
+    report.unlink()
+    assert "No such file" in plan()[1]
+
+
 def test_plan_tells_of_every_rank(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(write(tmp_path, recipe(family, "ties", models=WEIGHTS)))
     assert main(["plan", config, "--json", "--ranks", "2", "--disk", "0.5"]) == 0

@@ -5,12 +5,14 @@ docs/distributed.md has the formula, `python -m bench.checkpoints.ranks` compare
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvfast.cli.quantities import counted
+from tvfast.errors import ArgumentError
 
 if TYPE_CHECKING:
     from tvfast.checkpoints import Plan
@@ -92,11 +94,50 @@ EXCHANGES, RECORD_BYTES = 8, 30
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """A merge that was made, as `tvfast merge --json` reports it.
+
+    Attributes:
+        gb_per_s: read and written by the rank that moved most, over the whole merge.
+    """
+
+    path: str
+    device: str
+    ranks: int
+    gb_per_s: float
+
+
+def read_sample(path: str) -> Sample:
+    """The report in a file.
+
+    Raises:
+        ArgumentError: no such file, not a report, or of a merge that did not do all of its work.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+        works = report["ranks"] or [report]
+        n_bytes = max(work["read_bytes"] + work["written_bytes"] for work in works)
+        seconds, device = float(report["seconds"]), str(report["device"])
+        partly = report["dry_run"] or report["finished_before"] or report["resumed_bytes"]
+    except OSError as error:
+        raise ArgumentError(
+            f"{path}: {error.strerror or error}. Give a file with what `tvfast merge --json` printed."
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArgumentError(f"{path} is not what `tvfast merge --json` prints ({error!r}).") from error
+    if partly or not (n_bytes > 0 and 0 < seconds < math.inf):
+        raise ArgumentError(f"{path}: that merge did not make all of its output; give one that did.")
+    return Sample(path, device, len(works), n_bytes / 1e9 / seconds)
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """Seconds that a merge takes if reading, merging and writing overlap.
 
     Attributes:
         seconds: `start_s` and the largest of `terms`.
+        disk_gb_s: None where `--like` tells of disk and device together.
         terms: seconds of each resource alone, of the rank that needs it longest; the network is everybody's.
         tensor_collectives: collectives that carry tensors: none.
         exchanged_bytes: values in the store.
@@ -105,7 +146,7 @@ class Estimate:
     seconds: float
     limited_by: str
     ranks: int
-    disk_gb_s: float
+    disk_gb_s: float | None
     network_gb_s: float | None
     device: str
     assumed: tuple[str, ...]
@@ -139,6 +180,7 @@ def estimate(
     *,
     disk: float | None = None,
     network: float | None = None,
+    like: Sample | None = None,
 ) -> Estimate:
     """The slowest of disk, network and device decides, since they work at the same time.
 
@@ -147,13 +189,27 @@ def estimate(
         device: of the plan as JSON gives it.
         threads: of each rank.
         disk, network: GB/s; the network is shared by all ranks.
+        like: a merge whose rate is taken for that of each rank's disk and device together.
+
+    Raises:
+        ArgumentError: `like` was merged on another kind of device.
     """
     works = plan.ranks
     moved = [(work.read_bytes + work.write_bytes) / 1e9 for work in works]
-    card, disk_rate = device["name"], DISK_GB_S if disk is None else disk
-    assumed = [] if disk is not None else [f"disk {DISK_GB_S:g} GB/s; pass --disk"]
-    terms = {"disk": max(moved) / disk_rate}
-    if card == "cpu":
+    card, assumed = device["name"], []
+    if disk is None and like is None:
+        disk = DISK_GB_S
+        assumed.append(f"disk {DISK_GB_S:g} GB/s; pass --disk")
+    terms = {} if disk is None else {"disk": max(moved) / disk}
+    if like is not None:
+        if (like.device == "cpu") != (card == "cpu"):
+            raise ArgumentError(
+                f"{like.path}: merged on {like.device}, but this plan is for {card}. Choose --device."
+            )
+        terms["machine"] = max(moved) / like.gb_per_s
+        of_each = f" by each of {counted(like.ranks, 'rank')}" if like.ranks > 1 else ""
+        assumed.append(f"{like.gb_per_s:.3g} GB/s read and written{of_each}, as in {like.path}")
+    elif card == "cpu":
         computing = [
             _processor_s(work.by_method, work.read_bytes, work.write_bytes, threads) for work in works
         ]
@@ -174,7 +230,7 @@ def estimate(
         seconds=start + terms[limited_by],
         limited_by=limited_by,
         ranks=len(works),
-        disk_gb_s=disk_rate,
+        disk_gb_s=disk,
         network_gb_s=network,
         device=card,
         assumed=tuple(assumed),

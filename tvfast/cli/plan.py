@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import tvfast
-from tvfast.cli.estimate import DISK_GB_S, LINK_GB_S, Estimate, estimate
+from tvfast.cli.estimate import DISK_GB_S, LINK_GB_S, Estimate, estimate, read_sample
 from tvfast.cli.merge import device
 from tvfast.cli.quantities import (
     bytes_as_text,
@@ -42,6 +42,12 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--disk", type=positive, metavar="GB/s", help=f"of each rank ({DISK_GB_S:g})")
     command.add_argument("--network", type=positive, metavar="GB/s", help="that all ranks share (no limit)")
     command.add_argument(
+        "--like",
+        metavar="REPORT",
+        help="take this machine's rate from what `tvfast merge --json` printed: a merge by the same method "
+        "with as many threads and ranks",
+    )
+    command.add_argument(
         "--device",
         type=_device,
         default="auto",
@@ -55,6 +61,7 @@ def add_to(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
+    like = None if options.like is None else read_sample(options.like)
     plan = tvfast.plan(
         options.config,
         device=options.device,
@@ -65,7 +72,14 @@ def run(options: argparse.Namespace) -> int:
         ranks=options.ranks,
     )
     found = plan.as_json()
-    rates = estimate(plan, found["device"], found["threads"], disk=options.disk, network=options.network)
+    rates = estimate(
+        plan,
+        found["device"],
+        found["threads"],
+        disk=options.disk,
+        network=options.network,
+        like=like,
+    )
     for warning in (*(w for stage in found.get("stages", ()) for w in stage["warnings"]), *found["warnings"]):
         print(f"tvfast: warning: {' '.join(warning.split())}", file=sys.stderr)
     if options.json:
