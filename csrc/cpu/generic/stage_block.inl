@@ -2,10 +2,18 @@
 // purpose.
 
 // Calls fn(j, lanes) for the elements begin + j of one view; the last call may hold zeros past `n`.
+// Asks the second-level cache for the block behind this one: blocks of several views take turns,
+// and each is too short for a core to see that it goes on. Gram matrices of three models take 0.9
+// of the time on a Xeon (family 6, model 207).
 template <DType dtype, class Fn>
 TVFAST_INLINE void for_each_lane(const void* p, std::int64_t begin, std::int64_t n, Fn&& fn) {
+  const char* ahead =
+      static_cast<const char*>(p) + (begin + kMaxBlock) * static_cast<std::int64_t>(size_of(dtype));
   std::int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) fn(j, load_as_float<dtype>(p, begin + j));
+  for (; j + kLanes <= n; j += kLanes) {
+    __builtin_prefetch(ahead + j * static_cast<std::int64_t>(size_of(dtype)), 0, 2);
+    fn(j, load_as_float<dtype>(p, begin + j));
+  }
   if (j < n) fn(j, load_partial<dtype>(p, begin + j, static_cast<int>(n - j)));
 }
 
