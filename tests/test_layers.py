@@ -101,7 +101,7 @@ LAYERS = {
     ),
     # The method modules that call torch: when they merge, and not before.
     "tvfast.methods.whole": Layer(
-        inside=("tvfast.errors", "tvfast.methods", "tvfast.matrices"), outside=("torch",)
+        inside=("tvfast.errors", "tvfast.methods", "tvfast.matrices", "tvfast.program"), outside=("torch",)
     ),
     "tvfast.methods.kronecker": Layer(
         inside=("tvfast.errors", "tvfast.methods", "tvfast.factors"), outside=("torch",)

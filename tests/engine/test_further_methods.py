@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,29 @@ def test_whole_tensors(
     torch.set_num_threads(1)  # as the engine does
     tvfast.merge_checkpoints(recipe(family, method, parameters, n, base), tmp_path / "out", threads=2)
     check(tmp_path / "out", expected(method, parameters, n, base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_arcee_fusion_on_the_cpu_needs_no_torch(family: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rounded once, also where numbers begin at odd bytes of a file."""
+    tensors = members()
+    for member in ("base", "ft1"):
+        (tmp_path / member).mkdir()
+        odd = {"0": torch.zeros(1, dtype=torch.uint8)} | tensors[member]  # first in the file, one byte
+        save_file(odd, tmp_path / member / "model.safetensors", {"format": "pt"})
+    config = recipe(tmp_path, "arcee_fusion", {"lambda": 0.9}, 1, True)
+    config |= {"dtype": "float32", "out_dtype": str(dtype).removeprefix("torch.")}
+    script = (
+        "import json, sys, tvfast; config, out = sys.argv[1:]; "
+        "tvfast.merge_checkpoints(json.loads(config), out); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, json.dumps(config), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    wide = {m: {n: t.float() for n, t in tensors[m].items()} for m in ("base", "ft1")}
+    merged = tvfast.merge(wide["base"], [wide["ft1"]], "arcee_fusion", scale=0.9)
+    wanted = {name: tensor.to(dtype) for name, tensor in merged.items()}
+    check(tmp_path / "out", wanted | {"0": torch.zeros(1, dtype=torch.uint8)})
 
 
 def test_what_a_spectral_method_averages_is_in_the_report(family: Path, tmp_path: Path) -> None:

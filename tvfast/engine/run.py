@@ -19,12 +19,12 @@ from tvfast.engine.chunked import ChunkCombiner, measurer
 from tvfast.engine.conversions import narrow_results, widen_inputs
 from tvfast.engine.device import Device, OutOfDeviceMemory
 from tvfast.engine.inputs import FileState, Inputs
-from tvfast.engine.memory import Arena, Block, Slots
+from tvfast.engine.memory import Arena, Block, Slots, round_up
 from tvfast.engine.observing import Blind, Clock, Observer
 from tvfast.engine.offload import Job, Offload, Region
 from tvfast.engine.passes import logical_table
 from tvfast.engine.plan import UNIT_BYTES, Plan
-from tvfast.engine.source import Loaded, StreamSource, entry_of, load
+from tvfast.engine.source import Loaded, StreamSource, entry_of, load, views_of
 from tvfast.engine.staging import Staging
 from tvfast.engine.streamed import Combine, PartsBackend, StreamedBackend
 from tvfast.engine.units import CHUNKS_IN_FLIGHT, Unit
@@ -132,7 +132,7 @@ class Run:
         began = time.perf_counter()
         raise_file_limit()
         with ExitStack() as restoring:
-            if any(part.task.tensor is not None for unit in self._plan.units for part in unit.parts):
+            if any(_merges_with_torch(part) for unit in self._plan.units for part in unit.parts):
                 from tvfast.engine.tensors import restored_threads
 
                 restoring.enter_context(restored_threads())
@@ -228,7 +228,7 @@ class Run:
         widen_inputs(loaded.parts, loaded.arrangement, block.address, n_threads)
         if self._offload is None or not unit.ring_bytes:
             self._check_finite(loaded)
-            if unit.parts[0].task.tensor is not None:
+            if any(map(_merges_with_torch, unit.parts)):
                 block.drop(loaded.arrangement.n_bytes)
             self._merge(loaded, n_threads)
         else:
@@ -260,7 +260,7 @@ class Run:
         for index, part in enumerate(loaded.parts):
             if part.task.tensor is not None:
                 if part.n:
-                    self._merge_tensor(loaded, index)
+                    self._merge_tensor(loaded, index, n_threads)
             elif part.task.method is None:
                 _copy(part, loaded, index)
             elif part.n:
@@ -277,8 +277,19 @@ class Run:
             self._observer.kept(table, program, scalars)
             backend.combine(table, program, scalars, n_threads)
 
-    def _merge_tensor(self, loaded: Loaded, index: int) -> None:
+    def _merge_tensor(self, loaded: Loaded, index: int, n_threads: int) -> None:
         """A whole tensor outside the stage algebra."""
+        part = loaded.parts[index]
+        task = part.task
+        assert task.tensor is not None
+        merge_views = task.tensor.method.merge_views()
+        if merge_views is not None:
+            views = views_of(part, loaded, index)
+            base = None if task.base is None else views.pop(0)
+            out = View(loaded.block.address + loaded.arrangement.outputs[index], part.n, DType[task.result])
+            scratch = loaded.block.address + round_up(loaded.arrangement.n_bytes, 64)
+            merge_views(base, views, out, task.shape, scratch, n_threads)
+            return
         from tvfast.engine.tensors import merge_part
 
         note = merge_part(loaded, index)
@@ -477,6 +488,11 @@ def _copy(part: Part, loaded: Loaded, index: int) -> None:
             )
     out = loaded.arrangement.outputs[index]
     view[out : out + n_bytes] = data
+
+
+def _merges_with_torch(part: Part) -> bool:
+    task = part.task
+    return task.tensor is not None and task.tensor.method.merge_views() is None
 
 
 def _larger_than_memory(plan: Plan) -> bool:

@@ -171,14 +171,20 @@ def load(inputs: Inputs, loaded: Loaded) -> list[Future[None]]:
     ]
 
 
+def views_of(part: Part, loaded: Loaded, index: int) -> list[View]:
+    """The inputs of a part in memory, in the order of its task."""
+    at = loaded.block.address
+    return [
+        View(at + position, part.n, DType[stored.operand])
+        for stored, position in zip(part.task.inputs, loaded.arrangement.inputs[index], strict=True)
+    ]
+
+
 def entry_of(part: Part, loaded: Loaded, index: int, logical: Entry | None = None) -> Entry:
     """The row of a work table for a part in memory; positions come from its logical entry."""
     task, at = part.task, loaded.block.address
     assert task.method is not None
-    found = [
-        View(at + position, part.n, DType[stored.operand])
-        for stored, position in zip(task.inputs, loaded.arrangement.inputs[index], strict=True)
-    ]
+    found = views_of(part, loaded, index)
     first = 0 if task.base is None else 1
     base, last = found[0], first + len(task.models)
     models, scores = tuple(found[first:last]), tuple(found[last:])

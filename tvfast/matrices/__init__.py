@@ -1,1 +1,1 @@
-"""Merges of whole tensors with torch: row by row, by divergence, by singular vectors."""
+"""Merges of whole tensors, most with torch: row by row, by divergence, by singular vectors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tvfast.ops import host
+from tvfast.matrices.importances import FLOOR, fuse_rows
 from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops._views import DTYPES, view
 from tvfast.ops.raw import backend_for
@@ -14,15 +14,12 @@ from tvfast.program import Entry, Keep, RankQuery, WorkTable
 CHUNK = 2**17
 """Elements that are widened at a time; no result depends on it."""
 
-FLOOR = 1e-8
-"""Added to every probability."""
-
 
 def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Tensor:
     """b + scale · d where the importance |d| · KL reaches median + 1.5 (q75 - q25), d = m - b; otherwise b.
 
     Quantiles are exact: the values of rank floor(q (n - 1)) of all n. `exact`: divergences keep the digits of
-    float32, by the CPU's kernels (`tvfast.ops.host`) or summed in float64; otherwise in the type of the
+    float32, by the CPU's kernels (`importances`) or summed in float64; otherwise in the type of the
     result, with torch's own sums, and where those are below 0 by rounding so is the importance.
 
     Returns:
@@ -32,10 +29,12 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
     if base.numel() == 0:
         return base.to(wide)
     length = base.shape[-1] if base.dim() else 1
-    start, end = base.reshape(-1, length), model.reshape(-1, length)
+    start, end = (x.reshape(-1, length).contiguous() for x in (base, model))
     out = on_huge_pages(torch.empty(start.shape, dtype=wide, device=base.device))
     if exact and base.is_cpu and base.dtype in DTYPES and model.dtype in DTYPES:
-        _by_kernel(start.contiguous(), end.contiguous(), scale, out)
+        first, second = view(start, "base", "rows"), view(end, "model", "rows")
+        result = view(out, "out", "rows")
+        fuse_rows(first, second, result, result, length, scale, torch.get_num_threads())
         return out.view(base.shape)
     step = max(1, CHUNK // max(1, length))
     spans = [slice(begin, begin + step) for begin in range(0, start.shape[0], step)]
@@ -52,16 +51,6 @@ def fuse(base: Tensor, model: Tensor, scale: float, *, exact: bool = True) -> Te
         tau = torch.sub(end[rows].to(wide), b)
         torch.add(b, tau.mul_(out[rows] >= least).mul_(scale), out=out[rows])
     return out.view(base.shape)
-
-
-def _by_kernel(start: Tensor, end: Tensor, scale: float, out: Tensor) -> None:
-    """The same by the CPU's kernels, out float32 [rows, length]."""
-    first, second = view(end, "model", "rows"), view(start, "base", "rows")
-    n_threads = torch.get_num_threads()
-    found = torch.empty(start.shape[0], dtype=torch.float64)
-    host.divergences(first, second, start.shape[1], FLOOR, found.data_ptr(), out.data_ptr(), n_threads)
-    least = float(_least(out.view(-1), signed=False))
-    host.fuse(first, second, least, scale, out.data_ptr(), n_threads)
 
 
 def _least(importances: Tensor, *, signed: bool) -> Tensor:

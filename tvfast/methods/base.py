@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 PerModel: TypeAlias = float | Sequence[float]
 """One value, or one per model."""
 
+MergeViews: TypeAlias = Callable[[View | None, Sequence[View], View, Sequence[int], int, int], None]
+"""(base, models, out, shape, scratch, number of threads): merges one tensor of at least one element; scratch
+is the address of memory of the method's `scratch_bytes`, aligned to 64."""
+
 TIES = {"ge": Tie.GE, "index": Tie.INDEX, "hash": Tie.HASH}
 DEFAULT_TIES = {"mergekit": "hash", "paper": "ge"}
 
@@ -398,6 +402,10 @@ class TensorMethod(Method):
             SolveError: singular or non-finite statistics, naming the tensor.
             ShapeError: statistics that do not fit it.
         """
+
+    def merge_views(self) -> MergeViews | None:
+        """What merges one tensor in host memory without torch; None: `merge` has to."""
+        return None
 
     @abstractmethod
     def fallback(

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tvfast.methods.base import TensorJob, TensorResult, register_method
+from tvfast.methods.base import MergeViews, TensorJob, TensorResult, register_method
 from tvfast.methods.whole.base import WholeMethod
+from tvfast.program import DType, View
 
 
 @register_method(
@@ -32,9 +33,31 @@ class ArceeFusion(WholeMethod):
         results = []
         for job in jobs:
             assert job.base is not None
-            exact = self.dialect == "mergekit"
-            results.append(TensorResult(fuse(job.base, job.models[0], self.scale, exact=exact)))
+            results.append(TensorResult(fuse(job.base, job.models[0], self.scale, exact=self._exact)))
         return results
+
+    def merge_views(self) -> MergeViews | None:
+        return self._merge_views if self._exact else None
+
+    def _merge_views(
+        self,
+        base: View | None,
+        models: Sequence[View],
+        out: View,
+        shape: Sequence[int],
+        scratch: int,
+        n_threads: int,
+    ) -> None:
+        from tvfast.matrices.importances import fuse_rows
+
+        assert base is not None
+        importances = View(scratch, out.n_elements, DType.F32)
+        row = shape[-1] if shape else 1
+        fuse_rows(base, models[0], importances, out, row, self.scale, n_threads)
+
+    @property
+    def _exact(self) -> bool:
+        return self.dialect == "mergekit"
 
     def scratch_bytes(self, shape: Sequence[int], n_models: int, record_bytes: int) -> int:
         """Importances, which become the result, and the mark of those that are ranked; blocks in float64."""
