@@ -13,9 +13,9 @@ inline constexpr int kSums = 8;
 inline constexpr int kSumVectors = kSums / kDoubles;
 inline constexpr int kNearSums = 16;
 inline constexpr int kNearVectors = kNearSums / kLanes;
-inline constexpr float kNear = 1.0f / 32;  // |t| at most, which each polynomial relies on
-inline constexpr float kDeepest =
-    -4.0f;  // y - max y at least: its rounding is that of e^(y - max y)
+// Of rows that differ little: |t| is at most kNear, on which the polynomials rely, and y - max y at
+// least kDeepest, since its rounding is that of e^(y - max y).
+inline constexpr float kNear = 1.0f / 32, kDeepest = -4.0f;
 inline constexpr std::int64_t kSummed = 512;     // elements of a partial sum
 inline constexpr std::int64_t kChunk = 1 << 14;  // elements whose exponentials are kept
 static_assert(kSums % kDoubles == 0 && kNearSums % kLanes == 0 && kSummed % kNearSums == 0 &&
