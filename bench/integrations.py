@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.environment import environment
 
 N_MODELS = 3
 SLACK_BYTES = 64 * 2**20
@@ -180,7 +183,12 @@ def main() -> int:
             flush=True,
         )
     if options.out:
-        record = {"peer": options.peer, "elements": options.elements, "torch": torch.__version__}
+        record = {
+            "peer": options.peer,
+            "peer_version": importlib.metadata.version(options.peer.replace("_", "-")),
+            "elements": options.elements,
+            "environment": environment(),
+        }
         options.out.write_text(json.dumps({**record, "rows": results}, indent=1) + "\n")
     return 0 if all(row["met"] for row in results) else 1
 
