@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -131,7 +132,9 @@ def test_the_first_round_of_ranks_is_not_counted(
     def merge(place: Place, row: MethodRow, n_ranks: int, threads: int) -> ranks.RanksRun:
         steps.append("merge")
         first = steps.count("merge") <= len(ranks.SHAPES)
-        return ranks.RanksRun(100.0 if first else 2.0, 1.0, 1.5, (60,) if n_ranks == 1 else (30, 30))
+        works = [{"read_bytes": 30}] * n_ranks if n_ranks > 1 else []
+        report = {"seconds": 1.5, "read_bytes": 60, "ranks": works}
+        return ranks.RanksRun(100.0 if first else 2.0, 1.0, report)
 
     def move(*_: object) -> float:
         steps.append("move")
@@ -142,7 +145,7 @@ def test_the_first_round_of_ranks_is_not_counted(
     monkeypatch.setattr(ranks, "back_memory", lambda n_bytes: steps.append("memory"))
     monkeypatch.setattr(ranks, "predicted_s", lambda *_: 2.2)
     row = next(row for row in ROWS if row.method == "ties")
-    records = ranks.measured(Place(family, tmp_path), row, 2)
+    records = ranks.measured(Place(family, tmp_path), row, 2, None)
     assert steps == ["move", "memory", "merge"] * len(ranks.SHAPES) * 3
     n_bytes = total_bytes(Place(family, tmp_path).inputs(row)) + total_bytes(shards(family / "base"))
     for record in records:
@@ -151,6 +154,36 @@ def test_the_first_round_of_ranks_is_not_counted(
         assert record["disk_gb_per_s"] == n_bytes / 0.5e9
         assert record["planned_error"] == pytest.approx(0.1)
     assert ranks.judged(records) == []
+
+
+def test_plans_of_ranks_take_the_middle_report_of_a_smaller_family(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.cycle([9.0, 3.0, 1.0, 2.0])  # the first of each shape is not counted
+    rates: list[tuple[str, ...]] = []
+
+    def predicted(place: Place, row: MethodRow, n_ranks: int, threads: int, *given: str) -> float:
+        rates.append(given)
+        if given[0] != "--like":
+            return 4.0
+        assert json.loads(Path(given[1]).read_text())["seconds"] == 2.0
+        return 2.5
+
+    monkeypatch.setattr(
+        ranks,
+        "merge",
+        lambda *_: ranks.RanksRun(2.0, 1.0, {"seconds": next(seconds), "read_bytes": 60, "ranks": []}),
+    )
+    monkeypatch.setattr(ranks, "moved", lambda *_: 0.5)
+    monkeypatch.setattr(ranks, "back_memory", lambda _: None)
+    monkeypatch.setattr(ranks, "predicted_s", predicted)
+    row = next(row for row in ROWS if row.method == "ties")
+    (tmp_path / "smaller").mkdir()
+    records = ranks.measured(Place(family, tmp_path), row, 3, Place(family, tmp_path / "smaller"))
+    for record in records:
+        assert (record["planned_by_table_s"], record["planned_by_sample_s"]) == (4.0, 2.5)
+        assert record["planned_error"] == 0.25
+    assert len({given[1] for given in rates if given[0] == "--like"}) == len(ranks.SHAPES)
 
 
 def test_memory_of_any_size_is_touched() -> None:
