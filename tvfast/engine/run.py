@@ -279,11 +279,9 @@ class Run:
 
     def _merge_tensor(self, loaded: Loaded, index: int, n_threads: int) -> None:
         """A whole tensor outside the stage algebra."""
-        part = loaded.parts[index]
-        task = part.task
+        part, task = loaded.parts[index], loaded.parts[index].task
         assert task.tensor is not None
-        merge_views = task.tensor.method.merge_views()
-        if merge_views is not None:
+        if merge_views := task.tensor.method.merge_views():
             views = views_of(part, loaded, index)
             base = None if task.base is None else views.pop(0)
             out = View(loaded.block.address + loaded.arrangement.outputs[index], part.n, DType[task.result])

@@ -34,13 +34,13 @@ def fuse_rows(
     divergences = (ctypes.c_double * (base.n_elements // row))()
     at = importances.address
     host.divergences(model, base, row, FLOOR, ctypes.addressof(divergences), at, n_threads)
-    host.fuse(model, base, least_of(quartiles(importances, n_threads)), scale, at, n_threads)
+    host.fuse(model, base, _least_of(_quartiles(importances, n_threads)), scale, at, n_threads)
     if out.address != at:
         rounding = WorkTable([Entry(name="fused", models=(importances,), out=out)], 1)
         host_backend().combine(rounding, Program(), [TensorScalars(models=[ModelScalars()])], n_threads)
 
 
-def quartiles(importances: View, n_threads: int) -> list[float]:
+def _quartiles(importances: View, n_threads: int) -> list[float]:
     """The values of ascending ranks (n - 1) / 4, (n - 1) / 2, 3 (n - 1) / 4, truncated; none is below 0."""
     n = importances.n_elements
     table = WorkTable([Entry(name="importance", models=(importances,))], 1)
@@ -48,7 +48,7 @@ def quartiles(importances: View, n_threads: int) -> list[float]:
     return [one.value for one in host_backend().thresholds(table, Keep.BAND, queries, n_threads)]
 
 
-def least_of(quartiles: list[float]) -> float:
+def _least_of(quartiles: list[float]) -> float:
     """The importance from which on an entry is taken, in float32."""
     q25, median, q75 = quartiles
     return _float32(median + _float32(1.5 * _float32(q75 - q25)))
