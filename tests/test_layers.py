@@ -76,6 +76,7 @@ LAYERS = {
         outside=("torch",),
     ),
     "tvfast.ops.host": Layer(inside=("tvfast.program", "tvfast._C_cpu")),
+    "tvfast.ops.pages": Layer(inside=("tvfast._C_cpu",)),
     "tvfast.ops.storage": Layer(inside=("tvfast.program", "tvfast._C_cpu")),
     "tvfast.kernels": Layer(inside=("tvfast.program", "tvfast.factored"), outside=("torch", "triton")),
     "tvfast.ops.triton": Layer(
@@ -258,6 +259,7 @@ LAYERS = {
             "tvfast.methods",
             "tvfast.ops.raw",
             "tvfast.ops.host",
+            "tvfast.ops.pages",
             "tvfast.ops.storage",
             "tvfast.checkpoint",
             "tvfast.recipe",

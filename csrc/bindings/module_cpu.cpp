@@ -67,9 +67,9 @@ PYBIND11_MODULE(_C_cpu, m) {
   py::class_<Scalars>(m, "Scalars").def(py::init(&to_scalars));
 
   m.def("combine", [](const Table& table, const ProgramChoices& program, const Scalars& scalars,
-                      const std::string& isa, int n_threads, std::int64_t tile) {
+                      bool look, const std::string& isa, int n_threads, std::int64_t tile) {
     const py::gil_scoped_release unlocked;
-    combine(table, to_program(program), scalars, to_options(isa, n_threads, tile));
+    return combine(table, to_program(program), scalars, to_options(isa, n_threads, tile), look);
   });
   m.def("row_masks", [](const Table& table, const ProgramChoices& program, const Scalars& scalars,
                         unsigned wants, const std::string& isa, int n_threads, std::int64_t tile) {
@@ -226,6 +226,19 @@ PYBIND11_MODULE(_C_cpu, m) {
     const py::gil_scoped_release unlocked;
     return first_nonfinite(reinterpret_cast<const void*>(address), n, static_cast<DType>(dtype));
   });
+  m.def("show_pages", [](Address at, std::size_t n_bytes, int descriptor, std::int64_t offset) {
+    const py::gil_scoped_release unlocked;
+    return show_pages(reinterpret_cast<void*>(at), n_bytes, descriptor, offset);
+  });
+  m.def("hide_pages", [](Address at, std::size_t n_bytes) {
+    const py::gil_scoped_release unlocked;
+    hide_pages(reinterpret_cast<void*>(at), n_bytes);
+  });
+  m.def("guard_pages", [](Address at, std::size_t n_bytes) {
+    return guard_pages(reinterpret_cast<void*>(at), n_bytes);
+  });
+  m.def("lost_pages", &lost_pages);
+  m.def("end_guard", &end_guard);
   py::class_<LowRankSum>(m, "LowRankSum").def(py::init(&to_low_rank_sum));
   m.def("add_low_rank",
         [](const LowRankSum& sum, std::int64_t begin, std::int64_t end, int n_threads) {
@@ -245,6 +258,20 @@ PYBIND11_MODULE(_C_cpu, m) {
     const py::gil_scoped_release unlocked;
     fuse({to_view(of), to_view(from), least, scale, reinterpret_cast<float*>(importances)}, n,
          to_options("", n_threads, 0));
+  });
+  m.attr("MAGNITUDE_BINS") = kMagnitudeBins;
+  m.def("magnitude_counts",
+        [](const ViewArgument& values, std::int64_t n, Address counts, int n_threads) {
+          const py::gil_scoped_release unlocked;
+          magnitude_counts(to_view(values), n, reinterpret_cast<std::int64_t*>(counts),
+                           to_options("", n_threads, 0));
+        });
+  m.def("drop_binned", [](const ViewArgument& values, std::int64_t n, Address limits,
+                          std::uint64_t key, Address out, int n_threads) {
+    const py::gil_scoped_release unlocked;
+    drop_binned({to_view(values), reinterpret_cast<const std::uint32_t*>(limits), key,
+                 reinterpret_cast<float*>(out)},
+                n, to_options("", n_threads, 0));
   });
   py::class_<ScaledBlocks>(m, "ScaledBlocks").def(py::init(&to_scaled_blocks));
   m.def("widen_scaled",

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/divergence.hpp"
+#include "../core/drop.hpp"
 #include "../core/factored.hpp"
 #include "../core/low_rank.hpp"
 #include "../core/queries.hpp"
@@ -24,9 +25,11 @@ struct Options {
   std::int64_t tile = 0;  // elements a thread takes at a time; <= 0: chosen here
 };
 
-// Writes every entry's `out`, which may be its base or one of its models.
-void combine(const Table& table, const Program& program, const Scalars& scalars,
-             const Options& options);
+// Writes every entry's `out`, which may be its base or one of its models. With `look`, the answer
+// is whether base, models and scores are finite: each tile is searched just before it is combined,
+// when that brings it into the cache anyway.
+bool combine(const Table& table, const Program& program, const Scalars& scalars,
+             const Options& options, bool look = false);
 
 // One Moments per entry, with the fields of `wants` filled.
 std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars,
@@ -135,6 +138,11 @@ void add_low_rank(const LowRankSum& sum, std::int64_t begin, std::int64_t end,
 void divergences(const Divergence& matrix, const Options& options);
 void fuse(const Fusion& fusion, std::int64_t n, const Options& options);
 
+// How many of `n` values lie in each of [kMagnitudeBins] bins; then draws with their probabilities.
+void magnitude_counts(const View& values, std::int64_t n, std::int64_t* counts,
+                      const Options& options);
+void drop_binned(const BinnedDrop& drop, std::int64_t n, const Options& options);
+
 // Matrices one after the other, row-major, in blocks of rows and columns that each have a factor;
 // blocks at the end of a matrix may be smaller.
 struct ScaledBlocks {
@@ -176,6 +184,18 @@ std::int64_t first_nonfinite(const void* data, std::int64_t n, DType dtype);
 // Fills the windows of all sources from their files; the first failure ends it. Rows are read in
 // order, neighbours in the file together, on the calling thread.
 RowFailure gather_rows(const RowGather& gather);
+
+// Lets pages of a file stand in the place of `n_bytes` of private memory, both ends at pages, until
+// they are hidden again; writing there leaves the file as it is. False, and nothing is changed but
+// the memory's content, if the page cache does not hold all of them, or the system cannot tell.
+bool show_pages(void* at, std::size_t n_bytes, int descriptor, std::int64_t offset);
+void hide_pages(void* at, std::size_t n_bytes);
+
+// Survives that a file is shortened while pages of it stand in a range: they become zeros, and the
+// range is lost. A number from 0 on; -1: cannot be had.
+int guard_pages(void* at, std::size_t n_bytes);
+bool lost_pages(int guard);
+void end_guard(int guard);
 
 // Adds the rows of a matrix to `sums`, from the first on.
 void add_rows(const float* matrix, std::int64_t n_rows, std::int64_t row, double* sums);

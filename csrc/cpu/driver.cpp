@@ -1,6 +1,7 @@
 // The loops over tiles. Every result of a tile is an integer or an order-independent sum, so tiles
 // may run anywhere.
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <iterator>
@@ -124,6 +125,18 @@ bool reads(const Entry& entry, const void* address) {
                      [&](const View& v) { return v.data == address; });
 }
 
+bool is_finite(const Kernels& kernels, const TileCall& call) {
+  const auto finite = [&](const View& view) {
+    if (view.data == nullptr) return true;
+    const auto* begin = static_cast<const std::byte*>(view.data) +
+                        static_cast<std::size_t>(call.begin) * size_of(view.dtype);
+    return kernels.first_nonfinite(begin, call.end - call.begin, view.dtype) < 0;
+  };
+  const Entry& entry = call.entry;
+  return finite(entry.base) && std::all_of(entry.models.begin(), entry.models.end(), finite) &&
+         std::all_of(entry.scores.begin(), entry.scores.end(), finite);
+}
+
 std::size_t out_bytes(const Entry& entry) {
   return static_cast<std::size_t>(entry.n) * size_of(entry.out_dtype);
 }
@@ -164,8 +177,8 @@ Moments empty_moments(int n_models) {
 
 }  // namespace
 
-void combine(const Table& asked, const Program& program, const Scalars& scalars,
-             const Options& options) {
+bool combine(const Table& asked, const Program& program, const Scalars& scalars,
+             const Options& options, bool look) {
   Table table = asked;
   Plan plan(table, program, scalars, options);
   // A long row is read once more for every segment, so its inputs stay until all are written.
@@ -178,13 +191,16 @@ void combine(const Table& asked, const Program& program, const Scalars& scalars,
     held[e] = std::make_unique_for_overwrite<std::byte[]>(out_bytes(entry));
     entry.out = held[e].get();
   }
+  std::atomic<bool> finite{true};
   plan.run([&](const TileCall& call, const Tile&, int) {
     const Entry& entry = call.entry;
+    if (look && !is_finite(plan.kernels, call)) finite.store(false, std::memory_order_relaxed);
     const bool large = n_written >= kStreamTableBytes || out_bytes(entry) >= kStreamBytes;
     plan.kernels.combine(call, large && !reads(entry, entry.out));
   });
   for (std::size_t e = 0; e < held.size(); ++e)
     if (held[e]) std::memcpy(asked.entries[e].out, held[e].get(), out_bytes(asked.entries[e]));
+  return finite.load();
 }
 
 void score(const Table& table, const Scalars& scalars, const Options& options) {

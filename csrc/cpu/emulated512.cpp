@@ -25,6 +25,7 @@ namespace {
 #include "generic/kron.inl"
 #include "generic/low_rank.inl"
 #include "generic/divergence.inl"
+#include "generic/drop.inl"
 #include "generic/fp8.inl"
 #include "generic/table.inl"
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "../core/codes.hpp"
 #include "../core/divergence.hpp"
+#include "../core/drop.hpp"
 #include "../core/factored.hpp"
 #include "../core/low_rank.hpp"
 #include "../core/moments.hpp"
@@ -173,6 +174,10 @@ struct Kernels {
   void (*add_low_rank)(const LowRankTile& tile);
   void (*divergence_of_row)(const Divergence& matrix, std::int64_t row, Scratch& scratch);
   void (*fuse_run)(const Fusion& fusion, std::int64_t begin, std::int64_t n, Scratch& scratch);
+  // Adds to [kMagnitudeBins] counts; then the draws by them.
+  void (*count_magnitudes)(const View& values, std::int64_t begin, std::int64_t n,
+                           std::uint32_t* counts);
+  void (*drop_binned)(const BinnedDrop& drop, std::int64_t begin, std::int64_t n, Scratch& scratch);
   // Codes times their factor.
   void (*widen_fp8)(const std::uint8_t* codes, std::int64_t n, Fp8 format, float factor,
                     float* out);

@@ -36,14 +36,14 @@ N = 2000
 ROWS = {"one": 0, "several, the last one short": 1501, "short and long": 130}
 
 
-def part_of(kind: str, dtype: torch.dtype, *, row: int, n_models: int = 3, seed: int = 0) -> Part:
+def part_of(kind: str, dtype: torch.dtype, *, row: int, n_models: int = 3, seed: int = 0, n: int = N) -> Part:
     rng = np.random.default_rng(seed)
     make = {"continuous": normal_values, "ties": grid_values, "bits": bit_values}[kind]
-    base = make(rng, N, dtype)
-    models = [make(rng, N, dtype) for _ in range(n_models)]
+    base = make(rng, n, dtype)
+    models = [make(rng, n, dtype) for _ in range(n_models)]
     if kind == "continuous":  # close to the base, as a fine-tune is
         models = [(base.float() + 0.01 * model.float()).to(dtype) for model in models]
-    masks = [np.zeros(N, dtype=bool) for _ in models]
+    masks = [np.zeros(n, dtype=bool) for _ in models]
     return Part(models, base, out_dtype=dtype, masks=masks, row=row, offset=2**32 - 7)
 
 
@@ -102,6 +102,16 @@ def _everything(backend: Backend, case: Case, n_threads: int) -> tuple[list[Tens
     table = case.table()
     backend.row_masks(table, case.program, case.scalars, n_threads)
     return outs, str(moments), [mask.owner.tolist() for mask in table.entries[0].masks]
+
+
+@pytest.mark.parametrize("kind", ["continuous", "ties", "bits"])
+@pytest.mark.parametrize("n", [65_535, 65_536])
+def test_a_whole_row_whose_places_16_bits_just_hold_and_just_not(
+    native_with: Callable[..., Backend], kind: str, n: int
+) -> None:
+    case = case_of(PROGRAMS[1], part_of(kind, torch.float32, row=0, n_models=1, n=n))
+    expected = combined(REFERENCE, case)
+    assert_same_bits(combined(native_with(), case), expected, PROGRAMS[1])
 
 
 @pytest.mark.parametrize("where", ["base", "first model", "last model"])

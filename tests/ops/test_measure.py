@@ -181,15 +181,19 @@ BLOCKS: dict[str, list[int | None]] = {
 
 
 @pytest.mark.parametrize("exponents", BLOCKS.values(), ids=BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_models", [2, 3, 4])
 def test_products_of_many_blocks_follow_the_definition(
-    native_with: Callable[..., Backend], exponents: list[int | None], dtype: torch.dtype
+    native_with: Callable[..., Backend], exponents: list[int | None], dtype: torch.dtype, n_models: int
 ) -> None:
-    """Other blocks than the first have a window to be added at, if their products stay below it."""
+    """Other blocks than the first have a window to be added at, if their products stay below it; two or three
+    models of 16 bits are added exactly where their entries have a common grain."""
     rng = np.random.default_rng(5)
     n, n_last = 1344, 333
     models = []
-    for model in range(4):
+    if dtype is torch.float16:  # 2^60 is none of its numbers
+        exponents = [exponent if exponent is None else exponent // 6 for exponent in exponents]
+    for model in range(n_models):
         shifted = exponents[model % 2 :] + exponents[: model % 2]  # so that pairs have windows of their own
         blocks = [
             torch.zeros(n) if exponent is None else normal_values(rng, n, torch.float32) * 2.0**exponent
@@ -282,3 +286,34 @@ def test_the_kept_entries_are_summed_before_gain_and_weight(backend: Backend) ->
     case = replace(case, program=Program(keep=Keep.BAND), scalars=[own])
     (found,) = backend.measure(case.table(), case.program, case.scalars, EVERYTHING)
     assert (found.l1_before, found.l1, found.gram) == ([1.75], [1.5], [[1.25]])
+
+
+@pytest.mark.parametrize("n_models", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_task_vectors_with_and_without_a_grain(
+    native_with: Callable[..., Backend], dtype: torch.dtype, n_models: int
+) -> None:
+    """Fine-tunes close to a base, and blocks that hold one entry too fine, too large or none at all."""
+    rng = np.random.default_rng(3)
+    n = 24 * 1024 + 5
+    base = (normal_values(rng, n, torch.float32) * 0.02).to(dtype)
+    models = [(base.float() + normal_values(rng, n, torch.float32) * 1e-3).to(dtype) for _ in range(n_models)]
+    for block, value in enumerate([1.5 * 2.0**-40, 2.0**-14, 0.75, 100.0, -0.0]):
+        base[(4 * block + 3) * 1024 + 17] = 0.0
+        models[block % n_models][(4 * block + 3) * 1024 + 17] = value
+    for model in models:
+        model[8192:9216] = base[8192:9216]
+    case = Case(
+        Program(),
+        [Part(models, base)],
+        [TensorScalars(models=[ModelScalars() for _ in models])],
+    )
+    rows = [(model.float() - base.float()).double().tolist() for model in models]
+    expected = [
+        [by_definition([x * y for x, y in zip(one, other, strict=True)]) for other in rows] for one in rows
+    ]
+    for n_threads, tile in ((1, 0), (2, 1024)):
+        (found,) = native_with(tile=tile).measure(
+            case.table(), case.program, case.scalars, Wants.GRAM, n_threads=n_threads
+        )
+        assert found.gram == expected

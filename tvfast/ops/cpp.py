@@ -141,13 +141,36 @@ class CppBackend(CppProducts):
         scalars: Sequence[TensorScalars],
         n_threads: int = 0,
     ) -> None:
-        _C_cpu.combine(
-            _native_table(table),
-            program_tuple(program),
-            _native_scalars(scalars),
-            self._isa,
-            n_threads,
-            self._tile,
+        self._combine(table, program, scalars, n_threads, look=False)
+
+    def combine_finite(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> bool:
+        return self._combine(table, program, scalars, n_threads, look=True)
+
+    def _combine(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int,
+        *,
+        look: bool,
+    ) -> bool:
+        return bool(
+            _C_cpu.combine(
+                _native_table(table),
+                program_tuple(program),
+                _native_scalars(scalars),
+                look,
+                self._isa,
+                n_threads,
+                self._tile,
+            )
         )
 
     def select(self, keep: Keep, queries: Sequence[RankQuery], group_sizes: Sequence[int]) -> CppSelection:

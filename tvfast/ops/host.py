@@ -1,5 +1,5 @@
 """Services over host memory given by its address: checksums, values that are not finite, rows of files and
-their divergences."""
+their divergences, draws by magnitude."""
 
 from __future__ import annotations
 
@@ -77,6 +77,30 @@ def fuse(
     """
     first, second = ((one.address, int(one.dtype)) for one in (of, start))
     _C_cpu.fuse(first, second, of.n_elements, least, scale, importances, n_threads)
+
+
+MAGNITUDE_BINS = int(_C_cpu.MAGNITUDE_BINS)
+"""Bins of magnitudes: the exponent of float32 and nine bits more, 512 bins an octave."""
+
+
+def magnitude_counts(values: View, out: int, n_threads: int = 0) -> None:
+    """How many magnitudes lie in each bin, from that of 0 up.
+
+    Args:
+        out: address of int64 [MAGNITUDE_BINS].
+    """
+    _C_cpu.magnitude_counts((values.address, int(values.dtype)), values.n_elements, out, n_threads)
+
+
+def drop_binned(values: View, limits: int, key: int, out: int, n_threads: int = 0) -> None:
+    """Write the values, and +0 for those that are dropped at random, by Philox 4x32-10 of key and index.
+
+    Args:
+        limits: address of uint32 [MAGNITUDE_BINS], 2^31 times the probability of survival in each bin.
+        out: address of float32 [n_elements].
+    """
+    operand = values.address, int(values.dtype)
+    _C_cpu.drop_binned(operand, values.n_elements, limits, key, out, n_threads)
 
 
 ZERO_ROW, MEAN_ROW, CONSTANT_ROW = -1, -2, -3

@@ -213,6 +213,20 @@ class MaskingBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class LookingBackend(Backend, Protocol):
+    """A backend that looks for NaN and infinity where it reads anyway."""
+
+    def combine_finite(
+        self,
+        table: WorkTable,
+        program: Program,
+        scalars: Sequence[TensorScalars],
+        n_threads: int = 0,
+    ) -> bool:
+        """`combine`; whether the base, the models and the scores of all entries are finite."""
+
+
+@runtime_checkable
 class TrimmingBackend(Backend, Protocol):
     """A backend that trims and merges in one call, without an answer for the caller in between."""
 

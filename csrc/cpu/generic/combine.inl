@@ -158,6 +158,11 @@ inline constexpr Program kTiesByWeight{.vote = Vote::MASS,
 inline constexpr Program kActiveMean{.members = Members::STRICT, .divisor = Divisor::COUNT};
 inline constexpr Program kTiesByCount{
     .vote = Vote::MASS, .members = Members::STRICT, .divisor = Divisor::COUNT};
+// sd-mecha's election: zeros are members where nothing was elected.
+inline constexpr Program kCountWithZeros{
+    .vote = Vote::COUNT, .members = Members::ZERO_COUNTS, .divisor = Divisor::COUNT};
+inline constexpr Program kMassWithZeros{
+    .vote = Vote::MASS, .members = Members::ZERO_COUNTS, .divisor = Divisor::COUNT};
 
 // The part of a program that acts after keep and rescale, with what it does not read set to the
 // first choice. The zero sign is a scalar by then.
@@ -178,6 +183,8 @@ static ReduceBlock choose_reduce(const Program& program, int n_models) {
   if (p == kActiveMean) return for_model_count<Fixed<kActiveMean>>(n_models);
   if (p == kTiesByWeight) return for_model_count<Fixed<kTiesByWeight>>(n_models);
   if (p == kTiesByCount) return for_model_count<Fixed<kTiesByCount>>(n_models);
+  if (p == kCountWithZeros) return for_model_count<Fixed<kCountWithZeros>>(n_models);
+  if (p == kMassWithZeros) return for_model_count<Fixed<kMassWithZeros>>(n_models);
   return reduce_block<AtRunTime, 0>;
 }
 

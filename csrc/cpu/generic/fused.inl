@@ -141,8 +141,10 @@ TVFAST_INLINE F fused_vote(const FusedScalars<n_models>& s, const FusedBlock<n_m
   constexpr Program program = Choice::get(Program{});
   constexpr bool weighted = program.ballot == Ballot::WEIGHTED && !Choice::kUnitWeights;
   F votes = splat(0.0f);
-  for (int k = 0; k < s.count(); ++k)
-    votes += weighted ? block.t[k][j] * s.weight[k] : block.t[k][j];
+  for (int k = 0; k < s.count(); ++k) {
+    const F ballot = weighted ? block.t[k][j] * s.weight[k] : block.t[k][j];
+    votes += program.vote == Vote::COUNT ? sign_of(ballot) : ballot;
+  }
   return elected(votes, s.zero);
 }
 
@@ -154,7 +156,9 @@ TVFAST_INLINE F fused_mean(const FusedScalars<n_models>& s, const FusedBlock<n_m
   F reduced = splat(-0.0f), divisor = splat(0.0f);
   for (int k = 0; k < s.count(); ++k) {
     const F t = block.t[k][j], v = Choice::kUnitWeights ? t : t * s.weight[k];
-    const M member = agrees(program.ballot == Ballot::WEIGHTED ? v : t, sign, true);
+    const F ballot = program.ballot == Ballot::WEIGHTED ? v : t;
+    const M member = program.members == Members::STRICT ? agrees(ballot, sign, true)
+                                                        : agrees_or_zero(ballot, sign);
     reduced += masked(member, v);
     const F share = program.divisor == Divisor::COUNT ? splat(1.0f) : s.weight[k];
     divisor = select(member, divisor + share, divisor);
@@ -237,6 +241,7 @@ static void fused_ties_steps(const FusedScalars<n_models>& scalars, const void* 
                              std::int64_t end, std::uint32_t index, bool streaming) {
   using S = Step<dtype>;
   const FusedScalars<n_models> s = scalars;  // a copy that no store can alias
+  const bool has_base = base != nullptr;
   FusedBlock<n_models> block;
   constexpr std::int64_t kSteps = FusedBlock<n_models>::kVectors / 2;
   for (std::int64_t start = begin; start < end; start += kSteps * S::kElements) {
@@ -254,7 +259,7 @@ static void fused_ties_steps(const FusedScalars<n_models>& scalars, const void* 
       for (int j = 0; j < n_steps; ++j) {
         const std::int64_t i = start + j * S::kElements;
         prefetch<dtype>(models[k], i);
-        if (k == 0) prefetch<dtype>(base, i);
+        if (k == 0 && has_base) prefetch<dtype>(base, i);
         const Pair x = S::load(models[k], i), b = s.subtracts ? S::load(base, i) : Pair{};
         block.t[k][2 * j] = fused_keep<ends>(s, k, x.first - b.first, block.mixed[2 * j]);
         block.t[k][2 * j + 1] = fused_keep<ends>(s, k, x.second - b.second, block.mixed[2 * j + 1]);
@@ -265,11 +270,10 @@ static void fused_ties_steps(const FusedScalars<n_models>& scalars, const void* 
       block.reduced[j] = fused_mean<Choice>(s, block, block.reduced[j], j);
     for (int j = 0; j < n_steps; ++j) {
       const std::int64_t i = start + j * S::kElements;
-      const Pair b = S::load(base, i);
-      S::store(
-          out, i,
-          {b.first + block.reduced[2 * j] * s.scale, b.second + block.reduced[2 * j + 1] * s.scale},
-          streaming);
+      const F first = block.reduced[2 * j] * s.scale, second = block.reduced[2 * j + 1] * s.scale;
+      const Pair b = has_base ? S::load(base, i) : Pair{};
+      S::store(out, i, has_base ? Pair{b.first + first, b.second + second} : Pair{first, second},
+               streaming);
     }
   }
 }
@@ -337,8 +341,9 @@ static void fused_tile(const TileCall& call, bool streaming) {
   }
 }
 
-// TIES with weights of one: weighted and raw ballots, and both divisors, are the same.
-struct UnitTies : Fixed<kTiesByCount> {
+// With weights of one, weighted and raw ballots, and both divisors, are the same.
+template <Program program>
+struct Unweighted : Fixed<program> {
   static constexpr bool kUnitWeights = true;
 };
 
@@ -408,13 +413,19 @@ static FusedTile choose_fused(const TileCall& call) {
     if (p == kFusedMean) return fused_for_dtype<Fixed<kFusedMean>, Ends::NONE>(dtype, n_models);
     return nullptr;
   }
-  if (program.keep != Keep::BAND || !has_base || zero_sign(program, call.tensor)[0] == 0.0f)
-    return nullptr;
+  if (program.keep != Keep::BAND) return nullptr;
   const Ends ends = ends_of(call);
   bool unit_weights = true;
   for (int k = 0; k < n_models; ++k) unit_weights = unit_weights && call.models[k].weight == 1.0f;
+  if (unit_weights && ends == Ends::LOWER && dtype == DType::F32) {
+    if (p == kCountWithZeros)
+      return fused_for_count<Unweighted<kCountWithZeros>, DType::F32, Ends::LOWER>(n_models);
+    if (p == kMassWithZeros)
+      return fused_for_count<Unweighted<kMassWithZeros>, DType::F32, Ends::LOWER>(n_models);
+  }
+  if (zero_sign(program, call.tensor)[0] == 0.0f) return nullptr;
   if (unit_weights && (p == kTiesByWeight || p == kTiesByCount))
-    return fused_for_ends<UnitTies>(ends, dtype, n_models);
+    return fused_for_ends<Unweighted<kTiesByCount>>(ends, dtype, n_models);
   if (p == kTiesByWeight) return fused_for_ends<Fixed<kTiesByWeight>>(ends, dtype, n_models);
   if (p == kTiesByCount) return fused_for_ends<Fixed<kTiesByCount>>(ends, dtype, n_models);
   return nullptr;

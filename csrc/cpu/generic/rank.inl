@@ -65,8 +65,8 @@ static bool rank_by_counting(const std::uint32_t* keys, std::int64_t n, std::uin
     const M is_longer = (M)((bin == 0u ? key : key & 0xffffu) != 0u);
     store(bins + i, is_longer ? splat_bits(n_bins) : bin);  // a bin that is not looked at
     n_longer += append(longer + n_longer, static_cast<std::uint32_t>(i) + iota(), is_longer);
+    if (n_longer > n / kLongerKeys) return false;
   }
-  if (n_longer > n / kLongerKeys) return false;
   // Two halves at a time: equal keys wait for each other's counts.
   std::uint32_t* first = scratch.bins.get(2 * (n_bins + 64));
   std::uint32_t* second = first + n_bins + 64;
@@ -115,27 +115,46 @@ TVFAST_INLINE U displacement(const std::uint32_t* keys, std::int64_t distance) {
   return (U)(after - before);
 }
 
-// Sorts the bins of more than kWindow + 1 keys, which displacements do not reach across.
-static void sort_large_bins(const std::uint32_t* end, std::uint32_t n_bins, std::uint32_t* keys,
-                            std::uint32_t* index, Scratch& scratch) {
-  for (std::uint32_t bin = 0, from = 0; bin < n_bins; from = end[bin++]) {
-    const std::uint32_t n = end[bin] - from;
-    if (n <= kWindow + 1 || std::is_sorted(keys + from, keys + end[bin])) continue;
-    std::uint64_t* sorted = scratch.sorted.get(n);  // (key, index), which orders as one number
-    for (std::uint32_t j = 0; j < n; ++j)
-      sorted[j] = std::uint64_t{keys[from + j]} << 32 | index[from + j];
-    std::sort(sorted, sorted + n);
-    for (std::uint32_t j = 0; j < n; ++j) {
-      keys[from + j] = static_cast<std::uint32_t>(sorted[j] >> 32);
-      index[from + j] = static_cast<std::uint32_t>(sorted[j]);
-    }
+// Consecutive places as lanes.
+template <class Place>
+TVFAST_INLINE U load_places(const Place* places) {
+  if constexpr (sizeof(Place) == 4) {
+    return load<U>(places);
+  } else {
+    return __builtin_convertvector(load<H>(places), U);
+  }
+}
+template <class Place>
+TVFAST_INLINE void store_places(Place* places, U v) {
+  if constexpr (sizeof(Place) == 4) {
+    store(places, v);
+  } else {
+    store(places, __builtin_convertvector(v, H));
   }
 }
 
-// Ranks any row. Keys are binned by their leading bits, down to 16 octaves below the largest, and
-// compared with their neighbours within bins, which are small: no branch depends on a key, where
-// insertion took three times as long. More octaves would leave fewer bins for the three that hold
-// most of a bell curve.
+// Sorts the bins of more than kWindow + 1 keys, which displacements do not reach across.
+template <class Place>
+static void sort_large_bins(const Place* end, std::uint32_t n_bins, const std::uint32_t* keys,
+                            Place* index, Scratch& scratch) {
+  for (std::uint32_t bin = 0, from = 0; bin < n_bins; from = end[bin++]) {
+    const std::uint32_t n = end[bin] - from;
+    if (n <= kWindow + 1) continue;
+    std::uint64_t* sorted = scratch.sorted.get(n);  // (key, index), which orders as one number
+    for (std::uint32_t j = 0; j < n; ++j)
+      sorted[j] = std::uint64_t{keys[index[from + j]]} << 32 | index[from + j];
+    if (std::is_sorted(sorted, sorted + n)) continue;
+    std::sort(sorted, sorted + n);
+    for (std::uint32_t j = 0; j < n; ++j) index[from + j] = static_cast<Place>(sorted[j]);
+  }
+}
+
+// Ranks any row that a Place can count. Keys are binned by their leading bits, down to 16 octaves
+// below the largest, and compared with their neighbours within bins, which are small: no branch
+// depends on a key, where insertion took three times as long. More octaves would leave fewer bins
+// for the three that hold most of a bell curve. Places of 16 bits keep what is written here and
+// there in the first-level cache: 0.8 of the time on a Xeon (family 6, model 207), rows of 8192.
+template <class Place>
 static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::uint32_t largest,
                               Scratch& scratch, std::uint32_t* rank) {
   const int bin_bits =
@@ -143,33 +162,32 @@ static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::ui
   const int shift = 27 - bin_bits;
   const std::uint32_t n_bins = 1u << bin_bits;
   const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, n_bins - 1);
-  std::uint32_t* start = scratch.bins.get(n_bins);
-  std::fill_n(start, n_bins, 0u);
-  std::uint32_t* bins = rank;  // until there are ranks: plans count 20 bytes a key beside them
+  Place* start = reinterpret_cast<Place*>(scratch.bins.get(n_bins));
+  std::fill_n(start, n_bins, Place{0});
+  // Until there are ranks: plans count 20 bytes a key beside them.
+  Place* bins = reinterpret_cast<Place*>(rank);
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const U leading = load<U>(keys + i) >> static_cast<std::uint32_t>(shift);
-    store(bins + i, leading > lowest ? leading - lowest : U{});
+    store_places(bins + i, leading > lowest ? leading - lowest : U{});
   }
   for (std::int64_t i = 0; i < n; ++i) ++start[bins[i]];
   U total = {}, most = {};
   for (std::uint32_t bin = 0; bin < n_bins; bin += kLanes) {
-    const U here = load<U>(start + bin), sums = running_sum(here);
-    store(start + bin, total + sums - here);
+    const U here = load_places(start + bin), sums = running_sum(here);
+    store_places(start + bin, total + sums - here);
     total += last_lane(sums);
     most = here > most ? here : most;
   }
-  // Binned in order of arrival, between keys that are in order with any.
-  std::uint32_t* binned = scratch.bin_of.get(n + kLanes + 2 * kWindow) + kWindow;
-  std::uint32_t* index = scratch.longer.get(n + 2 * kLanes);
-  std::fill_n(binned - kWindow, kWindow, 0u);
-  std::fill_n(binned + n, kWindow + kLanes, kNanKey);
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t at = start[bins[i]]++;
-    binned[at] = keys[i];
-    index[at] = static_cast<std::uint32_t>(i);
-  }
+  // In order of arrival within their bins.
+  Place* index = reinterpret_cast<Place*>(scratch.longer.get(n + 2 * kLanes));
+  for (std::int64_t i = 0; i < n; ++i) index[start[bins[i]]++] = static_cast<Place>(i);
   const std::uint32_t largest_bin = lane_max(most);
-  if (largest_bin > kWindow + 1) sort_large_bins(start, n_bins, binned, index, scratch);
+  if (largest_bin > kWindow + 1) sort_large_bins(start, n_bins, keys, index, scratch);
+  // Between keys that are in order with any.
+  std::uint32_t* binned = scratch.bin_of.get(n + kLanes + 2 * kWindow) + kWindow;
+  std::fill_n(binned - kWindow, kWindow, 0u);
+  for (std::int64_t at = 0; at < n; ++at) binned[at] = keys[index[at]];
+  std::fill_n(binned + n, kWindow + kLanes, kNanKey);
   const std::int64_t distance = std::min<std::int64_t>(largest_bin - 1, kWindow);
   std::int64_t at = 0;
   for (; at + kLanes <= n; at += kLanes) {
@@ -192,6 +210,10 @@ static void rank_row(float* row, std::int64_t n, Scratch& scratch, std::uint32_t
     largest = key > largest ? key : largest;
   }
   const std::uint32_t top = lane_max(largest);
-  if (n < kFewToCount || !rank_by_counting(keys, n, top, scratch, rank))
-    rank_by_comparing(keys, n, top, scratch, rank);
+  if (n >= kFewToCount && rank_by_counting(keys, n, top, scratch, rank)) return;
+  if (n <= std::numeric_limits<std::uint16_t>::max()) {
+    rank_by_comparing<std::uint16_t>(keys, n, top, scratch, rank);
+  } else {
+    rank_by_comparing<std::uint32_t>(keys, n, top, scratch, rank);
+  }
 }

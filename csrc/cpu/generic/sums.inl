@@ -164,3 +164,81 @@ class Products {
   Factor factors_[kProducts];
   int n_factors_ = 0;
 };
+
+// Entries of differences of 16-bit numbers are often whole multiples of one power of two, and less
+// than 2^kGrainBits of it: products are exact then as sums, too.
+inline constexpr int kGrainBits = 21, kNoGrain = 1 << 20;
+
+// The exponent of that power for the entries of a block, of which `largest` is the largest
+// magnitude. Adding and subtracting a constant rounds to multiples of its last bit.
+static int grain_of(const float* x, float largest, std::int64_t n) {
+  const int exponent = static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23) - 127;
+  const int at = exponent + 24 - kGrainBits;
+  if (exponent <= -127 + kGrainBits || at > 126) return kNoGrain;
+  const F constant = splat(1.5f * static_cast<float>(power_of_two(at)));
+  M rounded = {};
+  for (std::int64_t j = 0; j < n; j += kLanes) {
+    const F entry = load<F>(x + j);
+    rounded |= ((entry + constant) - constant) != entry;
+  }
+  return mask_bits(rounded) == 0 ? at - 23 : kNoGrain;
+}
+
+// Adds the products of every two of `count` blocks, or nothing if the entries have no grain, or if
+// a product would raise a window. `largest` of each block; the sums are the upper triangle of a
+// matrix. What `add_products_within` rounds is exact here, so that the low parts are what the whole
+// sums have beside the high parts: half as many instructions, and a block is widened once.
+template <int count>
+static bool add_gram_exactly(const float* const* blocks, const float* largest, std::int64_t n,
+                             BinnedSum* gram) {
+  constexpr int kPairs = count * (count + 1) / 2;
+  int grain[count], unit[kPairs];
+  D split_high[kPairs];
+  BinnedSum* sums[kPairs];
+  for (int a = 0; a < count; ++a) {
+    grain[a] = grain_of(blocks[a], largest[a], n);
+    if (grain[a] == kNoGrain) return false;
+  }
+  for (int a = 0, p = 0; a < count; ++a) {
+    for (int b = a; b < count; ++b, ++p) {
+      sums[p] = gram + a * count + b;
+      unit[p] = grain[a] + grain[b];
+      const int window = sums[p]->window;
+      const double most = static_cast<double>(largest[a]) * static_cast<double>(largest[b]);
+      if (window == kNoWindow || unit[p] < kWindowBits * (window - 1) ||
+          !(most < power_of_two(kWindowBits * (window + 1) - 1)))
+        return false;
+      split_high[p] = D{} + split_at(window).high;
+    }
+  }
+  Q high[kPairs] = {};
+  D whole[kPairs] = {};
+  std::int64_t n_addends = 0;
+  for (; n_addends < n; n_addends += kDoubles) {
+    D x[count];
+#pragma GCC unroll 4
+    for (int a = 0; a < count; ++a) x[a] = widened(blocks[a] + n_addends);
+#pragma GCC unroll 16
+    for (int a = 0, p = 0; a < count; ++a) {
+#pragma GCC unroll 16
+      for (int b = a; b < count; ++b, ++p) {
+        high[p] += (Q)add_product(x[a], x[b], split_high[p]);
+        whole[p] = add_product(x[a], x[b], whole[p]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < kPairs; ++p) {  // indices that are constants keep the sums in registers above
+    const std::uint64_t split = std::bit_cast<std::uint64_t>(split_at(sums[p]->window).high);
+    const auto highs = static_cast<std::int64_t>(lane_sum(high[p]) -
+                                                 static_cast<std::uint64_t>(n_addends) * split);
+    const int below = unit[p] - kWindowBits * (sums[p]->window - 1);
+    double lanes[kDoubles];
+    store(lanes, whole[p]);
+    Int128 units = 0;
+    for (const double lane : lanes) units += static_cast<std::int64_t>(std::ldexp(lane, -unit[p]));
+    sums[p]->high += highs;
+    sums[p]->low += (units << below) - (Int128{highs} << kWindowBits);
+  }
+  return true;
+}

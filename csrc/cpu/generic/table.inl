@@ -21,6 +21,8 @@ static constexpr Kernels kernels(const char* name) {
           .add_low_rank = add_low_rank_tile,
           .divergence_of_row = divergence_of_row,
           .fuse_run = fuse_run,
+          .count_magnitudes = count_magnitudes,
+          .drop_binned = drop_binned,
           .widen_fp8 = widen_fp8_run,
           .largest_finite = largest_finite_of,
           .narrow_fp8 = narrow_fp8_run};

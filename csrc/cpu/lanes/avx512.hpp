@@ -44,6 +44,12 @@ TVFAST_INLINE U mul_high(U a, std::uint32_t b) {
   return (U)_mm512_mask_mov_epi32(even, 0xAAAA, odd);
 }
 
+// The compiler would convert them in two halves.
+TVFAST_INLINE F widen_bf16(const std::uint16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+
 TVFAST_INLINE F widen_f16(const std::uint16_t* p) {
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

@@ -31,7 +31,7 @@ TVFAST_INLINE F load_as_float(const void* p, std::int64_t i) {
   } else {
     const std::uint16_t* q = static_cast<const std::uint16_t*>(p) + i;
     if constexpr (dtype == DType::BF16) {
-      return from_bits(__builtin_convertvector(load<H>(q), U) << 16);
+      return widen_bf16(q);
     } else {
 #ifdef TVFAST_NATIVE_F16
       return widen_f16(q);

@@ -22,6 +22,9 @@ TVFAST_INLINE F fused_add(F a, F b, F c) {
   return c;
 }
 
+TVFAST_INLINE F widen_bf16(const std::uint16_t* p) {
+  return from_bits(__builtin_convertvector(load<H>(p), U) << 16);
+}
 TVFAST_INLINE D widened(const float* p) { return __builtin_convertvector(load<HalfF>(p), D); }
 
 // x y + c, rounded once: x and y hold floats, so that their product is exact.
