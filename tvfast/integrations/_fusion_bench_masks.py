@@ -35,8 +35,7 @@ def emr_merge(
     unified = {leaf.name: on_huge_pages(torch.empty_like(leaf.base)) for leaf in found}
     entries = [entry(leaf.models, unified[leaf.name], name=leaf.name) for leaf in found]
     merge = Merge(entries, [scalars((1.0,) * n_models) for _ in found])
-    merge.check_finite()
-    merge.combine(_UNIFIED)
+    merge.combine(_UNIFIED, finite=True)
     moments = merge.statistics.measure(Program(), merge.numbers, Wants.L1)
     masks: dict[str, list[Tensor]] = {}
     before, after = torch.zeros(n_models), torch.zeros(n_models)

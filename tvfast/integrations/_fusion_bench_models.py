@@ -56,9 +56,7 @@ def _ties_method(reset_thresh: Any, merge_func: Any, scale: float, like: Tensor,
 def _elect(made: Ties, entries: Sequence[Entry]) -> tuple[Program, list[TensorScalars]]:
     """Thresholds and the majority sign over all entries together."""
     share_groups(made, entries)
-    merge = Merge(list(entries), [])
-    merge.check_finite()
-    return made.resolve(merge.statistics)
+    return made.resolve(Merge(list(entries), []).statistics)
 
 
 @torch.no_grad()
@@ -72,7 +70,7 @@ def ties_merging(flat_task_checks: Tensor, reset_thresh: Any = None, merge_func:
     out = on_huge_pages(torch.empty_like(rows[0]))
     one = entry(rows, out, name="tensor")
     program, numbers = _elect(made, [one])
-    Merge([one], numbers).combine(program)
+    Merge([one], numbers).combine(program, finite=True)
     if program.reduce is Reduce.MAX_ABS and numbers[0].majority < 0.0:
         negative_zeros_(out)
     return out
@@ -100,6 +98,7 @@ def run_ties(me: Any, modelpool: Any, **kwargs: Any) -> nn.Module:
         if len({leaf.base.dtype for leaf in found}) > 1:
             raise NotServed("several dtypes")
         entries = [_in_place(leaf) for leaf in found]
+        Merge(entries, []).check_finite()
         program, numbers = _elect(made, entries)
         adds_negative_zeros = function == "max" and numbers[0].majority < 0.0
         if adds_negative_zeros and any(_has_negative_zero(leaf.base) for leaf in found):
@@ -206,9 +205,8 @@ def magmax_select(task_vectors: list[Mapping[str, Tensor]]) -> dict[str, Tensor]
     found = leaves(task_vectors[0], task_vectors)
     outs = {leaf.name: empty_like(leaf.models) for leaf in found}
     merge = Merge([entry(leaf.models, outs[leaf.name], name=leaf.name) for leaf in found], [])
-    merge.check_finite()
     merge.numbers = [scalars((1.0,) * len(task_vectors)) for _ in found]
-    merge.combine(_LARGEST)
+    merge.combine(_LARGEST, finite=True)
     return outs
 
 

@@ -58,6 +58,7 @@ class Trimmed:
     ) -> Trimmed:
         """Entries are dropped at random first, by rank of their magnitude in the whole tensor with DELLA."""
         out, merge = _prepared(deltas, k)
+        merge.check_finite()
         n = out.numel()
         drawn = _drops(n, kept, della)
         keys = random_keys("sd_mecha", len(deltas), seed if seed is not None and seed >= 0 else DEFAULT_SEED)
@@ -74,7 +75,6 @@ def _prepared(deltas: Sequence[Tensor], k: float) -> tuple[Tensor, Merge]:
         raise NotServed("a negative share")
     out = on_huge_pages(torch.empty(deltas[0].shape, dtype=torch.float32, device=deltas[0].device))
     merge = Merge([entry(deltas, out)], [scalars((1.0,) * len(deltas))])
-    merge.check_finite()
     return out, merge
 
 
@@ -121,7 +121,7 @@ def _survivors(delta: Tensor, scratch: Tensor, drawn: ModelScalars, key: int, n_
 
 def summed(trimmed: Trimmed) -> Tensor:
     """Σ of the members / their number; 0 where there are none."""
-    trimmed.merge.combine(trimmed.program)
+    trimmed.merge.combine(trimmed.program, finite=trimmed.program.keep is Keep.BAND)
     return trimmed.out.add_(0.0)  # a sum of nothing but -0 is +0 in torch
 
 
@@ -129,6 +129,8 @@ def stocked(trimmed: Trimmed, cos_eps: float) -> Tensor:
     """`summed`, multiplied by the factor of Model Stock on the members of each row."""
     if len(trimmed.deltas) < 2:
         raise NotServed("one model has no angle")
+    if trimmed.program.keep is Keep.BAND:
+        trimmed.merge.check_finite()
     out = trimmed.out
     by_value = trimmed.program.vote is Vote.MASS
     n_models = len(trimmed.deltas)

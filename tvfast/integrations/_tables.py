@@ -16,7 +16,7 @@ from tvfast.methods import ProgramMethod, TableStatistics, make_method
 from tvfast.methods.scalars import model_key
 from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops.host import first_nonfinite
-from tvfast.ops.raw import backend_for
+from tvfast.ops.raw import LookingBackend, backend_for
 from tvfast.program import (
     Divisor,
     DType,
@@ -31,6 +31,7 @@ from tvfast.program import (
     WorkTable,
 )
 
+_NOT_FINITE = "values that are not finite"
 DTYPES = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
 
 
@@ -154,12 +155,26 @@ class Merge:
         for one in self.entries:
             for operand in (*one.models, *([one.base] if one.base is not None else [])):
                 if not _is_finite(operand):
-                    raise NotServed("values that are not finite")
+                    raise NotServed(_NOT_FINITE)
 
-    def combine(self, program: Program) -> None:
-        """Write every entry's `out`."""
+    def combine(self, program: Program, *, finite: bool = False) -> None:
+        """Write every entry's `out`.
+
+        Args:
+            finite: serve inputs alone that are, as `check_finite`, which are searched while they are read. No
+                `out` may be an input then.
+
+        Raises:
+            NotServed: there is a value that is not; every `out` is to be thrown away.
+        """
         me = self.statistics
-        me.backend.combine(me.table, program, self.numbers, me.n_threads)
+        if finite and isinstance(me.backend, LookingBackend):
+            if not me.backend.combine_finite(me.table, program, self.numbers, me.n_threads):
+                raise NotServed(_NOT_FINITE)
+        else:
+            if finite:
+                self.check_finite()
+            me.backend.combine(me.table, program, self.numbers, me.n_threads)
         for one in self.entries:
             if one.out is not None:
                 written(one.out.owner)
@@ -243,13 +258,11 @@ def merge_by(
     origin, operands = (None, views) if base is None else made.operands(view(base), views)
     row = made.row_elements(first.shape)
     merge = Merge([Entry(name="tensor", models=operands, base=origin, out=view(out), row=row)], [])
-    if finite:
-        merge.check_finite()
     try:
         program, merge.numbers = made.resolve(merge.statistics)
     except MergeError as error:
         raise NotServed("models that have no such mean") from error
-    merge.combine(summed_from_positive_zero(program))
+    merge.combine(summed_from_positive_zero(program), finite=finite)
     return out
 
 

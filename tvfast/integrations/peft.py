@@ -70,7 +70,6 @@ class _Call:
         n = self.tensors[0].numel()
         if int(density * n) == 0:
             raise NotServed("nothing is kept")
-        self.merge.check_finite()
         self.merge.trim(lambda _, n: int(density * n), Tie.INDEX)
         return Keep.BAND
 
@@ -98,7 +97,7 @@ class _Call:
 
     def run(self, program: Program, masks: list[Tensor] | None = None) -> Tensor:
         if masks is None:
-            self.merge.combine(program)
+            self.merge.combine(program, finite=program.keep is Keep.BAND)
         else:
             n_threads = self.merge.statistics.n_threads
             numbers = self.merge.numbers[0]
