@@ -153,6 +153,7 @@ def test_the_memory_of_a_unit_that_failed_is_not_used_again(
     begun, late = threading.Event(), list[Extent]()
     monkeypatch.setattr(Block, "release", release_slowly)
     monkeypatch.setattr(Inputs, "_read", fail_once)
+    monkeypatch.setattr(Inputs, "_show", lambda self, extent, block: False)
     written: list[Any] = []
     monkeypatch.setattr(ShardFiles, "write", lambda self, *arguments: written.append(arguments))
     with pytest.raises(MergeError, match="unlucky"):
@@ -232,13 +233,14 @@ def test_an_interrupted_unit_is_not_merged_to_its_end(
         interrupted.set()
         return wait(workers)
 
-    def check(self: running.Run, loaded: Any) -> None:
+    def load(*arguments: Any) -> list[Any]:
         reached.set()
         assert interrupted.wait(10)
+        return []
 
     reached, interrupted = threading.Event(), threading.Event()
     monkeypatch.setattr(running, "wait", interrupt)
-    monkeypatch.setattr(running.Run, "_check_finite", check)
+    monkeypatch.setattr(running, "load", load)
     merged: list[Any] = []
     monkeypatch.setattr(running.TableStatistics, "__init__", lambda self, *a: merged.append(a))
     with pytest.raises(KeyboardInterrupt):

@@ -201,8 +201,8 @@ def _is_apart(stored: Stored) -> bool:
 class _Reading:
     """Puts arrays one behind the other; neighbours in a file stay neighbours."""
 
-    def __init__(self) -> None:
-        self.cursor = 0
+    def __init__(self, cursor: int) -> None:
+        self.cursor = cursor
         self.extents: list[Extent] = []
         self.assemblies: list[Assembly] = []
 
@@ -245,7 +245,9 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
     Args:
         layout: of the output; None where nothing is written.
     """
-    reading = _Reading()
+    # Results come first: blocks that follow each other begin in the same places, where memory is warm.
+    spans, outputs, narrowings, end = _results(parts, layout) if layout else ((), (), (), 0)
+    reading = _Reading(end)
     inputs: list[list[int]] = [[] for _ in parts]
     for k in range(max(len(part.task.inputs) for part in parts)):
         for part, found in zip(parts, inputs, strict=True):
@@ -253,15 +255,13 @@ def arrange(parts: Sequence[Part], layout: Layout | None) -> Arrangement:
                 found.append(_place(part, part.task.inputs[k], reading))
     reading.assemblies += _assemblies(parts, inputs)
     widenings = _widenings(parts, inputs, reading)
-    cursor = reading.cursor
-    spans, outputs, narrowings, end = _results(parts, layout, cursor) if layout else ((), (), (), cursor)
     return Arrangement(
         extents=tuple(reading.extents),
         windows=tuple(_windows(parts, inputs)),
         spans=spans,
         inputs=tuple(map(tuple, inputs)),
         outputs=outputs,
-        n_bytes=round_up(end, PAGE),
+        n_bytes=round_up(reading.cursor, PAGE),
         widenings=widenings,
         narrowings=narrowings,
         assemblies=tuple(reading.assemblies),
@@ -298,7 +298,7 @@ def _widenings(parts: Sequence[Part], inputs: list[list[int]], reading: _Reading
 
 def arrange_outputs(parts: Sequence[Part], layout: Layout) -> Arrangement:
     """A block for results alone."""
-    spans, outputs, narrowings, end = _results(parts, layout, 0)
+    spans, outputs, narrowings, end = _results(parts, layout)
     return Arrangement((), (), spans, (), outputs, round_up(end, PAGE), narrowings=narrowings)
 
 
@@ -318,9 +318,10 @@ def _windows(parts: Sequence[Part], inputs: Sequence[Sequence[int]]) -> Iterator
 
 
 def _results(
-    parts: Sequence[Part], layout: Layout, cursor: int
+    parts: Sequence[Part], layout: Layout
 ) -> tuple[tuple[Span, ...], tuple[int, ...], tuple[Narrowing, ...], int]:
-    """Spans, positions, codes to make and the end of results that are put behind `cursor`."""
+    """Spans, positions, codes to make and the end of results, from the beginning of a block."""
+    cursor = 0
     spans: list[Span] = []
     places: list[list[int]] = []
     for part in parts:

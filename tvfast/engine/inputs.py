@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -65,14 +66,21 @@ class Inputs:
     Args:
         files: the state of every file when its header was read.
         direct: read past the page cache, for inputs that do not fit into it anyway.
+        shown: what the page cache holds stands in a block instead of being read into it.
         on_read: called with the bytes of each finished request, from any thread.
     """
 
     def __init__(
-        self, files: Mapping[str, FileState], *, direct: bool, on_read: Callable[[int], None]
+        self,
+        files: Mapping[str, FileState],
+        *,
+        direct: bool,
+        on_read: Callable[[int], None],
+        shown: bool = False,
     ) -> None:
         self._files = files
         self._direct = direct and hasattr(os, "O_DIRECT")
+        self._shown = shown and not self._direct and mmap.PAGESIZE == PAGE
         self._on_read = on_read
         self._open: OrderedDict[tuple[str, bool], _Open] = OrderedDict()  # used last at the end
         self._gatherers: dict[Gather, Gatherer] = {}
@@ -84,6 +92,8 @@ class Inputs:
         """Start to fill a block; the data is there when every future is done."""
         futures = []
         for extent in extents:
+            if self._show(extent, block):
+                continue
             begin, end = extent.offset, extent.offset + extent.n_bytes
             while begin < end:
                 stop = min(end, (begin // REQUEST + 1) * REQUEST)  # at pages of the file, for direct reads
@@ -111,6 +121,16 @@ class Inputs:
     def stop(self) -> None:
         """Let every read that has not begun fail, so that those who wait for one end soon."""
         self._stopped = True
+
+    def check_shown(self, block: Buffer) -> None:
+        """Raise if what stood in a block was not there to the end of its use.
+
+        Raises:
+            MergeError: a file was shortened meanwhile, or its system could not read it again.
+        """
+        if block.pages.lost:
+            self.check()
+            raise MergeError(f"an input cannot be read any more. {_AGAIN}")
 
     def check(self) -> None:
         """Raise unless every file is still as planned.
@@ -169,6 +189,15 @@ class Inputs:
             os.close(descriptor)
             raise
         return _Open(descriptor, direct)
+
+    def _show(self, extent: Extent, block: Buffer) -> bool:
+        if not self._shown or not extent.n_bytes or self._stopped:
+            return False
+        with self._borrowed(extent.path, direct=False) as file:
+            if not block.pages.show(file.descriptor, extent.offset, extent.n_bytes, extent.at):
+                return False
+        self._on_read(extent.n_bytes)
+        return True
 
     def _read(self, piece: Extent, block: Buffer) -> None:
         if self._stopped:

@@ -9,6 +9,8 @@ import threading
 from types import TracebackType
 from typing import Protocol
 
+from tvfast.ops.pages import ShownPages
+
 PAGE = 4096
 
 
@@ -18,11 +20,12 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class Buffer(Protocol):
-    """Memory that someone lends: `address` is a multiple of `PAGE`."""
+    """Memory that someone lends: `address` is a multiple of `PAGE`, `pages` are those of files in it."""
 
     n_bytes: int
     address: int
     view: memoryview
+    pages: ShownPages
 
     def release(self) -> None:
         """Give the memory back. Slices of `view` must not be used any more."""
@@ -78,8 +81,10 @@ class Block:
         self.n_bytes = n_bytes
         self.address = arena.address + at
         self.view = arena.view[at : at + n_bytes]
+        self.pages = ShownPages(self.address, n_bytes)
 
     def release(self) -> None:
+        self.pages.hide()
         self._arena._take_back(self._at, self.n_bytes)
 
     def drop(self, at: int) -> None:
@@ -141,8 +146,10 @@ class Slot:
         self.n_bytes = n_bytes
         self.address = block.address + at
         self.view = block.view[at : at + n_bytes]
+        self.pages = ShownPages(self.address, n_bytes)
 
     def release(self) -> None:
+        self.pages.hide()
         self._slots._free.put(self)
 
 

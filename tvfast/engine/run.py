@@ -7,17 +7,17 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
-from tvfast import dtypes
 from tvfast.engine.arrange import Part, Span, arrange, written
 from tvfast.engine.chunked import ChunkCombiner, measurer
 from tvfast.engine.conversions import narrow_results, widen_inputs
 from tvfast.engine.device import Device, OutOfDeviceMemory
+from tvfast.engine.finite import check_finite, check_range, reads_all
 from tvfast.engine.inputs import FileState, Inputs
 from tvfast.engine.memory import Arena, Block, Slots, round_up
 from tvfast.engine.observing import Blind, Clock, Observer
@@ -31,8 +31,8 @@ from tvfast.engine.units import CHUNKS_IN_FLIGHT, Unit
 from tvfast.errors import MergeError
 from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
-from tvfast.ops.host import crc32c, first_nonfinite
-from tvfast.ops.raw import Backend, backend_for, host_backend
+from tvfast.ops.host import crc32c
+from tvfast.ops.raw import Backend, LookingBackend, backend_for, host_backend
 from tvfast.program import DType, View, WorkTable
 
 
@@ -108,7 +108,9 @@ class Run:
         self._propagate = propagate
         self._progress = progress
         self._arena = Arena(plan.arena_bytes)
-        self._inputs = Inputs(files, direct=_larger_than_memory(plan), on_read=self._on_read)
+        on_device = device is not None and plan.device is not None  # whose uploads need memory of our own
+        direct = _larger_than_memory(plan)
+        self._inputs = Inputs(files, direct=direct, on_read=self._on_read, shown=not on_device)
         self._writers = ThreadPoolExecutor(2, "tvfast-write")
         self._offload: Offload | None = None
         if device is not None and plan.device is not None:
@@ -227,7 +229,6 @@ class Run:
         n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
         widen_inputs(loaded.parts, loaded.arrangement, block.address, n_threads)
         if self._offload is None or not unit.ring_bytes:
-            self._check_finite(loaded)
             if any(map(_merges_with_torch, unit.parts)):
                 block.drop(loaded.arrangement.n_bytes)
             self._merge(loaded, n_threads)
@@ -235,6 +236,7 @@ class Run:
             self._merge_on_device(self._offload, unit, loaded, n_threads)
         clock.lap("merging")
         self._go_on()
+        self._inputs.check_shown(block)
         self._write(loaded)
         clock.lap("writing")
         self._observer.spent(unit.parts, clock.seconds)
@@ -258,24 +260,45 @@ class Run:
         """Parts in memory: copy what is copied, merge what has the same method together."""
         tables: dict[tuple[ProgramMethod, int], list[int]] = {}
         for index, part in enumerate(loaded.parts):
-            if part.task.tensor is not None:
+            if part.task.tensor is None and part.task.method is not None:
                 if part.n:
-                    self._merge_tensor(loaded, index, n_threads)
-            elif part.task.method is None:
+                    tables.setdefault((part.task.method, len(part.task.models)), []).append(index)
+                continue
+            self._check_finite(loaded, [index])
+            if part.task.tensor is None:
                 _copy(part, loaded, index)
             elif part.n:
-                tables.setdefault((part.task.method, len(part.task.models)), []).append(index)
+                self._merge_tensor(loaded, index, n_threads)
         for (method, _), indices in tables.items():
-            entries = [entry_of(loaded.parts[index], loaded, index) for index in indices]
-            share_groups(method, entries)
-            table = WorkTable(entries, len(entries[0].models))
-            backend = self._backend(table)
-            self._go_on()
-            program, scalars = method.resolve(TableStatistics(backend, table, new_plane, n_threads))
-            self._go_on()
-            self._observer.know([loaded.parts[index].task for index in indices])
-            self._observer.kept(table, program, scalars)
+            self._merge_table(method, loaded, indices, n_threads)
+
+    def _merge_table(
+        self, method: ProgramMethod, loaded: Loaded, indices: Sequence[int], n_threads: int
+    ) -> None:
+        entries = [entry_of(loaded.parts[index], loaded, index) for index in indices]
+        share_groups(method, entries)
+        table = WorkTable(entries, len(entries[0].models))
+        backend = self._backend(table)
+        looks = isinstance(backend, LookingBackend) and all(
+            reads_all(entry, loaded, index) for entry, index in zip(entries, indices, strict=True)
+        )
+        if not looks:
+            self._check_finite(loaded, indices)
+        self._go_on()
+        statistics = TableStatistics(backend, table, new_plane, n_threads)
+        try:
+            program, scalars = method.resolve(statistics)
+        except Exception:
+            self._check_finite(loaded, indices)  # numbers that are none may be all that is wrong
+            raise
+        self._go_on()
+        self._observer.know([loaded.parts[index].task for index in indices])
+        self._observer.kept(table, program, scalars)
+        known = not looks or statistics.is_finite or self._propagate
+        if known or not isinstance(backend, LookingBackend):
             backend.combine(table, program, scalars, n_threads)
+        elif not backend.combine_finite(table, program, scalars, n_threads):
+            self._check_finite(loaded, indices)
 
     def _merge_tensor(self, loaded: Loaded, index: int, n_threads: int) -> None:
         """A whole tensor outside the stage algebra."""
@@ -356,11 +379,15 @@ class Run:
         self, unit: Unit, table: WorkTable, slots: Slots, finish: Callable[[Loaded], Future[None]]
     ) -> StreamSource:
         layout, inputs = self._plan.layout, self._inputs
-        check = None if self._propagate else self._check_finite
+        check = None if self._propagate else check_finite
         return StreamSource(unit, table, layout, inputs, slots, finish, check, self._plan.n_threads)
 
     def _backend(self, table: WorkTable) -> Backend:
         return backend_for(table)
+
+    def _check_finite(self, loaded: Loaded, indices: Sequence[int] | None = None) -> None:
+        if not self._propagate:
+            check_finite(loaded, indices)
 
     # -- results ------------------------------------------------------------------------------------
 
@@ -378,7 +405,8 @@ class Run:
         return self._writers.submit(finish)
 
     def _write(self, loaded: Loaded) -> None:
-        self._check_range(loaded)
+        if not self._propagate:
+            check_range(loaded)
         self._observer.results(loaded)
         narrow_results(loaded.parts, loaded.arrangement, loaded.block.address)
         for span in loaded.arrangement.spans:
@@ -410,49 +438,6 @@ class Run:
         with self._counts:
             self._read_bytes += n_bytes
         self._progress.read(n_bytes)
-
-    # -- inputs -------------------------------------------------------------------------------------
-
-    def _check_finite(self, loaded: Loaded) -> None:
-        """Raise if an input holds NaN or infinity.
-
-        Raises:
-            MergeError: naming the tensor, the file, the element and what to do.
-        """
-        if self._propagate:
-            return
-        for index, part in enumerate(loaded.parts):
-            for k, stored in enumerate(part.task.inputs):
-                if stored.operand not in dtypes.MERGEABLE or part.n == 0:
-                    continue
-                at = loaded.block.address + loaded.arrangement.inputs[index][k]
-                found = first_nonfinite(at, part.n, DType[stored.operand])
-                if found >= 0:
-                    raise MergeError(
-                        f"{stored.path}: tensor {stored.name!r} holds NaN or infinity at element "
-                        f"{part.start + found} (shape {list(stored.shape)}); expected finite numbers. "
-                        "Give another checkpoint, or pass --nonfinite propagate to let it through."
-                    )
-
-    def _check_range(self, loaded: Loaded) -> None:
-        """Raise if a result of finite inputs does not fit its storage type.
-
-        Raises:
-            MergeError: naming the tensor, the element and what to do.
-        """
-        if self._propagate:
-            return
-        for part, at in zip(loaded.parts, loaded.arrangement.outputs, strict=True):
-            task = part.task
-            if not task.is_merged or task.result not in dtypes.MERGEABLE or part.n == 0:
-                continue
-            found = first_nonfinite(loaded.block.address + at, part.n, DType[task.result])
-            if found >= 0:
-                raise MergeError(
-                    f"tensor {task.name!r}: element {part.start + found} of the result (shape "
-                    f"{list(task.shape)}) is too large for {dtypes.RECIPE_NAMES[task.result]}. Choose "
-                    "another out_dtype, or pass --nonfinite propagate to store infinity."
-                )
 
 
 def new_plane(n_bits: int) -> View:

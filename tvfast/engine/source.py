@@ -82,6 +82,7 @@ class StreamSource:
             if check is not None:
                 check(loaded)
             yield self._resident(loaded)
+            self._inputs.check_shown(loaded.block)
             if write:
                 writing.append(self._finish(loaded))
             else:
@@ -129,6 +130,7 @@ class StreamSource:
         """Pieces from everywhere."""
         for loaded in self._loaded(self._samples, None):
             yield self._resident(loaded)
+            self._inputs.check_shown(loaded.block)
             loaded.block.release()
 
     def _loaded(self, chunks: Sequence[tuple[Part, ...]], layout: Layout | None) -> Iterator[Loaded]:

@@ -6,12 +6,12 @@ not depend on order, and draws and tie hashes know the place of an element in it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from tvfast.errors import BackendError, MergeError
+from tvfast.methods.statistics import are_finite, shows_nonfinite
 from tvfast.ops.raw import Accumulation, Backend, Selection, Wants
 from tvfast.program import (
     Ballot,
@@ -236,12 +236,12 @@ class StreamedBackend:
         if self._forecast is not None and self._forecast.answers(program, scalars, wants):
             return self._forecast.votes.finish()
         sums = self._inner.accumulate(len(table.entries), table.n_models)
-        shown = self._source.unseen and _shows_nonfinite(table, program, wants)
+        shown = self._source.unseen and shows_nonfinite(table, program, wants)
         for chunk in self._chunks(table, program, look=not shown):
             of_chunk = [scalars[row] for row in chunk.rows]
             sums.measure(chunk.table, chunk.rows, program, of_chunk, wants, n_threads)
         moments = sums.finish()
-        if shown and all(math.isfinite(one.gram[k][k]) for one in moments for k in range(table.n_models)):
+        if shown and are_finite(moments):
             self._source.vouch()
         elif shown:
             for _ in self._chunks(table):
@@ -339,15 +339,6 @@ def _elects_over_trimmed(program: Program) -> bool:
         and program.vote is not Vote.NONE
         and program.ballot is Ballot.RAW
         and program.zero_sign is ZeroSign.MAJORITY
-    )
-
-
-def _shows_nonfinite(table: WorkTable, program: Program, wants: Wants) -> bool:
-    """Whether a NaN or an infinity in any input makes ‖τ_k‖² one, for some k."""
-    return (
-        bool(wants & (Wants.GRAM | Wants.SQUARES))
-        and program.keep is Keep.ALL
-        and not any(entry.task_vectors or entry.scores for entry in table.entries)
     )
 
 

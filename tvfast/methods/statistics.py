@@ -62,12 +62,16 @@ class TableStatistics:
 
     `new_plane(n)` allocates a zeroed bit plane of n bits that the backend of this table can write; None: the
     table is never in memory at once, and neither could its planes be.
+
+    Attributes:
+        is_finite: an answer has shown that no base and no model of the table holds NaN or infinity.
     """
 
     backend: Backend
     table: WorkTable
     new_plane: Callable[[int], View] | None
     n_threads: int = 0
+    is_finite: bool = False
     _sizes: list[int] = field(default_factory=list)
 
     @property
@@ -81,7 +85,10 @@ class TableStatistics:
 
     def measure(self, program: Program, scalars: Sequence[TensorScalars], wants: Wants) -> list[Moments]:
         """`Moments` per entry, after the program's keep stage and before gain and weight."""
-        return self.backend.measure(self.table, program, scalars, wants, self.n_threads)
+        moments = self.backend.measure(self.table, program, scalars, wants, self.n_threads)
+        if shows_nonfinite(self.table, program, wants):
+            self.is_finite = are_finite(moments)
+        return moments
 
     def l1(self, program: Program, scalars: Sequence[TensorScalars]) -> Norms:
         """L1 norms of the task vectors before and after the keep stage."""
@@ -191,6 +198,20 @@ _BOTH_NORMS = Wants.L1_BEFORE | Wants.L1
 
 def _norms(moments: Sequence[Moments]) -> Norms:
     return [list(zip(m.l1_before, m.l1, strict=True)) for m in moments]
+
+
+def shows_nonfinite(table: WorkTable, program: Program, wants: Wants) -> bool:
+    """Whether a NaN or an infinity in a base or a model makes ‖τ_k‖² one, for some k."""
+    return (
+        bool(wants & (Wants.GRAM | Wants.SQUARES))
+        and program.keep is Keep.ALL
+        and not any(entry.task_vectors or entry.scores for entry in table.entries)
+    )
+
+
+def are_finite(moments: Sequence[Moments]) -> bool:
+    """Whether ‖τ_k‖² of every model of every entry is finite."""
+    return all(math.isfinite(one.gram[k][k]) for one in moments for k in range(len(one.gram)))
 
 
 def plane_bytes(n_elements: int, n_models: int) -> int:
