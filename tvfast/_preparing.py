@@ -10,7 +10,6 @@ from functools import reduce
 from typing import Any
 
 import tvfast
-from tvfast.checkpoint.dcp_layout import make_dcp_layout
 from tvfast.checkpoint.layout import Layout, make_layout
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.engine.arguments import check_integer
@@ -200,6 +199,8 @@ def prepare(
     binding = bind(recipe, checkpoints, seed=seed)
     described = [tensor for task in binding.tasks for tensor in task.described]
     if recipe.out_format == "dcp":
+        from tvfast.checkpoint.dcp_layout import make_dcp_layout
+
         layout = make_dcp_layout(described, recipe.shard_bytes)
     else:
         layout = make_layout(described, recipe.shard_bytes, {})

@@ -29,10 +29,10 @@ from tvfast.engine.joint import RankWork, check_agreement, open_staging, publish
 from tvfast.engine.observing import Observer
 from tvfast.engine.output import check_report_folder
 from tvfast.engine.plan import Plan
-from tvfast.engine.run import Outcome, Progress, Run, Silence, Unfinished
+from tvfast.engine.progress import Progress, Silence, Unfinished
+from tvfast.engine.run import Outcome, Run
 from tvfast.engine.stages import Stages
 from tvfast.engine.staging import Staging
-from tvfast.inspection.merge_report import Merged, write_report
 from tvfast.recipe import Recipe, load_recipe
 
 __all__ = ["Plan", "Progress", "Recipe", "Report", "load_recipe", "merge_checkpoints", "plan"]
@@ -283,6 +283,8 @@ def _merge(recipe: Recipe, job: _Job, report_folder: str | None, *, dry_run: boo
         ranks=done.ranks,
     )
     if report_folder is not None and not job.ranks.rank:
+        from tvfast.inspection.merge_report import Merged, write_report
+
         merged = Merged(recipe.text, planned.binding.tasks, result.as_json())
         write_report(report_folder, merged, None if dry_run else job.observer)
     return result

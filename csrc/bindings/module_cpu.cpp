@@ -67,7 +67,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   py::class_<Scalars>(m, "Scalars").def(py::init(&to_scalars));
 
   m.def("combine", [](const Table& table, const ProgramChoices& program, const Scalars& scalars,
-                      bool look, const std::string& isa, int n_threads, std::int64_t tile) {
+                      unsigned look, const std::string& isa, int n_threads, std::int64_t tile) {
     const py::gil_scoped_release unlocked;
     return combine(table, to_program(program), scalars, to_options(isa, n_threads, tile), look);
   });

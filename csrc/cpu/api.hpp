@@ -25,11 +25,14 @@ struct Options {
   std::int64_t tile = 0;  // elements a thread takes at a time; <= 0: chosen here
 };
 
-// Writes every entry's `out`, which may be its base or one of its models. With `look`, the answer
-// is whether base, models and scores are finite: each tile is searched just before it is combined,
-// when that brings it into the cache anyway.
-bool combine(const Table& table, const Program& program, const Scalars& scalars,
-             const Options& options, bool look = false);
+// What is searched for NaN and infinity while it is combined: base, models and scores of each tile
+// just before, which brings them into the cache anyway; results just after, which leaves them there.
+enum Look : unsigned { kLookAtInputs = 1, kLookAtResults = 2 };
+
+// Writes every entry's `out`, which may be its base or one of its models. The answer is what of
+// `look` was found to hold NaN or infinity.
+unsigned combine(const Table& table, const Program& program, const Scalars& scalars,
+                 const Options& options, unsigned look = 0);
 
 // One Moments per entry, with the fields of `wants` filled.
 std::vector<Moments> measure(const Table& table, const Program& program, const Scalars& scalars,

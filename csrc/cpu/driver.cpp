@@ -125,12 +125,16 @@ bool reads(const Entry& entry, const void* address) {
                      [&](const View& v) { return v.data == address; });
 }
 
-bool is_finite(const Kernels& kernels, const TileCall& call) {
+bool is_finite(const Kernels& kernels, const void* data, DType dtype, const TileCall& call) {
+  if (data == nullptr) return true;
+  const auto* begin =
+      static_cast<const std::byte*>(data) + static_cast<std::size_t>(call.begin) * size_of(dtype);
+  return kernels.first_nonfinite(begin, call.end - call.begin, dtype) < 0;
+}
+
+bool has_finite_inputs(const Kernels& kernels, const TileCall& call) {
   const auto finite = [&](const View& view) {
-    if (view.data == nullptr) return true;
-    const auto* begin = static_cast<const std::byte*>(view.data) +
-                        static_cast<std::size_t>(call.begin) * size_of(view.dtype);
-    return kernels.first_nonfinite(begin, call.end - call.begin, view.dtype) < 0;
+    return is_finite(kernels, view.data, view.dtype, call);
   };
   const Entry& entry = call.entry;
   return finite(entry.base) && std::all_of(entry.models.begin(), entry.models.end(), finite) &&
@@ -177,8 +181,8 @@ Moments empty_moments(int n_models) {
 
 }  // namespace
 
-bool combine(const Table& asked, const Program& program, const Scalars& scalars,
-             const Options& options, bool look) {
+unsigned combine(const Table& asked, const Program& program, const Scalars& scalars,
+                 const Options& options, unsigned look) {
   Table table = asked;
   Plan plan(table, program, scalars, options);
   // A long row is read once more for every segment, so its inputs stay until all are written.
@@ -191,16 +195,20 @@ bool combine(const Table& asked, const Program& program, const Scalars& scalars,
     held[e] = std::make_unique_for_overwrite<std::byte[]>(out_bytes(entry));
     entry.out = held[e].get();
   }
-  std::atomic<bool> finite{true};
+  std::atomic<unsigned> found{0};
   plan.run([&](const TileCall& call, const Tile&, int) {
     const Entry& entry = call.entry;
-    if (look && !is_finite(plan.kernels, call)) finite.store(false, std::memory_order_relaxed);
+    const bool stays = (look & kLookAtResults) != 0;
+    if ((look & kLookAtInputs) != 0 && !has_finite_inputs(plan.kernels, call))
+      found.fetch_or(kLookAtInputs, std::memory_order_relaxed);
     const bool large = n_written >= kStreamTableBytes || out_bytes(entry) >= kStreamBytes;
-    plan.kernels.combine(call, large && !reads(entry, entry.out));
+    plan.kernels.combine(call, large && !stays && !reads(entry, entry.out));
+    if (stays && !is_finite(plan.kernels, entry.out, entry.out_dtype, call))
+      found.fetch_or(kLookAtResults, std::memory_order_relaxed);
   });
   for (std::size_t e = 0; e < held.size(); ++e)
     if (held[e]) std::memcpy(asked.entries[e].out, held[e].get(), out_bytes(asked.entries[e]));
-  return finite.load();
+  return found.load();
 }
 
 void score(const Table& table, const Scalars& scalars, const Options& options) {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.conftest import NATIVE, load
 from tvfast.ops._views import view
-from tvfast.ops.raw import LookingBackend
+from tvfast.ops.raw import Look, LookingBackend
 from tvfast.program import (
     Divisor,
     Entry,
@@ -65,7 +65,10 @@ def test_looking_changes_no_bit(backend: LookingBackend, name: str, dtype: torch
     scored = program.weighting is Weighting.SCORE
     plain, looked = (torch.empty(N, dtype=dtype) for _ in range(2))
     backend.combine(table_of(found, plain, scored=scored), program, SCALARS)
-    assert backend.combine_finite(table_of(found, looked, scored=scored), program, SCALARS, 2)
+    everything = Look.INPUTS | Look.RESULTS
+    assert not backend.combine_looking(
+        table_of(found, looked, scored=scored), program, SCALARS, everything, 2
+    )
     assert torch.equal(plain, looked)
 
 
@@ -76,17 +79,33 @@ def test_one_value_is_found_wherever_it_is(backend: LookingBackend, role: str, a
     found = operands()
     found[role][at] = value
     out = torch.empty(N, dtype=torch.bfloat16)
-    assert not backend.combine_finite(
-        table_of(found, out, scored=True), PROGRAMS["weighed by scores"], SCALARS, 2
-    )
+    scored = PROGRAMS["weighed by scores"]
+    table = table_of(found, out, scored=True)
+    assert backend.combine_looking(table, scored, SCALARS, Look.INPUTS, 2) == Look.INPUTS
+    assert not backend.combine_looking(table, scored, SCALARS, Look(0), 2)
     if role != "score":
-        assert not backend.combine_finite(table_of(found, out, scored=False), Program(), SCALARS)
+        table = table_of(found, out, scored=False)
+        assert Look.INPUTS in backend.combine_looking(table, Program(), SCALARS, Look.INPUTS | Look.RESULTS)
+
+
+@pytest.mark.parametrize("name", ["sum", "ranked draws"])
+@pytest.mark.parametrize("at", [0, 65_536, N - 1])
+def test_a_result_that_its_type_does_not_hold_is_found(backend: LookingBackend, name: str, at: int) -> None:
+    found = operands(torch.float16)
+    found["first"][at], found["second"][at] = 6e4, 6e4
+    out = torch.empty(N, dtype=torch.float16)
+    table = table_of(found, out, scored=False)
+    certain = [TensorScalars(models=[ModelScalars(key=k) for k in range(2)])]
+    everything = Look.INPUTS | Look.RESULTS
+    assert backend.combine_looking(table, PROGRAMS[name], certain, everything, 2) == Look.RESULTS
+    assert not backend.combine_looking(table, PROGRAMS[name], certain, Look.INPUTS, 2)
 
 
 def test_what_is_overwritten_is_seen_before(backend: LookingBackend) -> None:
-    """A result of NaN is none in the inputs, and one in an input is seen where the result takes its place."""
+    """Infinity in a result is none in the inputs; in an input it is seen where the result takes its place."""
     found = operands(torch.float32)
     found["first"].fill_(3e38), found["base"].fill_(-3e38)
-    assert backend.combine_finite(table_of(found, found["base"], scored=False), Program(), SCALARS)
+    over_base, over_first = (table_of(found, found[role], scored=False) for role in ("base", "first"))
+    assert not backend.combine_looking(over_base, Program(), SCALARS, Look.INPUTS)
     assert found["base"].isinf().all()
-    assert not backend.combine_finite(table_of(found, found["first"], scored=False), Program(), SCALARS)
+    assert backend.combine_looking(over_first, Program(), SCALARS, Look.INPUTS) == Look.INPUTS

@@ -17,26 +17,18 @@ from typing import Any
 from tvfast.checkpoint.dcp_pickle import Record, load_metadata
 from tvfast.checkpoint.files import OpenFile, damaged, open_regular, shown
 from tvfast.checkpoint.header import Header
+from tvfast.checkpoint.locating import METADATA_NAME
 from tvfast.checkpoint.pytorch import TORCH_NAMES, read_tensor
 from tvfast.checkpoint.stored import Piece, Stored
 from tvfast.checkpoint.unpickling import Global, described, is_size
 from tvfast.errors import CheckpointError
 
-METADATA_NAME = ".metadata"
 SUFFIX = ".distcp"
 
 MAX_OPEN = 256
 _MOST_BYTES = 2**28
 _WRAPPERS = ("model", "state_dict")
 _STATEFUL = "app"  # the object that torch's examples save
-_WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def is_dcp(path: str) -> bool:
-    """Whether a directory holds a distributed checkpoint, and no weights that transformers would load."""
-    if not os.path.isfile(os.path.join(path, METADATA_NAME)):
-        return False
-    return not any(name.endswith(_WEIGHTS) for name in os.listdir(path))
 
 
 def read_dcp(directory: str) -> tuple[tuple[Header, ...], dict[str, Stored]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from tvfast.checkpoint.dcp import METADATA_NAME, SUFFIX
+from tvfast.checkpoint.dcp import SUFFIX
 from tvfast.checkpoint.dcp_entry import ALIGNMENT, integer, make_entry, name, text, torch_dtype, tuple_of
 from tvfast.checkpoint.layout import Described, Layout, Place, Shard, checked_sizes, cut
+from tvfast.checkpoint.locating import METADATA_NAME
 from tvfast.checkpoint.pytorch import TORCH_NAMES
 from tvfast.errors import ArgumentError
 

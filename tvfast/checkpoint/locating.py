@@ -13,11 +13,15 @@ from tvfast.errors import CheckpointError
 SAFETENSORS = ".safetensors"
 PYTORCH = (".bin", ".pt", ".pth")
 
+METADATA_NAME = ".metadata"
+"""The index of a distributed checkpoint of torch."""
+
 _INDEX = ".index.json"
 _INDEX_BYTES = 2**25
 _NAMED = ("model.safetensors", "pytorch_model.bin")  # the order in which transformers looks for them
 _ADAPTER = "adapter_model.safetensors"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _EXPECTED = (
     "expected model.safetensors, model.safetensors.index.json with its shards, other *.safetensors, "
     "pytorch_model.bin or pytorch_model.bin.index.json"
@@ -43,6 +47,13 @@ class Location:
     def path_of(self, name: str) -> str:
         """The path of one of `files`."""
         return name if self.directory is None else os.path.join(self.directory, name)
+
+
+def is_dcp(path: str) -> bool:
+    """Whether a directory holds a distributed checkpoint, and no weights that transformers would load."""
+    if not os.path.isfile(os.path.join(path, METADATA_NAME)):
+        return False
+    return not any(name.endswith(_WEIGHTS) for name in os.listdir(path))
 
 
 def locate(path: str) -> Location:

@@ -6,10 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvfast.checkpoint.dcp import is_dcp, read_dcp
 from tvfast.checkpoint.files import damaged, read_json, shown
 from tvfast.checkpoint.header import Header, read_header
-from tvfast.checkpoint.locating import PYTORCH, Location, locate, written_otherwise
+from tvfast.checkpoint.locating import PYTORCH, Location, is_dcp, locate, written_otherwise
 from tvfast.checkpoint.stored import Stored
 from tvfast.errors import CheckpointError
 
@@ -89,6 +88,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     given = os.fspath(path)
     local = given if os.path.lexists(given) else written_otherwise(given) or given
     if is_dcp(local):
+        from tvfast.checkpoint.dcp import read_dcp
+
         headers, tensors = read_dcp(local)
         paths = tuple(header.path for header in headers)
         return Checkpoint(given, local, tensors, paths, {}, _config(local), headers)

@@ -28,7 +28,6 @@ from tvfast.cli import (
     plan,
     sweep,
 )
-from tvfast.cli.merge import is_rank
 from tvfast.cli.signals import INTERRUPTED, Stopped
 from tvfast.errors import ArgumentError, RecipeError, TvfastError, UnknownNameError
 
@@ -93,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """`main` as a process of its own; a rank of a merge by several ends in here.
+    """`main` as a process of its own; a merge of checkpoints ends in here.
 
-    A rank has torch, which takes a quarter of a second to put its objects away, while others may wait for the
-    processor. Its part of the output is on the disk by now, and the other ranks know that it has left. Other
+    Putting objects away takes 0.04 s, and a quarter of a second where there is torch, as in ranks, for which
+    others may wait. The output is on the disk by now, and the other ranks know that this one has left. Other
     commands call functions of users, whose packages may have something to do at the end.
 
     Python looks for unreachable objects whenever there are 700 more; while hundreds of thousands come with
@@ -104,7 +103,7 @@ def command() -> int:
     """
     gc.set_threshold(100_000)
     status = main()
-    if is_rank() and sys.argv[1:2] == ["merge"]:
+    if sys.argv[1:2] in (["merge"], ["mergekit-yaml"]):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -22,7 +22,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from tvfast.distributed.heartbeats import Beat, Heartbeats
-from tvfast.engine.run import Progress
+from tvfast.engine.progress import Progress
 from tvfast.errors import ArgumentError, RankError
 
 TIMEOUT_S = 60.0

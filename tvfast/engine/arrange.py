@@ -67,6 +67,12 @@ class Span:
     n_bytes: int
     at: int
 
+    def pieces(self, n_bytes: int) -> Iterator[Span]:
+        """The same bytes in ranges of `n_bytes` at most, which is a multiple of the page."""
+        for begin in range(0, self.n_bytes, n_bytes):
+            size = min(n_bytes, self.n_bytes - begin)
+            yield Span(self.shard, self.offset + begin, size, self.at + begin)
+
 
 @dataclass(frozen=True, slots=True)
 class Widening:

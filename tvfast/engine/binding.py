@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tvfast.checkpoint.dcp import METADATA_NAME
+from tvfast.checkpoint.locating import METADATA_NAME
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.dtypes import EXACT, MERGEABLE, RECIPE_NAMES

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from tvfast.engine.run import Progress
+    from tvfast.engine.progress import Progress
 
 Stop: TypeAlias = Callable[[BaseException], None]
 

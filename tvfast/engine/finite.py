@@ -35,13 +35,17 @@ def check_finite(loaded: Loaded, indices: Iterable[int] | None = None) -> None:
                 )
 
 
-def check_range(loaded: Loaded) -> None:
+def check_range(loaded: Loaded, indices: Iterable[int] | None = None) -> None:
     """Raise if a result of finite inputs does not fit its storage type.
+
+    Args:
+        indices: of the parts that are looked at; None: of all.
 
     Raises:
         MergeError: naming the tensor, the element and what to do.
     """
-    for part, at in zip(loaded.parts, loaded.arrangement.outputs, strict=True):
+    for index in range(len(loaded.parts)) if indices is None else indices:
+        part, at = loaded.parts[index], loaded.arrangement.outputs[index]
         task = part.task
         if not task.is_merged or task.result not in dtypes.MERGEABLE or part.n == 0:
             continue

@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from tvfast.checkpoint.dcp import METADATA_NAME
 from tvfast.checkpoint.layout import INDEX_NAME, SINGLE_NAME
+from tvfast.checkpoint.locating import METADATA_NAME
 from tvfast.engine.durable import output_error
 from tvfast.engine.manifest import FINISHED_NAME
 from tvfast.errors import OutputError

@@ -44,6 +44,10 @@ MiB = 2**20
 UNIT_BYTES = 32 * MiB
 """Inputs and output that a worker holds; small enough for the last-level cache, large enough for the disk."""
 
+FEW_THREADS = 4
+"""Up to so many, two workers more than threads keep the cores busy while others wait for the disk: merges of
+a warm 0.5 B family take 0.9 of the time that they take with one. With more threads, one more is enough."""
+
 PROGRAM_BYTES = 56 * MiB
 """Resident memory of the interpreter, the extension and their threads, before any tensor is read."""
 
@@ -322,7 +326,7 @@ def _budget(
     measured = [t for t in single if count_passes([t]) > 1]
     tensors = sorted(whole_bytes(t) for t in single if t.tensor is not None)
     program = PROGRAM_BYTES + (TORCH_BYTES if tensors else 0)
-    unit, n_workers = UNIT_BYTES, n_threads + 1
+    unit, n_workers = UNIT_BYTES, n_threads + (2 if n_threads <= FEW_THREADS else 1)
     streamed = bool(whole)
     if device:  # what it holds need not be on the host as a whole
         measured = [t for t in measured if not device.holds([Part(t, 0, t.n_elements)])]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 from tvfast.engine.arrange import Part, Span, arrange, written
 from tvfast.engine.chunked import ChunkCombiner, measurer
@@ -24,6 +23,7 @@ from tvfast.engine.observing import Blind, Clock, Observer
 from tvfast.engine.offload import Job, Offload, Region
 from tvfast.engine.passes import logical_table
 from tvfast.engine.plan import UNIT_BYTES, Plan
+from tvfast.engine.progress import Progress
 from tvfast.engine.source import Loaded, StreamSource, entry_of, load, views_of
 from tvfast.engine.staging import Staging
 from tvfast.engine.streamed import Combine, PartsBackend, StreamedBackend
@@ -32,42 +32,11 @@ from tvfast.errors import MergeError
 from tvfast.methods.base import ProgramMethod, share_groups
 from tvfast.methods.statistics import TableStatistics
 from tvfast.ops.host import crc32c
-from tvfast.ops.raw import Backend, LookingBackend, backend_for, host_backend
+from tvfast.ops.raw import Backend, Look, LookingBackend, backend_for, host_backend
 from tvfast.program import DType, View, WorkTable
 
-
-class Progress(Protocol):
-    """Is told of the work as it is done; called from several threads."""
-
-    def start(self, read_bytes: int, write_bytes: int) -> None:
-        """Before the first byte: what is planned, over all passes."""
-
-    def read(self, n_bytes: int) -> None:
-        """So many bytes of inputs came in."""
-
-    def wrote(self, n_bytes: int) -> None:
-        """So many bytes of the output are with the system."""
-
-    def finish(self) -> None:
-        """Done, or failed."""
-
-
-class Silence:
-    """Shows nothing."""
-
-    def start(self, read_bytes: int, write_bytes: int) -> None: ...
-    def read(self, n_bytes: int) -> None: ...
-    def wrote(self, n_bytes: int) -> None: ...
-    def finish(self) -> None: ...
-
-
-class Unfinished:
-    """Tells of work after which more follows."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.start, self.read, self.wrote = progress.start, progress.read, progress.wrote
-
-    def finish(self) -> None: ...
+WRITE_BYTES = 16 * 2**20
+"""Of results that are written, and recorded as finished, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +201,14 @@ class Run:
             if any(map(_merges_with_torch, unit.parts)):
                 block.drop(loaded.arrangement.n_bytes)
             self._merge(loaded, n_threads)
+            checked = True
         else:
             self._merge_on_device(self._offload, unit, loaded, n_threads)
+            checked = False
         clock.lap("merging")
         self._go_on()
         self._inputs.check_shown(block)
-        self._write(loaded)
+        self._write(loaded, checked=checked, spread=True)
         clock.lap("writing")
         self._observer.spent(unit.parts, clock.seconds)
 
@@ -257,7 +228,7 @@ class Run:
                 offload.merge_in_pieces(jobs, region, n_threads)
 
     def _merge(self, loaded: Loaded, n_threads: int) -> None:
-        """Parts in memory: copy what is copied, merge what has the same method together."""
+        """Parts in memory: copy what is copied, merge what has the same method together; all are checked."""
         tables: dict[tuple[ProgramMethod, int], list[int]] = {}
         for index, part in enumerate(loaded.parts):
             if part.task.tensor is None and part.task.method is not None:
@@ -269,6 +240,7 @@ class Run:
                 _copy(part, loaded, index)
             elif part.n:
                 self._merge_tensor(loaded, index, n_threads)
+                self._check_range(loaded, [index])
         for (method, _), indices in tables.items():
             self._merge_table(method, loaded, indices, n_threads)
 
@@ -294,11 +266,16 @@ class Run:
         self._go_on()
         self._observer.know([loaded.parts[index].task for index in indices])
         self._observer.kept(table, program, scalars)
-        known = not looks or statistics.is_finite or self._propagate
-        if known or not isinstance(backend, LookingBackend):
+        found = Look(0) if self._propagate else Look.RESULTS
+        if isinstance(backend, LookingBackend):
+            look = found | (Look.INPUTS if found and looks and not statistics.is_finite else Look(0))
+            found = backend.combine_looking(table, program, scalars, look, n_threads)
+        else:
             backend.combine(table, program, scalars, n_threads)
-        elif not backend.combine_finite(table, program, scalars, n_threads):
+        if Look.INPUTS in found:
             self._check_finite(loaded, indices)
+        if Look.RESULTS in found:
+            self._check_range(loaded, indices)
 
     def _merge_tensor(self, loaded: Loaded, index: int, n_threads: int) -> None:
         """A whole tensor outside the stage algebra."""
@@ -389,6 +366,10 @@ class Run:
         if not self._propagate:
             check_finite(loaded, indices)
 
+    def _check_range(self, loaded: Loaded, indices: Sequence[int]) -> None:
+        if not self._propagate:
+            check_range(loaded, indices)
+
     # -- results ------------------------------------------------------------------------------------
 
     def _finish_later(self, loaded: Loaded, before: Callable[[], None] | None = None) -> Future[None]:
@@ -404,18 +385,26 @@ class Run:
 
         return self._writers.submit(finish)
 
-    def _write(self, loaded: Loaded) -> None:
-        if not self._propagate:
+    def _write(self, loaded: Loaded, *, checked: bool = False, spread: bool = False) -> None:
+        """Write results; with `spread` large ones by all writers, of which the caller is none."""
+        if not (checked or self._propagate):
             check_range(loaded)
         self._observer.results(loaded)
         narrow_results(loaded.parts, loaded.arrangement, loaded.block.address)
-        for span in loaded.arrangement.spans:
-            if self._staging.is_done(span.shard, span.offset, span.n_bytes):
-                self._progress.wrote(span.n_bytes)  # by an earlier run
-            else:
-                self._write_span(span, loaded)
+        pieces = [piece for span in loaded.arrangement.spans for piece in span.pieces(WRITE_BYTES)]
+        if not spread or len(pieces) <= len(loaded.arrangement.spans):
+            for piece in pieces:
+                self._write_span(piece, loaded)
+            return
+        writes = [self._writers.submit(self._write_span, piece, loaded) for piece in pieces]
+        wait(writes)  # all of them, before the block is free
+        for write in writes:
+            write.result()
 
     def _write_span(self, span: Span, loaded: Loaded) -> None:
+        if self._staging.is_done(span.shard, span.offset, span.n_bytes):
+            self._progress.wrote(span.n_bytes)  # by an earlier run
+            return
         address = loaded.block.address + span.at
         checksum = crc32c(address, span.n_bytes)
         data = loaded.block.view[span.at : span.at + span.n_bytes]

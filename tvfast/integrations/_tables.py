@@ -16,7 +16,7 @@ from tvfast.methods import ProgramMethod, TableStatistics, make_method
 from tvfast.methods.scalars import model_key
 from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops.host import first_nonfinite
-from tvfast.ops.raw import LookingBackend, backend_for
+from tvfast.ops.raw import Look, LookingBackend, backend_for
 from tvfast.program import (
     Divisor,
     DType,
@@ -169,7 +169,7 @@ class Merge:
         """
         me = self.statistics
         if finite and isinstance(me.backend, LookingBackend):
-            if not me.backend.combine_finite(me.table, program, self.numbers, me.n_threads):
+            if me.backend.combine_looking(me.table, program, self.numbers, Look.INPUTS, me.n_threads):
                 raise NotServed(_NOT_FINITE)
         else:
             if finite:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvfast.errors import ArgumentError
-from tvfast.factored import BlockDiagonal, FactoredScore, KroneckerProduct, ProductPanel
 from tvfast.program import Keep, Moments, Program, RankQuery, TensorScalars, View, WorkTable
+
+if TYPE_CHECKING:
+    from tvfast.factored import BlockDiagonal, FactoredScore, KroneckerProduct, ProductPanel
 
 
 def _pair(view: View | None) -> tuple[int, int]:

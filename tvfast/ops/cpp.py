@@ -11,7 +11,7 @@ from tvfast import _C_cpu
 from tvfast.errors import ArgumentError
 from tvfast.ops._native import moments_of, native_table, program_tuple, scalar_tuples
 from tvfast.ops.cpp_products import CppProducts
-from tvfast.ops.raw import OCTAVES, AccumulatorStates, Wants
+from tvfast.ops.raw import OCTAVES, AccumulatorStates, Look, Wants
 from tvfast.program import (
     Keep,
     Moments,
@@ -141,32 +141,22 @@ class CppBackend(CppProducts):
         scalars: Sequence[TensorScalars],
         n_threads: int = 0,
     ) -> None:
-        self._combine(table, program, scalars, n_threads, look=False)
+        self.combine_looking(table, program, scalars, Look(0), n_threads)
 
-    def combine_finite(
+    def combine_looking(
         self,
         table: WorkTable,
         program: Program,
         scalars: Sequence[TensorScalars],
+        look: Look,
         n_threads: int = 0,
-    ) -> bool:
-        return self._combine(table, program, scalars, n_threads, look=True)
-
-    def _combine(
-        self,
-        table: WorkTable,
-        program: Program,
-        scalars: Sequence[TensorScalars],
-        n_threads: int,
-        *,
-        look: bool,
-    ) -> bool:
-        return bool(
+    ) -> Look:
+        return Look(
             _C_cpu.combine(
                 _native_table(table),
                 program_tuple(program),
                 _native_scalars(scalars),
-                look,
+                int(look),
                 self._isa,
                 n_threads,
                 self._tile,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvfast import _C_cpu
-from tvfast.factored import FactoredScore, KroneckerProduct, Operand, ProductPanel
 from tvfast.ops._native import native_product, native_score, panel_tuple
+
+if TYPE_CHECKING:
+    from tvfast.factored import FactoredScore, KroneckerProduct, Operand, ProductPanel
 
 
 class CppProducts:

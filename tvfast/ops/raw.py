@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from tvfast.errors import ArgumentError, BackendError
-from tvfast.factored import FactoredScore, KroneckerProduct, Operand, ProductPanel
 from tvfast.program import (
     Keep,
     Moments,
@@ -20,6 +19,9 @@ from tvfast.program import (
     Threshold,
     WorkTable,
 )
+
+if TYPE_CHECKING:
+    from tvfast.factored import FactoredScore, KroneckerProduct, Operand, ProductPanel
 
 
 class Wants(IntFlag):
@@ -38,6 +40,13 @@ class Wants(IntFlag):
 
 SUMS = Wants.L1_BEFORE | Wants.L1 | Wants.GRAM | Wants.SQUARES | Wants.DOTS
 """Those that are sums in the accumulator; the others are counts."""
+
+
+class Look(IntFlag):
+    """What is searched for NaN and infinity while it is combined."""
+
+    INPUTS = 1  # base, models and scores
+    RESULTS = 2
 
 
 class Backend(Protocol):
@@ -214,16 +223,17 @@ class MaskingBackend(Backend, Protocol):
 
 @runtime_checkable
 class LookingBackend(Backend, Protocol):
-    """A backend that looks for NaN and infinity where it reads anyway."""
+    """A backend that looks for NaN and infinity in what it has in its caches anyway."""
 
-    def combine_finite(
+    def combine_looking(
         self,
         table: WorkTable,
         program: Program,
         scalars: Sequence[TensorScalars],
+        look: Look,
         n_threads: int = 0,
-    ) -> bool:
-        """`combine`; whether the base, the models and the scores of all entries are finite."""
+    ) -> Look:
+        """`combine`; what of `look` holds NaN or infinity."""
 
 
 @runtime_checkable

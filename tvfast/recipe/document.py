@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, NoReturn, TypeAlias
 
 import yaml
+from yaml.reader import Reader
 
 from tvfast.errors import RecipeError
 
@@ -205,7 +205,7 @@ _TAG = "tag:yaml.org,2002:"
 _READ = {f"{_TAG}{name}" for name in ("int", "float", "bool", "null")}
 _TEXT = {f"{_TAG}{name}" for name in ("str", "timestamp", "value", "merge")}  # the last three: texts to us
 _MERGE = "<<"
-_CONTROL = re.compile(r"[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_CONTROL = Reader.NON_PRINTABLE
 
 
 class _Loader(_Base):

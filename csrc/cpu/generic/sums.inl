@@ -233,10 +233,9 @@ static bool add_gram_exactly(const float* const* blocks, const float* largest, s
     const auto highs = static_cast<std::int64_t>(lane_sum(high[p]) -
                                                  static_cast<std::uint64_t>(n_addends) * split);
     const int below = unit[p] - kWindowBits * (sums[p]->window - 1);
-    double lanes[kDoubles];
-    store(lanes, whole[p]);
+    const D multiples = whole[p] * power_of_two(-unit[p]);
     Int128 units = 0;
-    for (const double lane : lanes) units += static_cast<std::int64_t>(std::ldexp(lane, -unit[p]));
+    for (int lane = 0; lane < kDoubles; ++lane) units += static_cast<std::int64_t>(multiples[lane]);
     sums[p]->high += highs;
     sums[p]->low += (units << below) - (Int128{highs} << kWindowBits);
   }
