@@ -26,7 +26,8 @@ static void rescale_block(const BlockCall& block, int k, const KeepBlock& keep) 
 static void stage_kept(const BlockCall& block, const float* origin) {
   const TileCall& call = block.tile;
   const Program& program = call.program;
-  if (program.gain == Gain::MODEL && (program.keep == Keep::ALL || program.keep == Keep::BAND)) {
+  if (program.gain == Gain::MODEL &&
+      (program.keep == Keep::ALL || program.keep == Keep::BAND || program.keep == Keep::MASK)) {
     for (int k = 0; k < call.n_models(); ++k) {
       float* tau = block.tau(k);
       const F gain = splat(call.models[k].gain);
@@ -34,11 +35,17 @@ static void stage_kept(const BlockCall& block, const float* origin) {
         for_each_tau(call.entry.models[k], origin, block.begin, block.n,
                      [=](std::int64_t j, F x)
                          __attribute__((always_inline)) { store(tau + j, x * gain); });
-      } else {
+      } else if (program.keep == Keep::BAND) {
         const KeepBlock keep = keep_block(block, k, nullptr);
         for_each_tau(call.entry.models[k], origin, block.begin, block.n,
                      [&](std::int64_t j, F x) __attribute__((always_inline)) {
                        store(tau + j, masked(keep.band(magnitude(x), j), x) * gain);
+                     });
+      } else {
+        const KeepBlock keep = keep_block(block, k, nullptr);
+        for_each_tau(call.entry.models[k], origin, block.begin, block.n,
+                     [&](std::int64_t j, F x) __attribute__((always_inline)) {
+                       store(tau + j, masked(keep.in_plane(j, x), x) * gain);
                      });
       }
     }

@@ -142,6 +142,16 @@ struct KeepBlock {
     return in_band_ties(a, lo, hi, lo_cut.under(j), hi_cut.under(j));
   }
 
+  // What the bit plane says.
+  TVFAST_INLINE_MEMBER M in_plane(std::int64_t j, F tau) const {
+    const std::int64_t i = begin + j;
+    const int at = static_cast<int>(i & 63);
+    // Blocks of ranked rows may begin anywhere; what lies past the plane's last word is not read.
+    std::uint64_t word = mask[i >> 6] >> at;
+    if (at + kLanes > 64 && i + 64 - at < n_elements) word |= mask[(i >> 6) + 1] << (64 - at);
+    return from_mask_bits(static_cast<std::uint32_t>(word)) | is_nan(tau);
+  }
+
   TVFAST_INLINE_MEMBER M operator()(std::int64_t j, F tau) const {
     switch (program.keep) {
       case Keep::ALL: return all_lanes();
@@ -170,15 +180,7 @@ struct KeepBlock {
             static_cast<std::uint32_t>(std::clamp<std::int64_t>(scalars.rank_hi, 0, 0xffffffff));
         return ((M)(rank >= lo) & (M)(rank < hi)) | is_nan(tau);
       }
-      case Keep::MASK: {
-        const std::int64_t i = begin + j;
-        const int at = static_cast<int>(i & 63);
-        // Blocks of ranked rows may begin anywhere; what lies past the plane's last word is not
-        // read.
-        std::uint64_t word = mask[i >> 6] >> at;
-        if (at + kLanes > 64 && i + 64 - at < n_elements) word |= mask[(i >> 6) + 1] << (64 - at);
-        return from_mask_bits(static_cast<std::uint32_t>(word)) | is_nan(tau);
-      }
+      case Keep::MASK: return in_plane(j, tau);
     }
     return all_lanes();
   }
