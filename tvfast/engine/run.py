@@ -197,18 +197,21 @@ class Run:
         alone = unit.n_bytes > UNIT_BYTES  # larger than others, so that these end before it does
         n_threads = plan.n_threads if alone else -(-plan.n_threads // plan.n_workers)
         widen_inputs(loaded.parts, loaded.arrangement, block.address, n_threads)
-        if self._offload is None or not unit.ring_bytes:
-            if any(map(_merges_with_torch, unit.parts)):
-                block.drop(loaded.arrangement.n_bytes)
-            self._merge(loaded, n_threads)
-            checked = True
-        else:
-            self._merge_on_device(self._offload, unit, loaded, n_threads)
-            checked = False
+        on_host = self._offload is None or not unit.ring_bytes
+        try:
+            if self._offload is None or on_host:
+                if any(map(_merges_with_torch, unit.parts)):
+                    block.drop(loaded.arrangement.n_bytes)
+                self._merge(loaded, n_threads)
+            else:
+                self._merge_on_device(self._offload, unit, loaded, n_threads)
+        except Exception:
+            self._inputs.check_shown(block)  # zeros where a file ends now may be all that is wrong
+            raise
         clock.lap("merging")
         self._go_on()
         self._inputs.check_shown(block)
-        self._write(loaded, checked=checked, spread=True)
+        self._write(loaded, checked=on_host, spread=True)
         clock.lap("writing")
         self._observer.spent(unit.parts, clock.seconds)
 
