@@ -60,6 +60,7 @@ class Buffer {
 struct Scratch {
   Buffer<float> base, taus, rows, score, shares, result;
   Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
+  Buffer<std::uint16_t> short_bins, short_starts, short_index;
   Buffer<std::uint64_t> sorted;
   Buffer<double> exponents;
 };

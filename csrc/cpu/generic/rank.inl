@@ -133,6 +133,24 @@ TVFAST_INLINE void store_places(Place* places, U v) {
   }
 }
 
+// What ranks are made from: the bin of each key, where bins begin, and the keys in order of bins.
+template <class Place>
+struct Binning {
+  Place *bins, *start, *index;
+};
+
+template <class Place>
+static Binning<Place> binning(std::int64_t n, std::uint32_t n_bins, Scratch& scratch,
+                              [[maybe_unused]] std::uint32_t* rank) {
+  if constexpr (sizeof(Place) == 4) {
+    // Bins stay there until there are ranks: plans count 20 bytes a key beside them.
+    return {rank, scratch.bins.get(n_bins), scratch.longer.get(n + 2 * kLanes)};
+  } else {
+    return {scratch.short_bins.get(n + kLanes), scratch.short_starts.get(n_bins),
+            scratch.short_index.get(n + kLanes)};
+  }
+}
+
 // Sorts the bins of more than kWindow + 1 keys, which displacements do not reach across.
 template <class Place>
 static void sort_large_bins(const Place* end, std::uint32_t n_bins, const std::uint32_t* keys,
@@ -162,10 +180,8 @@ static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::ui
   const int shift = 27 - bin_bits;
   const std::uint32_t n_bins = 1u << bin_bits;
   const std::uint32_t lowest = (largest >> shift) - std::min(largest >> shift, n_bins - 1);
-  Place* start = reinterpret_cast<Place*>(scratch.bins.get(n_bins));
+  const auto [bins, start, index] = binning<Place>(n, n_bins, scratch, rank);
   std::fill_n(start, n_bins, Place{0});
-  // Until there are ranks: plans count 20 bytes a key beside them.
-  Place* bins = reinterpret_cast<Place*>(rank);
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const U leading = load<U>(keys + i) >> static_cast<std::uint32_t>(shift);
     store_places(bins + i, leading > lowest ? leading - lowest : U{});
@@ -179,7 +195,6 @@ static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::ui
     most = here > most ? here : most;
   }
   // In order of arrival within their bins.
-  Place* index = reinterpret_cast<Place*>(scratch.longer.get(n + 2 * kLanes));
   for (std::int64_t i = 0; i < n; ++i) index[start[bins[i]]++] = static_cast<Place>(i);
   const std::uint32_t largest_bin = lane_max(most);
   if (largest_bin > kWindow + 1) sort_large_bins(start, n_bins, keys, index, scratch);
