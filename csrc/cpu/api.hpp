@@ -26,7 +26,8 @@ struct Options {
 };
 
 // What is searched for NaN and infinity while it is combined: base, models and scores of each tile
-// just before, which brings them into the cache anyway; results just after, which leaves them there.
+// just before, which brings them into the cache anyway; results just after, which leaves them
+// there.
 enum Look : unsigned { kLookAtInputs = 1, kLookAtResults = 2 };
 
 // Writes every entry's `out`, which may be its base or one of its models. The answer is what of
