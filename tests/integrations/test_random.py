@@ -15,7 +15,7 @@ from tvfast.integrations import _mergekit_0_1_5 as mergekit
 from tvfast.integrations import mergekit as mergekit_module
 from tvfast.integrations import peft, sd_mecha
 from tvfast.integrations._fusion_bench_models import drop
-from tvfast.integrations._magnitudes import draw_by_magnitude
+from tvfast.integrations._magnitudes import _draw_on_device, draw_by_magnitude
 from tvfast.methods.scalars import draw_limit
 from tvfast.program import ALWAYS, ModelScalars
 
@@ -107,18 +107,19 @@ def test_dropped_entries_count_as_zeros_in_the_trim() -> None:
 
 @pytest.mark.parametrize("n", [1, 7, N - 1, N + 300_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_draws_from_counts_of_magnitudes(n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("draw", [draw_by_magnitude, _draw_on_device])
+def test_draws_from_counts_of_magnitudes(n: int, dtype: torch.dtype, draw: Callable[..., None]) -> None:
     """As by exact ranks, but for half a bin; in parts, the last of odd length."""
     generator = torch.Generator().manual_seed(3)
     tensor = torch.randn(n, generator=generator).to(dtype)
     drawn = ModelScalars(limit=draw_limit(0.4), limit_step=round(0.2 / n * 2.0**64))
     out = torch.empty(n)
-    draw_by_magnitude(tensor, out, drawn, 1234)
+    draw(tensor, out, drawn, 1234)
     survived = out != 0
     assert torch.equal(out[survived], tensor[survived].float())
     assert not torch.signbit(out[~survived]).any()
     again = torch.empty(n)
-    draw_by_magnitude(tensor, again, drawn, 1234)
+    draw(tensor, again, drawn, 1234)
     assert torch.equal(out, again)
     if n < N - 1:
         return
@@ -129,10 +130,11 @@ def test_draws_from_counts_of_magnitudes(n: int, dtype: torch.dtype) -> None:
     assert within(neighbours, float(survived.double().mean()) ** 2)
 
 
-def test_every_entry_or_none_is_drawn() -> None:
+@pytest.mark.parametrize("draw", [draw_by_magnitude, _draw_on_device])
+def test_every_entry_or_none_is_drawn(draw: Callable[..., None]) -> None:
     tensor = torch.linspace(1, 2, N)
     out = torch.empty(N)
-    draw_by_magnitude(tensor, out, ModelScalars(limit=ALWAYS), 5)
+    draw(tensor, out, ModelScalars(limit=ALWAYS), 5)
     assert torch.equal(out, tensor)
-    draw_by_magnitude(tensor, out, ModelScalars(limit=0), 5)
+    draw(tensor, out, ModelScalars(limit=0), 5)
     assert not out.any()
