@@ -1,12 +1,11 @@
 // Counts of magnitudes, and draws by them. No include guard on purpose.
 
 // Bins of the values of a block, with room for a vector behind them.
-static const std::uint32_t* bin_magnitudes(const View& values, std::int64_t begin, std::int64_t n,
-                                           std::uint32_t* bins) {
+static void bin_magnitudes(const View& values, std::int64_t begin, std::int64_t n,
+                           std::uint32_t* bins) {
   constexpr std::uint32_t shift = kMagnitudeBinShift;
   for_each(values, begin, n,
            [bins](std::int64_t j, F x) { store(bins + j, bits(magnitude(x)) >> shift); });
-  return bins;
 }
 
 // Adds the entries of each bin to `counts`.
