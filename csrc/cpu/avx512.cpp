@@ -17,6 +17,7 @@ namespace {
 #include "generic/fused.inl"
 #include "generic/host.inl"
 #include "generic/sums.inl"
+#include "generic/gram.inl"
 #include "generic/measure.inl"
 #include "generic/multiply.inl"
 #include "generic/rows.inl"

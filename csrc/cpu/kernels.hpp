@@ -59,6 +59,7 @@ class Buffer {
 // One thread's memory.
 struct Scratch {
   Buffer<float> base, taus, rows, score, shares, result;
+  Buffer<float> largest;  // magnitudes of each task vector in the block before
   Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
   Buffer<std::uint16_t> short_bins, short_starts, short_index;
   Buffer<std::uint64_t> sorted;

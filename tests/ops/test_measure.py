@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
@@ -182,12 +183,12 @@ BLOCKS: dict[str, list[int | None]] = {
 
 @pytest.mark.parametrize("exponents", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n_models", [2, 3, 4])
+@pytest.mark.parametrize("n_models", [1, 2, 3, 4])
 def test_products_of_many_blocks_follow_the_definition(
     native_with: Callable[..., Backend], exponents: list[int | None], dtype: torch.dtype, n_models: int
 ) -> None:
-    """Other blocks than the first have a window to be added at, if their products stay below it; two or three
-    models of 16 bits are added exactly where their entries have a common grain."""
+    """Other blocks than the first have a window to be added at, if their products stay below it; up to three
+    models of 16 bits are added exactly where their entries are multiples of a unit."""
     rng = np.random.default_rng(5)
     n, n_last = 1344, 333
     models = []
@@ -210,8 +211,9 @@ def test_products_of_many_blocks_follow_the_definition(
         assert found.gram == expected
 
 
-def test_an_infinity_in_a_late_block_is_in_its_own_sums_only(native: Backend) -> None:
-    models = [torch.full((5000,), 0.5) for _ in range(3)]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinity_in_a_late_block_is_in_its_own_sums_only(native: Backend, dtype: torch.dtype) -> None:
+    models = [torch.full((5000,), 0.5, dtype=dtype) for _ in range(3)]
     models[1][4321] = -math.inf
     models[2][4321] = 0.0
     case = sums_case(models)
@@ -221,6 +223,20 @@ def test_an_infinity_in_a_late_block_is_in_its_own_sums_only(native: Backend) ->
     assert found.gram[1][1] == math.inf
     assert found.gram[0][1] == -math.inf
     assert math.isnan(found.gram[1][2])
+
+
+@pytest.mark.parametrize("odd", ["base", 0, 1, 2])
+def test_one_tensor_of_another_storage_type(native: Backend, odd: str | int) -> None:
+    rng = np.random.default_rng(6)
+    base, *models = (normal_values(rng, 20_000, torch.bfloat16) for _ in range(4))
+    if odd == "base":
+        base = base.half()
+    else:
+        models[int(odd)] = models[int(odd)].half()
+    case = Case(Program(), [Part(models, base)], [TensorScalars(models=[ModelScalars() for _ in models])])
+    (found,) = native.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    (expected,) = REFERENCE.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    assert found.gram == expected.gram
 
 
 def test_squares_are_the_diagonal_of_the_gram_matrix(backend: Backend) -> None:
@@ -288,32 +304,62 @@ def test_the_kept_entries_are_summed_before_gain_and_weight(backend: Backend) ->
     assert (found.l1_before, found.l1, found.gram) == ([1.75], [1.5], [[1.25]])
 
 
-@pytest.mark.parametrize("n_models", [2, 3])
+def _usual(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    pass
+
+
+def _fine(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    """Entries that are no multiples of what the others are, at both ends and inside."""
+    for at in (part.start, part.start + 17, part.stop - 1):
+        base[at], model[at] = 0.0, 1.5 * 2.0**-20
+
+
+def _many_fine(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    base[part], model[part] = 0.0, 1.5 * 2.0**-20
+
+
+def _larger(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    base[part.start + 5], model[part.start + 5] = -(2.0**-7), 2.0**-7
+
+
+def _much_larger(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    model[part.start + 5] = 0.625
+
+
+def _of_the_next_window(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    model[part.start + 5] = -100.0
+
+
+def _equal(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+    model[part] = base[part]
+
+
+@pytest.mark.parametrize(
+    "change", [_usual, _fine, _many_fine, _larger, _much_larger, _of_the_next_window, _equal]
+)
+@pytest.mark.parametrize("n_models", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_task_vectors_with_and_without_a_grain(
-    native_with: Callable[..., Backend], dtype: torch.dtype, n_models: int
+def test_products_of_task_vectors_that_are_multiples_of_a_unit_but_for_some(
+    native_with: Callable[..., Backend],
+    dtype: torch.dtype,
+    n_models: int,
+    change: Callable[[torch.Tensor, torch.Tensor, slice], None],
 ) -> None:
-    """Fine-tunes close to a base, and blocks that hold one entry too fine, too large or none at all."""
+    """Fine-tunes close to a base: blocks after the first are summed in units of what the one before held."""
     rng = np.random.default_rng(3)
-    n = 24 * 1024 + 5
+    n = 3 * 8192 + 37
     base = (normal_values(rng, n, torch.float32) * 0.02).to(dtype)
     models = [(base.float() + normal_values(rng, n, torch.float32) * 1e-3).to(dtype) for _ in range(n_models)]
-    for block, value in enumerate([1.5 * 2.0**-40, 2.0**-14, 0.75, 100.0, -0.0]):
-        base[(4 * block + 3) * 1024 + 17] = 0.0
-        models[block % n_models][(4 * block + 3) * 1024 + 17] = value
-    for model in models:
-        model[8192:9216] = base[8192:9216]
-    case = Case(
-        Program(),
-        [Part(models, base)],
-        [TensorScalars(models=[ModelScalars() for _ in models])],
-    )
+    change(base, models[-1], slice(2 * 8192 + 1024, 2 * 8192 + 2048))
+    case = Case(Program(), [Part(models, base)], [TensorScalars(models=[ModelScalars() for _ in models])])
     rows = [(model.float() - base.float()).double().tolist() for model in models]
-    expected = [
-        [by_definition([x * y for x, y in zip(one, other, strict=True)]) for other in rows] for one in rows
-    ]
-    for n_threads, tile in ((1, 0), (2, 1024)):
-        (found,) = native_with(tile=tile).measure(
-            case.table(), case.program, case.scalars, Wants.GRAM, n_threads=n_threads
-        )
-        assert found.gram == expected
+    expected = [[0.0] * n_models for _ in models]
+    for j, k in combinations_with_replacement(range(n_models), 2):
+        products = [x * y for x, y in zip(rows[j], rows[k], strict=True)]
+        expected[j][k] = expected[k][j] = by_definition(products)
+    for n_threads, tile in ((1, 0), (2, 1024), (1, 12_000)):
+        backend = native_with(tile=tile)
+        for wants in (Wants.GRAM, Wants.SQUARES):
+            (found,) = backend.measure(case.table(), case.program, case.scalars, wants, n_threads=n_threads)
+            assert [found.gram[k][k] for k in range(n_models)] == [expected[k][k] for k in range(n_models)]
+            assert wants is Wants.SQUARES or found.gram == expected

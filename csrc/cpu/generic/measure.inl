@@ -101,18 +101,9 @@ static void keep_and_count(const BlockCall& block, int k, const KeepBlock& keep,
 
 // Adds the products of the block's task vectors with each other, or of each with itself.
 static void add_gram(const BlockCall& block, unsigned wants, float* largest, Moments& moments) {
-  const Entry& entry = block.tile.entry;
   const int n_models = block.tile.n_models();
   const std::int64_t n = block.n;
   for (int k = 0; k < n_models; ++k) largest[k] = largest_of(block.tau(k), n);
-  const auto is_short = [](const View& v) { return v.data == nullptr || v.dtype != DType::F32; };
-  if ((wants & (GRAM | LAST)) == GRAM && is_short(entry.base) && is_short(entry.models[0])) {
-    const float* taus[3] = {block.tau(0), n_models > 1 ? block.tau(1) : nullptr,
-                            n_models > 2 ? block.tau(2) : nullptr};
-    if (n_models == 2 && add_gram_exactly<2>(taus, largest, n, moments.gram.data())) return;
-    if (n_models == 3 && kLanes > 8 && add_gram_exactly<3>(taus, largest, n, moments.gram.data()))
-      return;
-  }
   for (int a = 0; a < n_models; ++a) {
     Products products(block.tau(a), largest[a], n);
     for (int b = a; b < (wants & GRAM ? n_models : a + 1); ++b) {
@@ -123,11 +114,10 @@ static void add_gram(const BlockCall& block, unsigned wants, float* largest, Mom
   }
 }
 
-static void measure_tile(const TileCall& call, unsigned wants, Moments& moments) {
+static void measure_blocks(const TileCall& call, unsigned wants, float* largest, Moments& moments) {
   const Entry& entry = call.entry;
   const int n_models = call.n_models();
   const bool asks_keep = call.program.keep != Keep::ALL || (wants & (COUNTS | kPlanes)) != 0;
-  std::vector<float> largest(n_models);
   for_each_block(call, [&](const BlockCall& block) {
     const std::int64_t n = block.n;
     const float* origin =
@@ -164,10 +154,22 @@ static void measure_tile(const TileCall& call, unsigned wants, Moments& moments)
                   [tau, score](std::int64_t j) { return widened(tau + j) * widened(score + j); });
       }
     }
-    if (wants & (GRAM | SQUARES)) add_gram(block, wants, largest.data(), moments);
+    if (wants & (GRAM | SQUARES)) add_gram(block, wants, largest, moments);
     if (wants & ALONE) count_alone(block, moments);
     if (wants & VOTES) count_votes(block, variance, moments);
   });
+}
+
+static void measure_tile(const TileCall& call, unsigned wants, Moments& moments) {
+  float* largest = call.scratch.largest.get(call.n_models());
+  const auto add_blocks = [&](std::int64_t begin, std::int64_t end) {
+    TileCall part = call;
+    part.begin = begin;
+    part.end = end;
+    measure_blocks(part, wants, largest, moments);
+  };
+  if (!summed_in_units(call, wants, moments.gram.data(), largest, add_blocks))
+    measure_blocks(call, wants, largest, moments);
 }
 
 static void keys_block(const Entry& entry, Keep keep, int model, std::int64_t begin, std::int64_t n,
