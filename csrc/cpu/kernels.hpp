@@ -62,7 +62,7 @@ struct Scratch {
   Buffer<float> largest;  // magnitudes of each task vector in the block before
   Buffer<std::uint32_t> draws, keys, ranks, bins, bin_of, longer;
   Buffer<std::uint16_t> short_bins, short_starts, short_index;
-  Buffer<std::uint64_t> sorted;
+  Buffer<std::uint64_t> sorted, kept;
   Buffer<double> exponents;
 };
 

@@ -8,6 +8,7 @@ namespace {
 #include "lanes/convert.hpp"
 #include "../core/stages.inl"
 #include "generic/rank.inl"
+#include "generic/draws.inl"
 #include "generic/stage_block.inl"
 #include "generic/combine.inl"
 #include "generic/fused.inl"

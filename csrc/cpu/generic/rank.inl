@@ -214,17 +214,22 @@ static void rank_by_comparing(const std::uint32_t* keys, std::int64_t n, std::ui
   for (int lane = 0; at < n; ++at, ++lane) rank[index[at]] = places[lane];
 }
 
-// `row` has room for a vector behind its n elements, which is set to zero.
-static void rank_row(float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
-  store(row + n, F{});
-  std::uint32_t* keys = scratch.keys.get(n + kLanes);
+// The keys of a row, and the largest of them.
+static std::uint32_t store_keys(const float* row, std::int64_t n, std::uint32_t* keys) {
   U largest = {};
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const U key = key_of(load<F>(row + i));
     store(keys + i, key);
     largest = key > largest ? key : largest;
   }
-  const std::uint32_t top = lane_max(largest);
+  return lane_max(largest);
+}
+
+// `row` has room for a vector behind its n elements, which is set to zero.
+static void rank_row(float* row, std::int64_t n, Scratch& scratch, std::uint32_t* rank) {
+  store(row + n, F{});
+  std::uint32_t* keys = scratch.keys.get(n + kLanes);
+  const std::uint32_t top = store_keys(row, n, keys);
   if (n >= kFewToCount && rank_by_counting(keys, n, top, scratch, rank)) return;
   if (n <= std::numeric_limits<std::uint16_t>::max()) {
     rank_by_comparing<std::uint16_t>(keys, n, top, scratch, rank);

@@ -68,37 +68,6 @@ TVFAST_INLINE void for_each_score(const Entry& entry, int k, std::int64_t begin,
   });
 }
 
-// Draws of elements [index, index + n); the pointer returned may be up to three words into the
-// buffer.
-static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, std::int64_t n,
-                                       Scratch& scratch) {
-  const std::uint64_t first = index >> 2;
-  const std::int64_t n_blocks =
-      static_cast<std::int64_t>(((index + static_cast<std::uint64_t>(n) + 3) >> 2) - first);
-  std::uint32_t* out = scratch.draws.get(kMaxBlock + 16 * kLanes + 64);
-  for (std::int64_t done = 0; done < n_blocks; done += kLanes) {
-    const std::uint64_t start = first + static_cast<std::uint64_t>(done);
-    const std::uint32_t low = static_cast<std::uint32_t>(start);
-    U c0 = low + iota();
-    // The low word wraps at most once within the lanes.
-    U c1 = static_cast<std::uint32_t>(start >> 32) + ((c0 < low) ? splat_bits(1u) : splat_bits(0u));
-    U c2 = {}, c3 = {};
-    std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const U low0 = c0 * kPhiloxMul0, high0 = mul_high(c0, kPhiloxMul0);
-      const U low1 = c2 * kPhiloxMul1, high1 = mul_high(c2, kPhiloxMul1);
-      c0 = high1 ^ c1 ^ k0;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k1;
-      c3 = low0;
-      k0 += kPhiloxWeyl0;
-      k1 += kPhiloxWeyl1;
-    }
-    interleave(out + 4 * done, c0, c1, c2, c3);
-  }
-  return out + (index & 3);
-}
-
 // Which of the tie ranks of consecutive elements are below a cut.
 struct TieCut {
   Tie tie;
@@ -162,16 +131,9 @@ struct KeepBlock {
         if (scalars.limit >= kAlways) return all_lanes();
         return (M)(load<U>(draws + j) < static_cast<std::uint32_t>(scalars.limit)) | is_nan(tau);
       }
-      case Keep::RANDOM_BY_RANK: {
-        // The 64-bit sum by its halves: what carries over is above every draw.
-        const U rank = load<U>(ranks + j);
-        const std::uint32_t low = static_cast<std::uint32_t>(scalars.limit_step),
-                            high = static_cast<std::uint32_t>(scalars.limit_step >> 32);
-        const U rise = rank * high + mul_high(rank, low);
-        const U limit = rise + static_cast<std::uint32_t>(scalars.limit);
-        const M always = scalars.limit >= kAlways ? all_lanes() : (M)(limit < rise);
-        return (M)(load<U>(draws + j) < limit) | always | is_nan(tau);
-      }
+      case Keep::RANDOM_BY_RANK:
+        if (mask != nullptr) return in_plane(j, tau);
+        return RankLimit(scalars, load<U>(ranks + j)).keeps(load<U>(draws + j)) | is_nan(tau);
       case Keep::BAND_BY_RANK: {
         const U rank = load<U>(ranks + j);
         const std::uint32_t lo =
@@ -207,6 +169,7 @@ struct BlockCall {
   std::int64_t begin, n;
   RowRanks ranks = {};        // set when the keep stage ranks rows
   float* row_taus = nullptr;  // task vectors, strided as the ranks are, if ranking has staged them
+  const std::uint64_t* row_kept = nullptr;  // bits of what draws keep of a row, instead of ranks
 
   bool staged() const { return row_taus != nullptr; }
   std::int64_t stride() const { return kMaxBlock + 64; }
@@ -214,14 +177,15 @@ struct BlockCall {
     if (staged()) return row_taus + k * ranks.stride + (begin - ranks.begin);
     return tile.scratch.taus.get(stride() * tile.n_models()) + k * stride();
   }
+  const std::uint64_t* kept(int k) const { return row_kept + k * ((ranks.stride + 63) / 64); }
 };
 
-// Stages the task vectors of one row, of every model, and ranks them.
+// Stages the task vectors of one row, of every model, and ranks them; or draws what is kept of
+// them, where that is all that ranks are for.
 static BlockCall rank_tile_row(const TileCall& call, std::int64_t row_begin,
                                std::int64_t row_length) {
   Scratch& scratch = call.scratch;
   const std::int64_t stride = row_length + 64;
-  std::uint32_t* ranks = scratch.ranks.get(stride * call.n_models());
   float* taus = scratch.rows.get(stride * call.n_models());
   for (std::int64_t i = 0; i < row_length; i += kMaxBlock) {
     const std::int64_t n = std::min(kMaxBlock, row_length - i);
@@ -232,6 +196,15 @@ static BlockCall rank_tile_row(const TileCall& call, std::int64_t row_begin,
                    [tau](std::int64_t j, F x) { store(tau + j, x); });
     }
   }
+  if (call.program.keep == Keep::RANDOM_BY_RANK && call.program.gain == Gain::MODEL) {
+    const std::int64_t n_words = (stride + 63) / 64;
+    std::uint64_t* kept = scratch.kept.get(n_words * call.n_models());
+    const std::uint64_t index = static_cast<std::uint64_t>(call.offset + row_begin);
+    for (int k = 0; k < call.n_models(); ++k)
+      draw_row(call.models[k], taus + k * stride, row_length, index, scratch, kept + k * n_words);
+    return {call, row_begin, row_length, {nullptr, row_begin, stride}, taus, kept};
+  }
+  std::uint32_t* ranks = scratch.ranks.get(stride * call.n_models());
   for (int k = 0; k < call.n_models(); ++k)
     rank_row(taus + k * stride, row_length, scratch, ranks + k * stride);
   return {call, row_begin, row_length, {ranks, row_begin, stride}, taus};
@@ -242,7 +215,8 @@ static void for_each_block(const TileCall& call, Fn&& fn) {
   const auto cut = [&](const BlockCall& whole) {
     const std::int64_t length = block_length(call.n_models()), end = whole.begin + whole.n;
     for (std::int64_t i = whole.begin; i < end; i += length)
-      fn(BlockCall{call, i, std::min(length, end - i), whole.ranks, whole.row_taus});
+      fn(BlockCall{call, i, std::min(length, end - i), whole.ranks, whole.row_taus,
+                   whole.row_kept});
   };
   if (!ranks_rows(call.program.keep) || call.ranks.data != nullptr)
     return cut({call, call.begin, call.end - call.begin, call.ranks});
@@ -301,6 +275,12 @@ static KeepBlock keep_block(const BlockCall& block, int k, const float* variance
                    [score](std::int64_t j, F x) { store(score + j, x); });
     if (call.program.cross != Cross::NONE) cross_scores(block, k, score);
     result.score = score;
+  }
+  if (block.row_kept != nullptr) {
+    result.mask = block.kept(k);
+    result.begin = block.begin - block.ranks.begin;
+    result.n_elements = block.ranks.stride;
+    return result;
   }
   if (keep == Keep::RANDOM_BY_RANK || (keep == Keep::RANDOM && scalars.limit < kAlways))
     result.draws = draw_block(scalars.key, index, block.n, call.scratch);

@@ -71,3 +71,8 @@ TVFAST_INLINE I tally(I count, M m) { return m ? count + 1 : count; }
 TVFAST_INLINE M from_mask_bits(std::uint32_t bits) {
   return (M)_mm512_movm_epi32(static_cast<__mmask16>(bits));
 }
+
+// The entries of a table at indices below 2^31.
+TVFAST_INLINE U gathered(const std::uint32_t* table, U index) {
+  return (U)_mm512_i32gather_epi32((__m512i)index, table, 4);
+}

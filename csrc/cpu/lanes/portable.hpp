@@ -53,3 +53,9 @@ TVFAST_INLINE I tally(I count, M m) { return count - m; }
 
 // The low kLanes bits as lanes.
 TVFAST_INLINE M from_mask_bits(std::uint32_t bits) { return (M)(((bits >> iota()) & 1u) != 0u); }
+
+// The entries of a table at indices below 2^31.
+TVFAST_INLINE U gathered(const std::uint32_t* table, U index) {
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = table[index[lane]];
+  return index;
+}
