@@ -87,6 +87,7 @@ class Run:
         self._order = threading.Lock()
         self._streaming = threading.Lock()
         self._pending: Iterator[Unit] = iter(())
+        self._usual_bytes = 0  # of a block; what is larger has one of its own size
         self._failed: list[BaseException] = []
         self._counts = threading.Lock()
         self._read_bytes = 0
@@ -114,6 +115,8 @@ class Run:
             self._offload.open(self._arena)
         device_peak_bytes = 0
         units = [unit for unit in self._plan.units if not self._is_done(unit)]
+        most = self._arena.n_bytes // self._plan.n_workers
+        self._usual_bytes = max((unit.n_bytes for unit in units if unit.n_bytes <= most), default=0)
         self._pending = iter(units)
         self._progress.start(
             sum(unit.input_bytes * unit.n_passes for unit in units),
@@ -160,7 +163,8 @@ class Run:
                     unit = next(self._pending, None)
                     if unit is None or self._failed:
                         return
-                    block = self._arena.acquire(unit.n_bytes)
+                    # Blocks of one size begin where others began: results find memory that was touched.
+                    block = self._arena.acquire(max(unit.n_bytes, self._usual_bytes))
                 with block:
                     try:
                         self._process(unit, block)

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +31,8 @@ class Stages:
         self.folder = os.path.join(parent, f".{name}.stages")
         self.foreseen: dict[str, Checkpoint] = {}
         self.identities: dict[str, list[dict[str, Any]]] = {}
-        self._companions = tempfile.TemporaryDirectory(prefix="tvfast-stages-")
+        self._leaving = ExitStack()
+        self._companions = ""  # a folder, once there is a stage
 
     def __enter__(self) -> Stages:
         return self
@@ -38,7 +40,7 @@ class Stages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._companions.cleanup()
+        self._leaving.close()
 
     def folder_of(self, name: str) -> str:
         """Where the result of a stage goes."""
@@ -59,8 +61,11 @@ class Stages:
             companions: every file beside its weights.
             identity: what its bytes depend on; see `manifest.Identity`.
         """
+        if not self._companions:
+            temporary = tempfile.TemporaryDirectory(prefix="tvfast-stages-")
+            self._companions = self._leaving.enter_context(temporary)
         number = len(self.foreseen) + 1
-        directory = os.path.join(self._companions.name, f"{number}")
+        directory = os.path.join(self._companions, f"{number}")
         os.makedirs(directory)
         for file, content in companions.items():
             with open(os.path.join(directory, file), "wb") as out:
