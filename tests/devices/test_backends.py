@@ -418,7 +418,7 @@ def test_the_checks_of_every_backend(gpu: Backend) -> None:
     test_thresholds.test_shards_of_a_group_report_positions_in_the_whole_group(gpu)
 
 
-@pytest.mark.parametrize("name", methods.STAGED)
+@pytest.mark.parametrize("name", methods.staged_methods())
 def test_every_method(gpu: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(17, 15, generator=generator).bfloat16()

@@ -26,7 +26,7 @@ from tests.strategies import (
 )
 from tvfast.engine.streamed import Chunk, StreamedBackend
 from tvfast.errors import BackendError, MergeError
-from tvfast.methods import METHODS, STAGED, ProgramMethod, TableStatistics, make_method
+from tvfast.methods import METHODS, ProgramMethod, TableStatistics, make_method, staged_methods
 from tvfast.ops import reference
 from tvfast.ops.raw import Wants
 from tvfast.program import (
@@ -44,7 +44,10 @@ from tvfast.program import (
 
 # Those on scores stream in `tests/engine/test_scored.py`, with the files that scores come from.
 CASES = [
-    (name, dialect) for name in STAGED for dialect in METHODS[name].dialects if not METHODS[name].needs_scores
+    (name, dialect)
+    for name in staged_methods()
+    for dialect in METHODS[name].dialects
+    if not METHODS[name].needs_scores
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.4},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -19,7 +21,7 @@ from tvfast.errors import (
     LayoutError,
     StateDictError,
 )
-from tvfast.methods import METHODS, STAGED, make_method
+from tvfast.methods import METHODS, make_method, staged_methods
 
 
 class Block(nn.Module):
@@ -74,7 +76,7 @@ def test_tensors_lists_dicts_and_tuples_agree(method: str) -> None:
     assert same(bare, named["tensor"])
 
 
-@pytest.mark.parametrize("method", STAGED)
+@pytest.mark.parametrize("method", staged_methods())
 def test_in_place_equals_out_of_place(method: str) -> None:
     n = min(3, METHODS[method].n_models[1] or 3)
     base, models = state(0, b=torch.bfloat16), [state(k + 1, a=torch.float16) for k in range(n)]
@@ -328,13 +330,34 @@ def test_nothing_to_merge_is_no_error() -> None:
 
 
 def test_every_method_is_described() -> None:
-    assert len(METHODS) == 37
     for name, info in METHODS.items():
         assert info.formula.startswith(("θ =", "θ ="))
         assert info.source
         assert "mergekit" not in info.dialects[1:], "it is the default where it exists"
         assert all(p.meaning for p in info.parameters), name
         assert {"scale", "seed", "tie", "dialect"} <= {p.name for p in info.parameters}
+
+
+def test_the_registry_knows_what_every_module_registers_before_it_is_imported() -> None:
+    """In a process of its own, in which no test has registered a method."""
+    script = """
+import pkgutil, sys
+from importlib import import_module
+import tvfast.methods
+from tvfast.methods import METHODS
+from tvfast.recipe.keys import WORDS
+
+names = set(METHODS)
+assert len(METHODS) == len(names) == 37
+assert "tvfast.methods.ties" not in sys.modules
+assert METHODS["ties"].cls.__module__ == "tvfast.methods.ties"
+for module in pkgutil.walk_packages(tvfast.methods.__path__, "tvfast.methods."):
+    import_module(module.name)
+assert set(METHODS) == names == {info.name for info in METHODS.values()}
+assert sorted({p.name for info in METHODS.values() for p in info.parameters if p.words}) == list(WORDS)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_methods_are_frozen_and_numbers_may_be_arrays() -> None:

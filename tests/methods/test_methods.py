@@ -12,7 +12,7 @@ import torch
 import tvfast
 from tests.methods.inputs import bound, exact_bits, grid, models_for, normal, scores_for
 from tvfast import methods as method_registry
-from tvfast.methods import METHODS, STAGED
+from tvfast.methods import METHODS, staged_methods
 from tvfast.methods import base as method_base
 from tvfast.methods.gram import GramMethod
 
@@ -45,15 +45,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "magnitude_prune": {"density": 0.5},
     "lata": {"drop": "linear", "target": "base"},
 }
-CASES = [(name, dialect) for name in STAGED for dialect in METHODS[name].dialects]
+CASES = [(name, dialect) for name in staged_methods() for dialect in METHODS[name].dialects]
 TASK_VECTORS = [(n, d) for n, d in CASES if METHODS[n].needs_base and n not in ("slerp", "nearswap")]
-ON_NORMS = {n for n in STAGED if n in ("slerp", "sce", "lata") or issubclass(METHODS[n].cls, GramMethod)}
+ON_NORMS = {
+    n for n in staged_methods() if n in ("slerp", "sce", "lata") or issubclass(METHODS[n].cls, GramMethod)
+}
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 LINEAR = ("dare_linear", "della_linear", "breadcrumbs")  # without consensus
 
 
 def test_every_method_has_settings() -> None:
-    assert set(SETTINGS) == set(STAGED)
+    assert set(SETTINGS) == set(staged_methods())
 
 
 # -- properties ------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def test_documentation_names_every_parameter_and_dialect(name: str) -> None:
 
 def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     block = (DOCS / "adding-a-method.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.setattr(method_base, "METHODS", METHODS.copy())  # the registry forgets it afterwards
+    monkeypatch.setattr(method_base, "METHODS", dict(METHODS))  # the registry forgets it afterwards
     monkeypatch.setattr(method_registry, "METHODS", method_base.METHODS)
     exec(compile(block, "adding-a-method.md", "exec", dont_inherit=True), {"__name__": "documentation"})
     models = [torch.tensor([1.0, 8.0, 3.0]), torch.tensor([2.0, -9.0, 4.0]), torch.tensor([0.5, -7.0, -5.0])]

@@ -1,4 +1,4 @@
-"""Merge methods by name. Importing this package registers them all and imports no torch."""
+"""Merge methods by name. Importing this package, or any of them, imports no torch."""
 
 from __future__ import annotations
 
@@ -6,45 +6,13 @@ from dataclasses import fields
 from typing import Any
 
 from tvfast.errors import ArgumentError, UnknownNameError
-from tvfast.methods import (  # noqa: F401  (imported to register)
-    breadcrumbs,
-    dare,
-    della,
-    fisher,
-    geometric_median,
-    kronecker,
-    lata,
-    linear,
-    magnitude,
-    model_stock,
-    nearswap,
-    passthrough,
-    ram,
-    sce,
-    slerp,
-    spherical,
-    sta,
-    task_arithmetic,
-    ties,
-)
-from tvfast.methods.base import (
-    METHODS,
-    Method,
-    MethodInfo,
-    Parameter,
-    ProgramMethod,
-    TensorMethod,
-    check_name,
-    nearest,
-    register_method,
-)
+from tvfast.methods.base import Method, ProgramMethod, TensorMethod, check_name, nearest, register_method
+from tvfast.methods.registry import METHODS, MethodInfo, Parameter
 from tvfast.methods.statistics import TableStatistics
-from tvfast.methods.whole import consensus, fusion, spectral  # noqa: F401
 from tvfast.methods.whole.custom import custom_method
 
 __all__ = [
     "METHODS",
-    "STAGED",
     "Method",
     "MethodInfo",
     "Parameter",
@@ -55,13 +23,16 @@ __all__ = [
     "make_method",
     "method_info",
     "register_method",
+    "staged_methods",
 ]
-
-STAGED = tuple(sorted(name for name, info in METHODS.items() if issubclass(info.cls, ProgramMethod)))
-"""Methods of the stage algebra; the others are functions of whole tensors and their statistics."""
 
 SHARED = frozenset(f.name for f in fields(Method))
 """Parameters that callers pass to every method, as None where they were not given."""
+
+
+def staged_methods() -> tuple[str, ...]:
+    """Methods of the stage algebra; the others are functions of whole tensors and their statistics."""
+    return tuple(sorted(name for name, info in METHODS.items() if issubclass(info.cls, ProgramMethod)))
 
 
 def method_info(name: str) -> MethodInfo:

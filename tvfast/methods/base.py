@@ -1,4 +1,4 @@
-"""The registry, and what a method is: a frozen choice of stages and scalars, or a function of tensors."""
+"""What a method is: a frozen choice of stages and scalars, or a function of tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from tvfast.errors import ArgumentError, UnknownNameError
+from tvfast.methods.registry import METHODS, MethodInfo, Parameter
 from tvfast.methods.scalars import float32, model_key
 from tvfast.methods.statistics import TableStatistics
 from tvfast.program import Entry, ModelScalars, Program, TensorScalars, Tie, View, WorkTable
@@ -30,45 +31,6 @@ is the address of memory of the method's `scratch_bytes`, aligned to 64."""
 TIES = {"ge": Tie.GE, "index": Tie.INDEX, "hash": Tie.HASH}
 DEFAULT_TIES = {"mergekit": "hash", "paper": "ge"}
 
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One keyword of a method: its name, default and meaning; `words` are all it can be, if it is a word."""
-
-    name: str
-    default: Any
-    meaning: str
-    words: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class MethodInfo:
-    """What the registry knows of a method. `n_models`: fewest and most (None: no limit), base not counted.
-
-    `needs_scores`: every model must bring scores, from a statistics file. `optional_base`: a recipe may leave
-    the base out; the models themselves are then merged. `needs_instruct`: the instruct model of the base is
-    the last operand, beside the models.
-    """
-
-    name: str
-    cls: type[Method]
-    source: str
-    dialects: tuple[str, ...]
-    needs_base: bool
-    n_models: tuple[int, int | None]
-    parameters: tuple[Parameter, ...]
-    needs_scores: bool = False
-    optional_base: bool = False
-    needs_instruct: bool = False
-
-    @property
-    def formula(self) -> str:
-        """The first line of the class docstring."""
-        return (self.cls.__doc__ or "").strip().splitlines()[0]
-
-
-METHODS: dict[str, MethodInfo] = {}
-"""Every registered method by name."""
 
 M = TypeVar("M", bound="Method")
 S = TypeVar("S")

@@ -34,13 +34,19 @@ PEER_KEYS = frozenset(
 """Parameters of any method of mergekit 0.1.5."""
 
 _OUR_NAMES = {"lambda": "scale", "weight": "weights"}
-WORDS: dict[str, frozenset[str]] = {}
-"""Parameters of any method that are words: name -> what some method takes for it."""
-
-for _info in METHODS.values():
-    for _parameter in _info.parameters:
-        if _parameter.words:
-            WORDS[_parameter.name] = WORDS.get(_parameter.name, frozenset()) | {*_parameter.words}
+WORDS = (
+    "cross",
+    "direction",
+    "drop",
+    "granularity",
+    "importance",
+    "normalization",
+    "outside",
+    "scope",
+    "source",
+    "target",
+)
+"""Parameters of any method that are words."""
 
 OWN_KEYS = frozenset({"seed", "tie", "dialect", *WORDS})
 """Parameters that a recipe has under `tvfast`."""

@@ -39,7 +39,7 @@ _OWN = (
     "dialect",
     "seed",
     "tie",
-    *sorted(WORDS),
+    *WORDS,
     "out_shard_size",
     "nonfinite",
     "on_missing",

@@ -8,7 +8,8 @@ from dataclasses import field, make_dataclass
 from typing import Any, ClassVar, TypeVar
 
 from tvfast.errors import ArgumentError, MergeError, ShapeError
-from tvfast.methods.base import METHODS, TensorJob, TensorResult, register_method
+from tvfast.methods.base import TensorJob, TensorResult, register_method
+from tvfast.methods.registry import METHODS
 from tvfast.methods.whole.base import WholeMethod
 
 F = TypeVar("F", bound=Callable[..., Any])
