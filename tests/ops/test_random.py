@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import Part, table_of, unpack_plane
-from tvfast.ops import _philox_torch
+from tests.strategies import Part, bit_values, normal_values, table_of, unpack_plane
+from tvfast.ops import _philox_torch, reference
 from tvfast.ops.raw import Backend
 from tvfast.program import ALWAYS, Keep, ModelScalars, Program, RankQuery, TensorScalars, Tie
 
@@ -24,6 +24,7 @@ KNOWN_ANSWERS = [  # Random123 1.14, tests/kat_vectors, philox4x32 10: counter, 
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
+REFERENCE = reference.backend()
 indices = st.one_of(
     st.integers(0, 20),
     st.integers(0, 2**45),
@@ -113,6 +114,32 @@ def test_the_keep_rate_is_the_probability_in_every_quarter(backend: Backend, pro
     quarters = kept(backend, Program(keep=Keep.RANDOM), own, n).reshape(4, -1).mean(axis=1)
     five_sigma = 5 * math.sqrt(probability * (1 - probability) / (n // 4))
     assert np.abs(quarters - probability).max() <= five_sigma
+
+
+@pytest.mark.parametrize(("low", "share"), [(0.0, 1.0), (0.25, 0.5), (0.9, 0.4), (1.0, 0.0), (0.3, 0.0)])
+@pytest.mark.parametrize("values", ["normal", "few", "equal", "bits"])
+@pytest.mark.parametrize(("row", "n"), [(1, 5), (37, 100), (5000, 14_000), (70_001, 70_001)])
+def test_draws_by_rank_are_compared_with_the_limit_of_the_rank(
+    native: Backend, row: int, n: int, values: str, low: float, share: float
+) -> None:
+    """Most by the limits of the key's bin; all by ranks where bins hold many keys."""
+    rng = np.random.default_rng(n)
+    make = {
+        "normal": lambda: normal_values(rng, n, torch.float32),
+        "few": lambda: torch.from_numpy(rng.choice([0.0, -1.0, 1.5, 3.0], n).astype(np.float32)),
+        "equal": lambda: torch.ones(n),
+        "bits": lambda: bit_values(rng, n, torch.float32),
+    }[values]
+    models = [make(), make()]
+    step = int(share * 2**63) * 2 // (row + 1)
+    own = ModelScalars(limit=round(low * ALWAYS), limit_step=step, key=2**40 + 1)
+    planes = []
+    for backend in (native, REFERENCE):
+        masks = [np.zeros(n, dtype=bool) for _ in models]
+        table = table_of([Part(models, masks=masks, row=row, offset=2**32 - 7)])
+        backend.row_masks(table, Program(keep=Keep.RANDOM_BY_RANK), [TensorScalars(models=[own, own])])
+        planes.append([mask.owner.tolist() for mask in table.entries[0].masks])
+    assert planes[0] == planes[1]
 
 
 def test_models_draw_independently(backend: Backend) -> None:
