@@ -304,53 +304,88 @@ def test_the_kept_entries_are_summed_before_gain_and_weight(backend: Backend) ->
     assert (found.l1_before, found.l1, found.gram) == ([1.75], [1.5], [[1.25]])
 
 
-def _usual(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
+Change = Callable[[torch.Tensor, list[torch.Tensor], slice], None]
+SMALLEST = {torch.bfloat16: 2.0**-40, torch.float16: 2.0**-24}
+
+
+def _usual(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
     pass
 
 
-def _fine(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
-    """Entries that are no multiples of what the others are, at both ends and inside."""
-    for at in (part.start, part.start + 17, part.stop - 1):
-        base[at], model[at] = 0.0, 1.5 * 2.0**-20
+def _odd(n: int) -> Change:
+    """`n` entries are no multiples of what the others are, the first and the last of the part among them."""
+
+    def change(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+        at = torch.linspace(part.start, part.stop - 1, n).round().long()
+        base[at] = 0.0
+        for k, model in enumerate(models):
+            model[at] = (2 * k + 3) * SMALLEST[base.dtype]
+
+    return change
 
 
-def _many_fine(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
-    base[part], model[part] = 0.0, 1.5 * 2.0**-20
+def _larger(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+    base[part.start + 5], models[-1][part.start + 5] = -0.25, 0.375
 
 
-def _larger(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
-    base[part.start + 5], model[part.start + 5] = -(2.0**-7), 2.0**-7
+def _beyond_the_unit(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+    """22 bits each, so that products of a whole block are not exact as sums of doubles."""
+    n = part.stop - part.start
+    base[part] = (2 * (torch.arange(n) % 100) + 1) * 2.0**-20
+    for model in models:
+        model[part] = 3.875
 
 
-def _much_larger(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
-    model[part.start + 5] = 0.625
+def _of_the_next_window(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+    models[-1][part.start + 5] = -100.0
 
 
-def _of_the_next_window(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
-    model[part.start + 5] = -100.0
+def _of_the_next_window_within_the_unit(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+    """Squares of the largest entries are 0.47 before, and 0.56 then."""
+    for model in models:
+        model[:] = base + (model - base).clamp(-0.6875, 0.6875)
+        base[3::8192], model[3::8192] = 0.0, 0.6875
+        model[part.start + 5] = base[part.start + 5] + 0.75
 
 
-def _equal(base: torch.Tensor, model: torch.Tensor, part: slice) -> None:
-    model[part] = base[part]
+def _equal(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+    models[-1][part] = base[part]
 
 
-@pytest.mark.parametrize(
-    "change", [_usual, _fine, _many_fine, _larger, _much_larger, _of_the_next_window, _equal]
-)
+def _often(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
+    """So many blocks are unlike others that the rest of a tile is summed without units."""
+    for block in range(4):
+        _odd(500)(base, models, slice(block * 8192 + 2048, block * 8192 + 6144))
+
+
+CHANGES: dict[str, Change] = {
+    "usual": _usual,
+    "3 odd": _odd(3),
+    "255 odd": _odd(255),
+    "256 odd": _odd(256),
+    "257 odd": _odd(257),
+    "1024 odd": _odd(1024),
+    "larger": _larger,
+    "beyond the unit": _beyond_the_unit,
+    "next window": _of_the_next_window,
+    "next window within the unit": _of_the_next_window_within_the_unit,
+    "equal": _equal,
+    "often": _often,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("n_models", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_task_vectors_that_are_multiples_of_a_unit_but_for_some(
-    native_with: Callable[..., Backend],
-    dtype: torch.dtype,
-    n_models: int,
-    change: Callable[[torch.Tensor, torch.Tensor, slice], None],
+    native_with: Callable[..., Backend], dtype: torch.dtype, n_models: int, change: Change
 ) -> None:
     """Fine-tunes close to a base: blocks after the first are summed in units of what the one before held."""
     rng = np.random.default_rng(3)
-    n = 3 * 8192 + 37
-    base = (normal_values(rng, n, torch.float32) * 0.02).to(dtype)
-    models = [(base.float() + normal_values(rng, n, torch.float32) * 1e-3).to(dtype) for _ in range(n_models)]
-    change(base, models[-1], slice(2 * 8192 + 1024, 2 * 8192 + 2048))
+    n = 1024 + (4 if change is _often else 2) * 8192 + 37
+    base = normal_values(rng, n, torch.float32).to(dtype)
+    models = [(base.float() + normal_values(rng, n, torch.float32) * 0.1).to(dtype) for _ in range(n_models)]
+    change(base, models, slice(1024 + 8192, 1024 + 2 * 8192))
     case = Case(Program(), [Part(models, base)], [TensorScalars(models=[ModelScalars() for _ in models])])
     rows = [(model.float() - base.float()).double().tolist() for model in models]
     expected = [[0.0] * n_models for _ in models]
@@ -363,3 +398,14 @@ def test_products_of_task_vectors_that_are_multiples_of_a_unit_but_for_some(
             (found,) = backend.measure(case.table(), case.program, case.scalars, wants, n_threads=n_threads)
             assert [found.gram[k][k] for k in range(n_models)] == [expected[k][k] for k in range(n_models)]
             assert wants is Wants.SQUARES or found.gram == expected
+
+
+def test_models_that_are_large_in_different_places(native: Backend) -> None:
+    """Their product is small, and would be nothing in units of the two."""
+    first, second = torch.zeros(20_000, dtype=torch.bfloat16), torch.zeros(20_000, dtype=torch.bfloat16)
+    first[0] = second[1] = 2.0**60
+    first[2] = second[2] = 2.0**-60
+    first[9_000] = second[9_000] = 2.0**-60
+    case = sums_case([first, second])
+    (found,) = native.measure(case.table(), case.program, case.scalars, Wants.GRAM)
+    assert found.gram == [[2.0**120, 2.0**-119], [2.0**-119, 2.0**120]]

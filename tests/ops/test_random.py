@@ -142,6 +142,14 @@ def test_draws_by_rank_are_compared_with_the_limit_of_the_rank(
     assert planes[0] == planes[1]
 
 
+@pytest.mark.parametrize(("limit", "n"), [(0, 7), (0, 5), (ALWAYS // 3, 100)])
+def test_limits_that_fall_with_ranks(native: Backend, limit: int, n: int) -> None:
+    """The product with the rank is taken modulo 2^64."""
+    own = ModelScalars(limit=limit, limit_step=2**63, key=5)
+    program = Program(keep=Keep.RANDOM_BY_RANK)
+    assert kept(native, program, own, n).tolist() == kept(REFERENCE, program, own, n).tolist()
+
+
 def test_models_draw_independently(backend: Backend) -> None:
     n = 1 << 18
     first, second = (

@@ -438,7 +438,7 @@ class _Scratch:
         for task in tasks:
             row = row_elements(task)
             if row and task.n_elements:
-                n_bytes = 20 + 8 * len(task.models)
+                n_bytes = max(20 + 8 * len(task.models), 27 + 5 * len(task.models))
                 part = Part(task, 0, task.n_elements)
                 most = max(most, n_workers * n_threads * min(row, LONG_ROW) * n_bytes)
                 share = max(share, part.n * n_bytes / (part.operand_bytes + part.result_bytes))

@@ -49,8 +49,7 @@ struct RankLimit {
   TVFAST_INLINE_MEMBER U upper() const { return (always ? ~U{} : limit) & 0xffff0000u; }
 };
 
-// Bins of a row's keys by their leading bits, down to 16 octaves below the largest: about half as
-// many as keys.
+// Bins of a row's keys by their leading bits, down to 16 octaves below the largest.
 struct RowBins {
   std::uint32_t shift, n_bins, lowest;
 
@@ -68,7 +67,7 @@ struct RowBins {
 };
 
 // Counts the keys in each bin and replaces the counts by the limits of the bin's first and last
-// rank, 16 bits each. How many draws are expected between the two.
+// rank, 16 bits each. About how many draws are to be expected between the two.
 static double limits_of_bins(const ModelScalars& scalars, const std::uint16_t* bins, std::int64_t n,
                              std::uint32_t n_bins, std::uint32_t* limits) {
   std::fill_n(limits, n_bins, 0u);
@@ -104,9 +103,9 @@ static std::uint32_t rank_of(const std::uint32_t* keys, std::int64_t n, std::int
 inline constexpr double kMostUndecided = 32.0;
 
 // Sets the bits of the entries of a row that draws keep, from global index `index` on, by the ranks
-// of magnitudes. A key's bin says between which limits its own lies; only a draw between those
-// needs its rank, one in thousands. `row` has room for a vector behind its n elements, which is set
-// to zero; bits behind those are of no meaning.
+// of magnitudes. Where limits rise with ranks, a key's bin says between which two its own lies;
+// only a draw between those needs its rank, one in thousands. `row` has room for a vector behind
+// its n elements, which is set to zero; bits behind those are of no meaning.
 static void draw_row(const ModelScalars& scalars, float* row, std::int64_t n, std::uint64_t index,
                      Scratch& scratch, std::uint64_t* kept) {
   store(row + n, F{});
@@ -115,8 +114,11 @@ static void draw_row(const ModelScalars& scalars, float* row, std::int64_t n, st
   std::uint16_t* bins = scratch.short_bins.get(n + kLanes);
   for (std::int64_t i = 0; i < n; i += kLanes) store_places(bins + i, scale.of(load<U>(keys + i)));
   std::uint32_t* limits = scratch.bins.get(scale.n_bins);
+  const double undecided_draws = limits_of_bins(scalars, bins, n, scale.n_bins, limits);
+  const bool wraps = scalars.limit_step != 0 &&
+                     static_cast<std::uint64_t>(n - 1) > ~std::uint64_t{0} / scalars.limit_step;
   const std::uint32_t* ranks = nullptr;
-  if (limits_of_bins(scalars, bins, n, scale.n_bins, limits) > kMostUndecided) {
+  if (wraps || undecided_draws > kMostUndecided) {
     std::uint32_t* own = scratch.ranks.get(n + 64);
     rank_row(row, n, scratch, own);
     ranks = own;

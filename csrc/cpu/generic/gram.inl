@@ -18,7 +18,7 @@ struct Unit {
   int exponent;
   float rounding, end;
 
-  // For magnitudes that are less than twice as large as `largest`, and often a little more.
+  // For magnitudes up to twice `largest`, or up to four times where that is a power of two.
   void choose(float largest) {
     exponent = static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23) - 125 - kUnitBits;
     rounding = static_cast<float>(1.5 * power_of_two(exponent + 23));
@@ -44,11 +44,14 @@ struct Pairings {
     }
   }
 
-  // Whether the low part of every sum holds what a product of two units is counted in.
+  // Whether the low part of every sum holds what a product of two units is counted in, and that is
+  // not above the whole sum.
   bool hold(const Unit* units) const {
     for (int p = 0; p < kPairs; ++p) {
-      const int exponent = units[first[p]].exponent + units[second[p]].exponent;
-      if (sums[p]->window == kNoWindow || exponent < kWindowBits * (sums[p]->window - 1))
+      const int window = sums[p]->window,
+                exponent = units[first[p]].exponent + units[second[p]].exponent;
+      if (window == kNoWindow || exponent < kWindowBits * (window - 1) ||
+          exponent > kWindowBits * (window + 1))
         return false;
     }
     return true;

@@ -143,7 +143,7 @@ template <class Place>
 static Binning<Place> binning(std::int64_t n, std::uint32_t n_bins, Scratch& scratch,
                               [[maybe_unused]] std::uint32_t* rank) {
   if constexpr (sizeof(Place) == 4) {
-    // Bins stay there until there are ranks: plans count 20 bytes a key beside them.
+    // Bins stay there until there are ranks: plans count the memory of one or the other.
     return {rank, scratch.bins.get(n_bins), scratch.longer.get(n + 2 * kLanes)};
   } else {
     return {scratch.short_bins.get(n + kLanes), scratch.short_starts.get(n_bins),
