@@ -329,11 +329,14 @@ def _larger(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None
 
 
 def _beyond_the_unit(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
-    """22 bits each, so that products of a whole block are not exact as sums of doubles."""
+    """24 bits each: products of half a block are not exact as sums of doubles, and the other half cancels."""
     n = part.stop - part.start
-    base[part] = (2 * (torch.arange(n) % 100) + 1) * 2.0**-20
+    base[0] = base[1030] = 0.0  # and a product whose window holds them, before an entry whose unit does
+    base[part] = ((2 * (torch.arange(n) % 100) + 1) * 2.0**-19).to(base.dtype)
     for model in models:
-        model[part] = 3.875
+        model[0], model[1030] = 4.0, 0.75
+        model[part] = 20.0
+    models[-1][part.start + n // 2 : part.stop] = -20.0
 
 
 def _of_the_next_window(base: torch.Tensor, models: list[torch.Tensor], part: slice) -> None:
