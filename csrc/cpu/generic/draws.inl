@@ -31,8 +31,8 @@ static const std::uint32_t* draw_block(std::uint64_t key, std::uint64_t index, s
   return out + (index & 3);
 }
 
-// What a draw is compared with, of entries whose limits rise with their ranks: the 64-bit sum by
-// its halves. `always` where it carries over, above every draw.
+// What a draw is compared with, by rank: limit + (rank limit_step mod 2^64) / 2^32, by the halves
+// of the product. `always` where the sum carries over, above every draw.
 struct RankLimit {
   U limit;
   M always;

@@ -68,12 +68,6 @@ struct Pairings {
   }
 };
 
-// The largest magnitudes of lanes, as bits; NaN is above all.
-TVFAST_INLINE U largest_lanes(U most, F x) {
-  const U own = bits(magnitude(x));
-  return own > most ? own : most;
-}
-
 // What is left of x beside multiples of a unit: zero for them, not for NaN.
 TVFAST_INLINE U rest_of(F x, F rounding) { return bits(((x + rounding) - rounding) - x); }
 

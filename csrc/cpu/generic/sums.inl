@@ -70,13 +70,16 @@ TVFAST_INLINE Split split_at(int window) {
           1.5 * power_of_two(52 + kWindowBits * (window - 1))};
 }
 
-// The largest magnitude of a block; NaN is above all.
+// The largest magnitudes of lanes, as bits; NaN is above all.
+TVFAST_INLINE U largest_lanes(U most, F x) {
+  const U own = bits(magnitude(x));
+  return own > most ? own : most;
+}
+
+// The largest magnitude of a block.
 TVFAST_INLINE float largest_of(const float* x, std::int64_t n) {
   U most = {};
-  for (std::int64_t j = 0; j < n; j += kLanes) {
-    const U of_lanes = bits(magnitude(load<F>(x + j)));
-    most = of_lanes > most ? of_lanes : most;
-  }
+  for (std::int64_t j = 0; j < n; j += kLanes) most = largest_lanes(most, load<F>(x + j));
   return std::bit_cast<float>(lane_max(most));
 }
 
