@@ -78,6 +78,8 @@ class Aligner:
         from tvfast.engine.binding import bind
         from tvfast.engine.gather import Window
         from tvfast.engine.gathering import Gatherer
+        from tvfast.engine.plan import SHOWN_BYTES
+        from tvfast.engine.shown import Allowance
         from tvfast.recipe import load_recipe
 
         found = load_recipe(recipe(folder))
@@ -90,10 +92,11 @@ class Aligner:
         self.n_rows = gathers[0].map.n_rows
         self._files: dict[str, int] = {}
         self._work = []
+        allowance = Allowance(SHOWN_BYTES)
         for gather in gathers:
             n = self.n_rows * gather.row
             whole = Window(gather, 0, n, (0,) * len(gather.sources))
-            gatherer = Gatherer(gather, self._borrowed, ahead=False)
+            gatherer = Gatherer(gather, self._borrowed, ahead=False, allowance=allowance)
             self._work += [(gatherer, window) for window in whole.pieces()]
         size = max(window.n_bytes for _, window in self._work)
         self._memory = ctypes.create_string_buffer(size)

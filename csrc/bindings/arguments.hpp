@@ -116,17 +116,17 @@ inline KroneckerProduct to_kronecker_product(const ViewArgument& x, const ViewAr
 }
 
 // (descriptor, offset, dtype, rows, constants, out)
-using RowSourceTuple = std::tuple<int, std::int64_t, int, Address, Address, Address>;
+using RowSourceTuple = std::tuple<int, std::int64_t, Address, int, Address, Address, Address>;
 
 inline RowGather to_row_gather(const std::vector<RowSourceTuple>& sources, Address fill, int dtype,
                                std::int64_t row, std::int64_t start, std::int64_t n) {
   RowGather gather{
       {}, reinterpret_cast<const std::int32_t*>(fill), static_cast<DType>(dtype), row, start, n};
-  for (const auto& [descriptor, offset, stored, rows, constants, out] : sources)
-    gather.sources.push_back({descriptor, offset, static_cast<DType>(stored),
-                              reinterpret_cast<const std::int32_t*>(rows),
-                              reinterpret_cast<const void*>(constants),
-                              reinterpret_cast<void*>(out)});
+  for (const auto& [descriptor, offset, shown, stored, rows, constants, out] : sources)
+    gather.sources.push_back(
+        {descriptor, offset, reinterpret_cast<const void*>(shown), static_cast<DType>(stored),
+         reinterpret_cast<const std::int32_t*>(rows), reinterpret_cast<const void*>(constants),
+         reinterpret_cast<void*>(out)});
   return gather;
 }
 

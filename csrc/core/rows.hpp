@@ -17,6 +17,7 @@ inline constexpr std::int32_t kZeroRow = -1, kMeanRow = -2, kConstant = -3;
 struct RowSource {
   int descriptor = -1;
   std::int64_t offset = 0;             // of the matrix in the file, bytes
+  const void* shown = nullptr;         // the matrix where it stands in memory; null: it is read
   DType stored = DType::F32;           // in the file
   const std::int32_t* rows = nullptr;  // of each new row: the row in the file; negative: absent
   const void* constants = nullptr;     // rows of the new storage type

@@ -185,8 +185,8 @@ std::uint32_t crc32c_combine(std::uint32_t a, std::uint32_t b, std::uint64_t n_b
 // Index of the first infinity or NaN of `n` elements at any address, or -1.
 std::int64_t first_nonfinite(const void* data, std::int64_t n, DType dtype);
 
-// Fills the windows of all sources from their files; the first failure ends it. Rows are read in
-// order, neighbours in the file together, on the calling thread.
+// Fills the windows of all sources from memory or from their files; the first failure ends it. Rows
+// are read in order, neighbours in the file together, on the calling thread.
 RowFailure gather_rows(const RowGather& gather);
 
 // Lets pages of a file stand in the place of `n_bytes` of private memory, both ends at pages, until

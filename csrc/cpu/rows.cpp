@@ -1,4 +1,4 @@
-// Rows of files in another order: reads them where they belong, then fills in what is absent.
+// Rows of files in another order: puts them where they belong, then fills in what is absent.
 #include <errno.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -28,6 +28,10 @@ void for_each_row(const RowGather& gather, Fn&& fn) {
     fn(Run{row, column, n, position - gather.start});
     position += n;
   }
+}
+
+const std::byte* byte_at(const void* p, std::int64_t i, std::size_t size) {
+  return static_cast<const std::byte*>(p) + i * static_cast<std::int64_t>(size);
 }
 
 std::byte* byte_at(void* p, std::int64_t i, std::size_t size) {
@@ -113,12 +117,30 @@ bool neighbours_are_near(const std::vector<Wanted>& rows) {
   return each <= first->n + kGap;
 }
 
-// Reads a source's rows in its own type behind everything that widening will write first.
+// Where a source's rows go in its own type: behind everything that widening will write first.
+std::byte* narrow_rows(const RowGather& gather, const RowSource& source) {
+  return byte_at(source.out, gather.n, size_of(gather.dtype)) -
+         gather.n * static_cast<std::int64_t>(size_of(source.stored));
+}
+
+// Copies a source's rows from where it stands in memory.
+void copy_rows(const RowGather& gather, const RowSource& source) {
+  const std::size_t size = size_of(source.stored);
+  std::byte* const first = narrow_rows(gather, source);
+  for_each_row(gather, [&](const Run& run) {
+    const std::int32_t row = source.rows[run.row];
+    if (row < 0) return;
+    std::memcpy(byte_at(first, run.at, size),
+                byte_at(source.shown, row * gather.row + run.column, size),
+                static_cast<std::size_t>(run.n) * size);
+  });
+}
+
+// Reads a source's rows from its file.
 RowFailure read_rows(const RowGather& gather, int index) {
   const RowSource& source = gather.sources[static_cast<std::size_t>(index)];
   const std::size_t size = size_of(source.stored);
-  std::byte* const first =
-      byte_at(source.out, gather.n, size_of(gather.dtype)) - gather.n * std::int64_t(size);
+  std::byte* const first = narrow_rows(gather, source);
   std::vector<Wanted> rows;
   rows.reserve(static_cast<std::size_t>(gather.n / gather.row + 2));
   for_each_row(gather, [&](const Run& run) {
@@ -160,7 +182,7 @@ class Filler {
       const std::size_t n_bytes = static_cast<std::size_t>(run.n) * size_;
       if (fill <= kConstant) {
         const std::int64_t element = (kConstant - fill) * gather_.row + run.column;
-        std::memcpy(to, byte_at(const_cast<void*>(source.constants), element, size_), n_bytes);
+        std::memcpy(to, byte_at(source.constants, element, size_), n_bytes);
       } else if (fill == kZeroRow) {
         std::memset(to, 0, n_bytes);
       } else if (fill >= 0) {
@@ -186,14 +208,16 @@ class Filler {
 
 RowFailure gather_rows(const RowGather& gather) {
   for (int index = 0; index < static_cast<int>(gather.sources.size()); ++index) {
-    const RowFailure failure = read_rows(gather, index);
-    if (failure.source >= 0) return failure;
     const RowSource& source = gather.sources[static_cast<std::size_t>(index)];
-    if (source.stored != gather.dtype) {
-      const std::byte* const from = byte_at(source.out, gather.n, sizeof(float)) -
-                                    gather.n * static_cast<std::int64_t>(size_of(source.stored));
-      kernels_for("").widen_run(from, source.stored, gather.n, static_cast<float*>(source.out));
+    if (source.shown != nullptr) {
+      copy_rows(gather, source);
+    } else {
+      const RowFailure failure = read_rows(gather, index);
+      if (failure.source >= 0) return failure;
     }
+    if (source.stored != gather.dtype)
+      kernels_for("").widen_run(narrow_rows(gather, source), source.stored, gather.n,
+                                static_cast<float*>(source.out));
   }
   for_each_row(gather, Filler(gather));
   return {};

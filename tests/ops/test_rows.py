@@ -53,7 +53,7 @@ def finite(rng: np.random.Generator, shape: tuple[int, int], dtype: DType) -> np
 @settings(max_examples=60)
 @given(data=st.data())
 def test_windows_of_gathered_rows(folder: Path, data: st.DataObject) -> None:
-    """Against whole matrices made with numpy: any window, any types, any way to fill."""
+    """Against whole matrices made with numpy: any window, types and ways to fill, from files and memory."""
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     stored = draw(st.lists(st.sampled_from(list(DType)), min_size=1, max_size=4))
@@ -104,9 +104,19 @@ def test_windows_of_gathered_rows(folder: Path, data: st.DataObject) -> None:
         path = folder / f"{k}"
         path.write_bytes(bytes(_OFFSET) + file.tobytes())
         descriptors.append(os.open(path, os.O_RDONLY))
+    # Those that stand in memory are not asked for a file.
+    shown = [np.frombuffer(bytes(1) + f.tobytes(), np.uint8) if rng.random() < 0.4 else None for f in files]
     sources = [
-        RowSource(fd, _OFFSET, kind, rows[k].ctypes.data, constants[k].ctypes.data, outs[k][1:].ctypes.data)
-        for k, (fd, kind) in enumerate(zip(descriptors, stored, strict=True))
+        RowSource(
+            fd if standing is None else -1,
+            _OFFSET,
+            kind,
+            rows[k].ctypes.data,
+            constants[k].ctypes.data,
+            outs[k][1:].ctypes.data,
+            0 if standing is None else standing[1:].ctypes.data,
+        )
+        for k, (fd, kind, standing) in enumerate(zip(descriptors, stored, shown, strict=True))
     ]
     try:
         host.gather_rows(sources, fill.ctypes.data, dtype, row, start, n)

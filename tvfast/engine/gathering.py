@@ -6,17 +6,15 @@ import errno
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from tvfast.engine.gather import Gather, RowMap, Window
+from tvfast.engine.shown import Allowance, Borrow, Matrices, Standing
 from tvfast.errors import MergeError
 from tvfast.ops.host import ZERO_ROW, RowSource, add_rows, gather_rows
 from tvfast.program import DType
-
-Borrow = Callable[[str], AbstractContextManager[int]]
-"""A descriptor of an input file, open for buffered reading."""
 
 
 class Gatherer:
@@ -26,14 +24,16 @@ class Gatherer:
         gather: which rows.
         borrow: opens its files.
         ahead: ask the system to read whole matrices at once: rows come in no order.
+        allowance: for matrices that stand in memory instead, if the page cache holds them.
     """
 
-    def __init__(self, gather: Gather, borrow: Borrow, *, ahead: bool) -> None:
+    def __init__(self, gather: Gather, borrow: Borrow, *, ahead: bool, allowance: Allowance) -> None:
         self._gather = gather
         self._borrow = borrow
         self._ahead = ahead
         self._lock = threading.Lock()
         self._constants: list[array[Any]] | None = None
+        self._matrices = Matrices(gather.sources, gather.map.n_rows * gather.row, borrow, allowance)
 
     def fill(self, window: Window, address: int) -> None:
         """Fill a window of the block at `address`.
@@ -43,26 +43,33 @@ class Gatherer:
         """
         gather = self._gather
         outs = [address + at for at in window.at]
-        constants = [part.buffer_info()[0] for part in self._prepared()]
-        self._call(gather.map, window.start, window.n, outs, constants, DType[gather.dtype])
+        with self._matrices.standing(window.n) as matrices:
+            constants = [part.buffer_info()[0] for part in self._prepared(matrices)]
+            self._call(matrices, window.start, window.n, outs, constants, DType[gather.dtype])
+
+    def close(self) -> None:
+        """Nothing is filled any more."""
+        self._matrices.close()
 
     # -- constants --------------------------------------------------------------------------------------
 
-    def _prepared(self) -> list[array[Any]]:
+    def _prepared(self, matrices: Sequence[Standing | None]) -> list[array[Any]]:
         """Rows of each source that stand for several rows of the result; made by who needs them first."""
         with self._lock:
             if self._constants is None:
                 if self._ahead:
-                    self._read_ahead()
-                self._constants = self._made()
+                    self._read_ahead(matrices)
+                self._constants = self._made(matrices)
             return self._constants
 
-    def _read_ahead(self) -> None:
-        for stored in self._gather.sources:
+    def _read_ahead(self, matrices: Sequence[Standing | None]) -> None:
+        for stored, matrix in zip(self._gather.sources, matrices, strict=True):
+            if matrix is not None:
+                continue
             with self._borrow(stored.path) as descriptor:
                 os.posix_fadvise(descriptor, stored.offset, stored.n_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _made(self) -> list[array[Any]]:
+    def _made(self, matrices: Sequence[Standing | None]) -> list[array[Any]]:
         """Every source has the same constants but for its own padding, in the storage type of the result."""
         gather = self._gather
         rows = [self._row_of(k, row) for k, row in gather.map.constants]
@@ -70,7 +77,7 @@ class Gatherer:
         code = "f" if gather.dtype == "F32" else "h"
         made = [array(code, shared) for _ in gather.sources]
         if gather.map.is_padded:
-            for constants, mean in zip(made, self._means(made), strict=True):
+            for constants, mean in zip(made, self._means(matrices, made), strict=True):
                 constants.extend(mean)
         return made
 
@@ -79,12 +86,13 @@ class Gatherer:
         gather = self._gather
         alone = Gather((gather.sources[k],), gather.dtype, _single_row(row), (0,))
         out = array("f" if gather.dtype == "F32" else "h", [0]) * gather.row
-        Gatherer(alone, self._borrow, ahead=False).fill(
-            Window(alone, 0, gather.row, (0,)), out.buffer_info()[0]
-        )
+        gatherer = Gatherer(alone, self._borrow, ahead=False, allowance=Allowance(0))
+        gatherer.fill(Window(alone, 0, gather.row, (0,)), out.buffer_info()[0])
         return out.tobytes()
 
-    def _means(self, constants: Sequence[array[Any]]) -> Iterator[array[Any]]:
+    def _means(
+        self, matrices: Sequence[Standing | None], constants: Sequence[array[Any]]
+    ) -> Iterator[array[Any]]:
         """The mean of the rows before the padding, of every source: exact sums of rows in their order."""
         gather = self._gather
         n, row = gather.map.n_tokens, gather.row
@@ -94,7 +102,7 @@ class Gatherer:
         for piece in whole.pieces():
             parts = [array("f", [0.0]) * piece.n for _ in sums]
             outs = [part.buffer_info()[0] for part in parts]
-            self._call(gather.map, piece.start, piece.n, outs, known, DType.F32)
+            self._call(matrices, piece.start, piece.n, outs, known, DType.F32)
             for out, total in zip(outs, sums, strict=True):
                 add_rows(out, piece.n // row, row, total.buffer_info()[0])
         return (array("f", (value / n for value in total)) for total in sums)
@@ -103,7 +111,7 @@ class Gatherer:
 
     def _call(
         self,
-        row_map: RowMap,
+        matrices: Sequence[Standing | None],
         start: int,
         n: int,
         outs: Sequence[int],
@@ -114,7 +122,7 @@ class Gatherer:
         Raises:
             MergeError: a file cannot be read.
         """
-        sources = self._gather.sources
+        sources, row_map = self._gather.sources, self._gather.map
         with ExitStack() as stack:
             described = [
                 RowSource(
@@ -124,8 +132,11 @@ class Gatherer:
                     rows=rows.buffer_info()[0],
                     constants=constant,
                     out=out,
+                    shown=matrix.address if matrix else 0,
                 )
-                for stored, rows, constant, out in zip(sources, row_map.rows, constants, outs, strict=True)
+                for stored, matrix, rows, constant, out in zip(
+                    sources, matrices, row_map.rows, constants, outs, strict=True
+                )
             ]
             try:
                 gather_rows(described, row_map.fill.buffer_info()[0], dtype, self._gather.row, start, n)
@@ -139,6 +150,9 @@ class Gatherer:
                 raise MergeError(
                     f"{sources[k].path}: ends at byte {at}, in the middle of a row. {_AGAIN}"
                 ) from error
+        for stored, matrix in zip(sources, matrices, strict=True):
+            if matrix is not None and matrix.lost:
+                raise MergeError(f"{stored.path}: rows of it cannot be read any more. {_AGAIN}")
 
 
 def _single_row(row: int) -> RowMap:

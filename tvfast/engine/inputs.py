@@ -17,6 +17,7 @@ from tvfast.engine.assembly import Assembly
 from tvfast.engine.gather import Gather, Window
 from tvfast.engine.gathering import Gatherer
 from tvfast.engine.memory import PAGE, Buffer
+from tvfast.engine.shown import Allowance
 from tvfast.errors import MergeError
 
 REQUEST = 4 * 2**20
@@ -67,6 +68,7 @@ class Inputs:
         files: the state of every file when its header was read.
         direct: read past the page cache, for inputs that do not fit into it anyway.
         shown: what the page cache holds stands in a block instead of being read into it.
+        matrices: bytes of whole matrices that may stand in memory besides, while rows are taken from them.
         on_read: called with the bytes of each finished request, from any thread.
     """
 
@@ -77,10 +79,12 @@ class Inputs:
         direct: bool,
         on_read: Callable[[int], None],
         shown: bool = False,
+        matrices: int = 0,
     ) -> None:
         self._files = files
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._shown = shown and not self._direct and mmap.PAGESIZE == PAGE
+        self._allowance = Allowance(matrices if self._shown else 0)
         self._on_read = on_read
         self._open: OrderedDict[tuple[str, bool], _Open] = OrderedDict()  # used last at the end
         self._gatherers: dict[Gather, Gatherer] = {}
@@ -148,6 +152,8 @@ class Inputs:
     def close(self) -> None:
         """Stop reading and close every file."""
         self._readers.shutdown(wait=True, cancel_futures=True)
+        for gatherer in self._gatherers.values():
+            gatherer.close()
         while self._open:
             os.close(self._open.popitem()[1].descriptor)
 
@@ -212,7 +218,9 @@ class Inputs:
         with self._lock:
             gatherer = self._gatherers.get(piece.gather)
             if gatherer is None:
-                gatherer = Gatherer(piece.gather, self._buffered, ahead=not self._direct)
+                gatherer = Gatherer(
+                    piece.gather, self._buffered, ahead=not self._direct, allowance=self._allowance
+                )
                 self._gatherers[piece.gather] = gatherer
         gatherer.fill(piece, block.address)
         self._on_read(piece.n_bytes)

@@ -17,6 +17,7 @@ from tvfast.engine import device_plan
 from tvfast.engine.arrange import Part, block_bytes
 from tvfast.engine.device import ALIGNMENT, Traits
 from tvfast.engine.device_plan import MOST_WORKERS, DevicePlan, plan_device
+from tvfast.engine.machine import free_memory
 from tvfast.engine.memory import PAGE, round_up
 from tvfast.engine.passes import count_passes
 from tvfast.engine.tasks import Task, row_elements
@@ -61,6 +62,9 @@ PIECE_BYTES = 400
 METADATA_PEAK, METADATA_LEFT = 24, 14
 """Bytes for each one of the largest `.metadata` of a distributed checkpoint: while it is read, and what that
 leaves between objects that stay; 18 to 23 and 3 to 10 were seen, with 1 to 64 pieces a tensor."""
+
+SHOWN_BYTES = 512 * MiB
+"""What is allowed, at most, for whole matrices in the page cache while their rows are gathered."""
 
 SCRATCH_BYTES = 24 * MiB
 """What kernels and bit planes take for one unit, at most."""
@@ -134,6 +138,7 @@ class Plan:
         n_workers: units at work at a time.
         n_threads: threads of one kernel call.
         arena_bytes: memory for tensors.
+        shown_bytes: of whole matrices that may stand in memory besides, while rows are taken from them.
         peak_bytes: bound of the resident memory of the process.
         read_bytes, write_bytes: over all passes, with the samples that come before them.
         reasons: for every pass beyond the first.
@@ -157,6 +162,7 @@ class Plan:
     warnings: tuple[str, ...]
     device: DevicePlan | None = None
     device_why: str = ""
+    shown_bytes: int = 0
     stages: tuple[tuple[str, Plan], ...] = ()
     ranks: tuple[Work, ...] = ()
 
@@ -261,6 +267,8 @@ def make_plan(
     opening = PROGRAM_BYTES + (TORCH_BYTES if share else 0) + METADATA_PEAK * binding.metadata_bytes
     budget = _budget(groups, single, threads, memory, on_device, beside, per_host, opening)
     arena, n_workers = budget.arena, budget.n_workers
+    left = SHOWN_BYTES if memory is None else memory - budget.fixed - arena
+    shown = 0 if device else min(SHOWN_BYTES, left, sum(t.gather.resident_bytes for t in tasks if t.gather))
     if on_device:
         room = Room.beside(on_device, device_plan.UNIT_BYTES, n_workers, arena, single)
     else:
@@ -278,7 +286,7 @@ def make_plan(
         n_workers=n_workers,
         n_threads=threads,
         arena_bytes=arena,
-        peak_bytes=max(opening, budget.fixed + min(arena, sum(u.n_bytes for u in units))),
+        peak_bytes=max(opening, budget.fixed + shown + min(arena, sum(u.n_bytes for u in units))),
         read_bytes=sum(unit.input_bytes * unit.n_passes + unit.sampled_bytes for unit in units)
         + sum(task.gather.sampled_bytes for task in tasks if task.gather),
         write_bytes=sum(part.output_bytes for part in parts) if share else layout.n_bytes,
@@ -286,6 +294,7 @@ def make_plan(
         warnings=binding.warnings,
         device=on_device,
         device_why=device_why,
+        shown_bytes=shown,
     )
 
 
@@ -344,7 +353,7 @@ def _budget(
     known += PIECE_BYTES * sum(len(one.pieces) for task in (*single, *whole) for one in task.inputs)
     n_models = max((len(task.models) for task in (*single, *whole)), default=0)
     selection = STREAM_BYTES + MiB * max(0, n_models - STREAM_MODELS)
-    free = _free_memory() // (2 * per_host)
+    free = free_memory() // (2 * per_host)
     while True:
         together = sum(tensors[-n_workers:])
         wanted = max((n_workers + 1) * unit, least, largest + 2 * unit, together)
@@ -470,29 +479,3 @@ def _reasons(units: Sequence[Unit], arena: int) -> Iterator[str]:
                 f"{unit.n_passes} passes over {task.name!r}: it and its counterparts take "
                 f"{block_bytes(unit.parts[0])} bytes, the memory for tensors is {arena}"
             )
-
-
-def _free_memory() -> int:
-    """Bytes that new processes can use without swapping, in this machine and this control group."""
-    found = [_meminfo("MemAvailable")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit) as first, open(used) as second:
-                found.append(int(first.read()) - int(second.read()))
-        except (OSError, ValueError):
-            pass  # no control group, or one without a limit
-    return max(64 * MiB, min(found))
-
-
-def _meminfo(key: str) -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith(key + ":"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 * 1024 * MiB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 import threading
 import time
@@ -18,6 +17,7 @@ from tvfast.engine.conversions import narrow_results, widen_inputs
 from tvfast.engine.device import Device, OutOfDeviceMemory
 from tvfast.engine.finite import check_finite, check_range, reads_all
 from tvfast.engine.inputs import FileState, Inputs
+from tvfast.engine.machine import all_memory
 from tvfast.engine.memory import Arena, Block, Slots, round_up
 from tvfast.engine.observing import Blind, Clock, Observer
 from tvfast.engine.offload import Job, Offload, Region
@@ -79,7 +79,9 @@ class Run:
         self._arena = Arena(plan.arena_bytes)
         on_device = device is not None and plan.device is not None  # whose uploads need memory of our own
         direct = _larger_than_memory(plan)
-        self._inputs = Inputs(files, direct=direct, on_read=self._on_read, shown=not on_device)
+        self._inputs = Inputs(
+            files, direct=direct, on_read=self._on_read, shown=not on_device, matrices=plan.shown_bytes
+        )
         self._writers = ThreadPoolExecutor(2, "tvfast-write")
         self._offload: Offload | None = None
         if device is not None and plan.device is not None:
@@ -476,5 +478,4 @@ def _merges_with_torch(part: Part) -> bool:
 
 def _larger_than_memory(plan: Plan) -> bool:
     """Whether the inputs would not stay in the page cache."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return sum(unit.input_bytes for unit in plan.units) > total // 2
+    return sum(unit.input_bytes for unit in plan.units) > all_memory() // 2

@@ -118,6 +118,7 @@ class RowSource:
         rows: address of int32 [rows of the new matrix]: the row in the file, or negative: absent.
         constants: address of rows of the new storage type; 0: there are none.
         out: address of the window's elements.
+        shown: address of the matrix where it stands in memory; 0: it is read from the file.
     """
 
     descriptor: int
@@ -126,6 +127,7 @@ class RowSource:
     rows: int
     constants: int
     out: int
+    shown: int = 0
 
 
 def gather_rows(
@@ -149,7 +151,9 @@ def gather_rows(
     Notes:
         On the calling thread, without the interpreter's lock. Neighbours in a file are one request.
     """
-    described = [(s.descriptor, s.offset, int(s.stored), s.rows, s.constants, s.out) for s in sources]
+    described = [
+        (s.descriptor, s.offset, s.shown, int(s.stored), s.rows, s.constants, s.out) for s in sources
+    ]
     source, code, at = _C_cpu.gather_rows(described, fill, int(dtype), row, start, n_elements)
     if source >= 0:
         if code:
