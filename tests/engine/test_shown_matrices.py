@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -270,8 +271,6 @@ def test_a_file_that_is_shortened_while_rows_are_taken_is_named(
 
 
 def test_what_stands_in_memory_is_within_the_bound() -> None:
-    from array import array
-
     tasks = tasks_of([(50_000, 1024), (64, 64)], SUM, n_models=1)
     without = plan_of(tasks)
     rows = array("i", range(50_000))
