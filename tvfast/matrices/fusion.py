@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tvfast.matrices.importances import FLOOR, fuse_rows
+from tvfast.matrices.importances import FLOOR, fuse_rows, quartile_ranks, quartiles
 from tvfast.ops._huge_pages import on_huge_pages
 from tvfast.ops._views import DTYPES, view
 from tvfast.ops.raw import backend_for
-from tvfast.program import Entry, Keep, RankQuery, WorkTable
+from tvfast.program import Entry, WorkTable
 
 CHUNK = 2**17
 """Elements that are widened at a time; no result depends on it."""
@@ -71,12 +71,9 @@ def divergence(base: Tensor, model: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quartiles(x: Tensor, signed: bool) -> Tensor:
-    """The values of ascending ranks (n - 1) / 4, (n - 1) / 2 and 3 (n - 1) / 4, truncated; x [n]."""
-    n = x.numel()
-    ranks = [(n - 1) * quarter // 4 for quarter in (1, 2, 3)]
+    """The values of `quartile_ranks`; x [n]."""
     if x.dtype is torch.float64 or (signed and bool(x.min() < 0)):  # the selection ranks float32 magnitudes
-        return x.sort().values[ranks]
+        return x.sort().values[quartile_ranks(x.numel())]
     table = WorkTable([Entry(name="importance", models=(view(x, "importance", "scores"),))], 1)
-    queries = [RankQuery(0, 0, n - rank) for rank in ranks]
-    found = backend_for(table).thresholds(table, Keep.BAND, queries, torch.get_num_threads())
-    return torch.tensor([one.value for one in found], dtype=x.dtype, device=x.device)
+    found = quartiles(table, backend_for(table), torch.get_num_threads())
+    return torch.tensor(found, dtype=x.dtype, device=x.device)

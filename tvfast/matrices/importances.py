@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from tvfast.ops import host
-from tvfast.ops.raw import host_backend
+from tvfast.ops.raw import Backend, host_backend
 from tvfast.program import (
     Entry,
     Keep,
@@ -34,23 +34,29 @@ def fuse_rows(
     divergences = (ctypes.c_double * (base.n_elements // row))()
     at = importances.address
     host.divergences(model, base, row, FLOOR, ctypes.addressof(divergences), at, n_threads)
-    host.fuse(model, base, _least_of(_quartiles(importances, n_threads)), scale, at, n_threads)
+    table = WorkTable([Entry(name="importance", models=(importances,))], 1)
+    least = _least_of(quartiles(table, host_backend(), n_threads))
+    host.fuse(model, base, least, scale, at, n_threads)
     if out.address != at:
         rounding = WorkTable([Entry(name="fused", models=(importances,), out=out)], 1)
         host_backend().combine(rounding, Program(), [TensorScalars(models=[ModelScalars()])], n_threads)
 
 
-def _quartiles(importances: View, n_threads: int) -> list[float]:
-    """The values of ascending ranks (n - 1) / 4, (n - 1) / 2, 3 (n - 1) / 4, truncated; none is below 0."""
-    n = importances.n_elements
-    table = WorkTable([Entry(name="importance", models=(importances,))], 1)
-    queries = [RankQuery(0, 0, n - (n - 1) * quarter // 4) for quarter in (1, 2, 3)]
-    return [one.value for one in host_backend().thresholds(table, Keep.BAND, queries, n_threads)]
+def quartile_ranks(n: int) -> list[int]:
+    """(n - 1) / 4, (n - 1) / 2 and 3 (n - 1) / 4, truncated, of ascending values."""
+    return [(n - 1) * quarter // 4 for quarter in (1, 2, 3)]
 
 
-def _least_of(quartiles: list[float]) -> float:
+def quartiles(table: WorkTable, backend: Backend, n_threads: int) -> list[float]:
+    """The values of these ranks in the only model of a table, none of which is below 0."""
+    n = table.entries[0].models[0].n_elements
+    queries = [RankQuery(0, 0, n - rank) for rank in quartile_ranks(n)]
+    return [one.value for one in backend.thresholds(table, Keep.BAND, queries, n_threads)]
+
+
+def _least_of(found: list[float]) -> float:
     """The importance from which on an entry is taken, in float32."""
-    q25, median, q75 = quartiles
+    q25, median, q75 = found
     return _float32(median + _float32(1.5 * _float32(q75 - q25)))
 
 
