@@ -115,7 +115,7 @@ inline KroneckerProduct to_kronecker_product(const ViewArgument& x, const ViewAr
           accumulate};
 }
 
-// (descriptor, offset, dtype, rows, constants, out)
+// (descriptor, offset, address where it stands in memory, dtype, rows, constants, out)
 using RowSourceTuple = std::tuple<int, std::int64_t, Address, int, Address, Address, Address>;
 
 inline RowGather to_row_gather(const std::vector<RowSourceTuple>& sources, Address fill, int dtype,

@@ -64,10 +64,10 @@ void on_bus_error(int signal_number, siginfo_t* info, void* context) {
     const std::uintptr_t begin = guard.begin.load(std::memory_order_acquire);
     if (begin == 0 || at < begin || at >= guard.end.load(std::memory_order_relaxed)) continue;
     void* page = reinterpret_cast<void*>(at - at % page_size());
+    guard.lost.store(true, std::memory_order_release);  // before another thread can see zeros
     if (mmap(page, page_size(), kReadWrite, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
         MAP_FAILED)
       break;
-    guard.lost.store(true, std::memory_order_release);
     errno = saved;
     return;
   }

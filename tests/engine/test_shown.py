@@ -79,21 +79,30 @@ def test_merges_of_shown_and_of_read_inputs_are_the_same(
     assert merged(tmp_path, tmp_path / "read", name, **options) == first
 
 
-@pytest.mark.parametrize("method", ["ties", "nuslerp"])
+@pytest.mark.parametrize(
+    ("method", "left"), [("ties", 4096), ("nuslerp", 400), ("ties", -100), ("nuslerp", -100)]
+)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_input_that_is_shortened_while_it_is_shown_is_named_and_nothing_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: dict[str, Any], streamed: bool, method: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small: dict[str, Any],
+    streamed: bool,
+    method: str,
+    left: int,
 ) -> None:
-    """Also where a method would have none of the zeros that take the place of what is lost."""
+    """Also where a method would have none of the zeros that take the place of what is lost, and where it
+    is less than a page, which raises no signal."""
     family(tmp_path, {"a": (700, 900), "b": (1200, 700)})
     victim = tmp_path / "ft2" / "model.safetensors"
+    size = victim.stat().st_size
     seen = shown_only(monkeypatch)
     where: Any = source if streamed else running
     original = where.load
 
     def cut(inputs: Inputs, loaded: Any) -> Any:
         reads = original(inputs, loaded)
-        os.truncate(victim, 4096 if method == "ties" else 400)
+        os.truncate(victim, left if left > 0 else size + left)
         return reads
 
     monkeypatch.setattr(where, "load", cut)

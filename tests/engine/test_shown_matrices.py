@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+import tvfast._C_cpu as _C_cpu
 
 import tvfast
 from tests.engine.test_plan import SUM, plan_of, tasks_of
-from tests.vocabularies import tokenizer, write_model
+from tests.vocabularies import EMBEDDINGS, tokenizer, write_model
+from tvfast.checkpoint.reading import open_checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.engine import gathering
 from tvfast.engine import plan as planning
@@ -31,8 +33,8 @@ from tvfast.errors import MergeError
 from tvfast.ops.pages import PAGE
 
 CONTENT = os.urandom(20 * PAGE)
-N = 1000
-"""Elements that are taken from each matrix."""
+PLACES = [(6, 3 * PAGE), (4 * PAGE + 100, 10 * PAGE)]
+SIZES = [4 * PAGE, 11 * PAGE]
 
 
 @pytest.fixture
@@ -51,92 +53,87 @@ def path(tmp_path: Path) -> str:
 @contextmanager
 def borrowed(path: str) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
-    yield descriptor
-    os.close(descriptor)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def matrices(path: str, allowance: Allowance, places: Sequence[tuple[int, int]]) -> Matrices:
     sources = [Stored("t", path, at, size, "BF16", (size // 2, 1)) for at, size in places]
-    return Matrices(sources, N, borrowed, allowance)
+    return Matrices(sources, borrowed, allowance)
 
 
-def free_of(allowance: Allowance, most: int) -> int:
-    """Bytes that are left of an allowance, up to `most`; it has them back afterwards."""
-    taken = 0
-    while taken < most and allowance.take(1):
-        taken += 1
-    allowance.give_back(taken)
-    return taken
-
-
-PLACES = [(6, 3 * PAGE), (4 * PAGE + 100, 10 * PAGE)]
-SIZES = [4 * PAGE, 11 * PAGE]
-
-
-def test_matrices_stand_in_memory_until_all_is_taken(path: str) -> None:
+def test_matrices_stand_in_memory_until_they_are_closed(path: str) -> None:
     allowance = Allowance(sum(SIZES))
     ours = matrices(path, allowance, PLACES)
-    for _ in range(2):  # a second pass has them again
-        for n in (400, 599):
-            with ours.standing(n) as found:
-                for one, (at, size) in zip(found, PLACES, strict=True):
-                    assert one is not None
-                    assert ctypes.string_at(one.address, size) == CONTENT[at : at + size]
-                    assert not one.lost
-                assert free_of(allowance, PAGE) == 0
-            assert free_of(allowance, PAGE) == 0
-        with ours.standing(1):
-            pass
-        assert free_of(allowance, 20 * PAGE) == sum(SIZES)
+    for _ in range(2):
+        with ours.standing() as found:
+            for one, (at, size) in zip(found, PLACES, strict=True):
+                assert one is not None
+                assert ctypes.string_at(one.address, size) == CONTENT[at : at + size]
+                assert not one.lost
+            again = found
+        assert allowance.left == 0
+        with ours.standing() as found:
+            assert found == again
+        ours.close()
+        assert allowance.left == sum(SIZES)
 
 
-def test_what_is_not_allowed_is_read_until_others_are_done(path: str) -> None:
+def test_whoever_is_idle_gives_way_and_nobody_else(path: str) -> None:
     allowance = Allowance(SIZES[1])
     first, second = matrices(path, allowance, PLACES[1:]), matrices(path, allowance, PLACES)
-    with first.standing(N) as found:
+    with first.standing() as found:
         assert found[0] is not None
-        with second.standing(1) as others:
-            assert others == (None, None)
-    with second.standing(1) as others:
+        with second.standing() as others:
+            assert others == (None, None), "the first is in use"
+    with second.standing() as others:
         assert others[0] is not None
-        assert others[1] is None, "both do not fit"
+        assert others[1] is None, "both of them do not fit"
+        assert allowance.left == SIZES[1] - SIZES[0]
+        with first.standing() as found:
+            assert found == (None,)
+    with first.standing() as found:
+        assert found[0] is not None
+    first.close()
     second.close()
-    assert free_of(allowance, 20 * PAGE) == SIZES[1]
+    assert allowance.left == SIZES[1]
 
 
-def test_nobody_loses_them_while_he_takes_rows(path: str) -> None:
-    """Passes overlap: one has taken the last elements while another has begun."""
-    allowance = Allowance(20 * PAGE)
-    ours = matrices(path, allowance, PLACES)
-    with ours.standing(10) as found:
-        with ours.standing(N):
-            pass
-        assert found[1] is not None
-        assert ctypes.string_at(found[1].address, 50) == CONTENT[PLACES[1][0] :][:50]
-    assert free_of(allowance, 20 * PAGE) == 20 * PAGE
+def test_what_can_never_stand_drives_nobody_out(path: str) -> None:
+    allowance = Allowance(SIZES[0])
+    small, large = matrices(path, allowance, PLACES[:1]), matrices(path, allowance, PLACES[1:])
+    with small.standing() as found:
+        assert found[0] is not None
+    with large.standing() as others:
+        assert others == (None,)
+    with small.standing() as again:
+        assert again == found
 
 
 def test_many_threads(path: str) -> None:
     allowance = Allowance(SIZES[1] + PAGE)
     all_of = [matrices(path, allowance, PLACES[1:]) for _ in range(3)]
     at, size = PLACES[1]
-    wrong: list[int] = []
+    right, wrong = [0] * 6, [0] * 6
 
     def work(k: int) -> None:
         for i in range(120):
-            with all_of[(k + i) % 3].standing(25) as found:
-                if found[0] is not None and ctypes.string_at(found[0].address, size) != CONTENT[at:][:size]:
-                    wrong.append(k)
+            with all_of[(k + i // 40) % 3].standing() as found:
+                if found[0] is not None:
+                    same = ctypes.string_at(found[0].address, size) == CONTENT[at:][:size]
+                    (right if same else wrong)[k] += 1
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert sum(wrong) == 0 < sum(right)
     for ours in all_of:
         ours.close()
-    assert free_of(allowance, 20 * PAGE) == SIZES[1] + PAGE
+    assert allowance.left == SIZES[1] + PAGE
 
 
 def test_what_the_page_cache_does_not_hold_is_read(path: str) -> None:
@@ -146,24 +143,47 @@ def test_what_the_page_cache_does_not_hold_is_read(path: str) -> None:
     os.close(descriptor)
     allowance = Allowance(20 * PAGE)
     ours = matrices(path, allowance, PLACES)
-    with ours.standing(1) as found:
+    with ours.standing() as found:
         if found[0] is not None:
             pytest.skip("a file system that lives in the page cache")
         assert found == (None, None)
-        assert free_of(allowance, 20 * PAGE) == 20 * PAGE
+        assert allowance.left == 20 * PAGE
     Path(path).read_bytes()
-    with ours.standing(1) as found:
-        assert found == (None, None), "asked once a pass"
+    with ours.standing() as found:
+        assert found == (None, None), "it is asked once"
 
 
-def test_a_file_that_cannot_be_opened_takes_nothing(path: str) -> None:
+@pytest.mark.parametrize("error", [FileNotFoundError, RuntimeError])
+def test_an_error_leaves_nothing_behind(
+    path: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     allowance = Allowance(20 * PAGE)
-    ours = matrices(path + "x", allowance, PLACES)
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError), ours.standing(N):
-            raise AssertionError
-        assert free_of(allowance, 20 * PAGE) == 20 * PAGE
-        ours.close()
+    if error is RuntimeError:  # what the system has no room for
+        monkeypatch.setattr("tvfast.ops.pages._C_cpu", Broken())
+    ours = matrices(path + "x" * (error is FileNotFoundError), allowance, PLACES)
+    before = free_guard()
+    with pytest.raises(error), ours.standing():
+        raise AssertionError
+    assert allowance.left == 20 * PAGE
+    assert free_guard() == before
+    ours.close()
+
+
+class Broken:
+    """The module, where nothing can be shown."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_C_cpu, name)
+
+    def show_pages(self, *arguments: Any) -> bool:
+        raise RuntimeError(arguments)
+
+
+def free_guard() -> int:
+    """The number that is given next."""
+    found = int(_C_cpu.guard_pages(PAGE, PAGE))
+    _C_cpu.end_guard(found)
+    return found
 
 
 @pytest.mark.parametrize(("offset", "n_bytes", "expected"), [(0, 1, 1), (1, PAGE, 2), (PAGE, PAGE, 1)])
@@ -246,31 +266,87 @@ def test_merges_of_shown_and_of_read_rows_are_the_same(
     assert contents == contents[:1] * 3
 
 
-def test_a_file_that_is_shortened_while_rows_are_taken_is_named(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", [PAGE, -10])
+def test_a_file_that_is_shortened_while_rows_are_taken_is_named_and_no_zeros_are_kept(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
+    """Also by less than a page, which raises no signal: the rest of its page is zeros."""
     monkeypatch.chdir(tmp_path)
     write_models(tmp_path, torch.float32, torch.float32)
     monkeypatch.setattr("tvfast.engine.gather.WINDOW_BYTES", 3000)  # an error leaves most of them
+    monkeypatch.setattr("tvfast.engine.cuts.CUT", 96)
+    monkeypatch.setattr("tvfast.engine.plan.UNIT_BYTES", 40_000)
+    config, out = recipe(tokenizer_source="union"), tmp_path / "out"
+    tvfast.merge_checkpoints(config, tmp_path / "whole", device="cpu")
     victim = tmp_path / "b" / "model.safetensors"
+    status, content = victim.stat(), victim.read_bytes()
+    matrix = open_checkpoint(str(tmp_path / "b")).tensors[EMBEDDINGS]
     standing = seen(monkeypatch)
     gather_rows = gathering.gather_rows
 
     def cut(*arguments: Any) -> None:
-        os.truncate(victim, PAGE)
+        os.truncate(victim, left if left > 0 else matrix.offset + matrix.n_bytes + left)
         gather_rows(*arguments)
 
-    monkeypatch.setattr(gathering, "gather_rows", cut)
-    with pytest.raises(MergeError, match=r"b/model\.safetensors: rows of it cannot be read any more"):
-        tvfast.merge_checkpoints(recipe(tokenizer_source="union"), tmp_path / "out", device="cpu", threads=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(gathering, "gather_rows", cut)
+        with pytest.raises(MergeError, match=r"b/model\.safetensors: (ends at byte|input has)"):
+            tvfast.merge_checkpoints(config, out, device="cpu", threads=1)
     assert standing
     assert all(one._memory.closed for one in standing)
+    victim.write_bytes(content)
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    tvfast.merge_checkpoints(config, out, device="cpu", threads=1, resume=True)
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_the_system_cannot_read_again_is_named(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path, torch.float32, torch.float32)
+    monkeypatch.setattr(Standing, "lost", True)
+    with pytest.raises(MergeError, match=r"a/model\.safetensors: rows of it cannot be read any more"):
+        tvfast.merge_checkpoints(recipe(tokenizer_source="union"), tmp_path / "out", device="cpu")
+
+
+def test_a_run_that_goes_on_has_them_too(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where parts of a matrix were merged before, nobody takes all of its rows."""
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path, torch.float32, torch.float32)
+    monkeypatch.setattr("tvfast.engine.gather.WINDOW_BYTES", 3000)
+    monkeypatch.setattr("tvfast.engine.cuts.CUT", 96)
+    monkeypatch.setattr("tvfast.engine.plan.UNIT_BYTES", 40_000)
+    monkeypatch.setattr(planning, "SHOWN_BYTES", 36 * PAGE)  # one matrix by token of each model, not two
+    gather_rows, calls = gathering.gather_rows, [0]
+
+    def stops(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 20:
+            raise EOFError(0, 0)
+        gather_rows(*arguments)
+
+    config, out = recipe(tokenizer_source="union"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(gathering, "gather_rows", stops)
+        with pytest.raises(MergeError, match="ends at byte 0"):
+            tvfast.merge_checkpoints(config, out, device="cpu", threads=1)
+    shown: set[tuple[int, int]] = set()
+
+    def counted(sources: Sequence[Any], *arguments: Any) -> None:
+        shown.update((source.descriptor, source.offset) for source in sources if source.shown)
+        gather_rows(sources, *arguments)
+
+    monkeypatch.setattr(gathering, "gather_rows", counted)
+    tvfast.merge_checkpoints(config, out, device="cpu", threads=1, resume=True)
+    assert len(shown) == 4, "two matrices of two models"
 
 
 # -- plans ------------------------------------------------------------------------------------------------
 
 
-def test_what_stands_in_memory_is_within_the_bound() -> None:
+def test_what_stands_in_memory_is_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = tasks_of([(50_000, 1024), (64, 64)], SUM, n_models=1)
     without = plan_of(tasks)
     rows = array("i", range(50_000))
@@ -290,6 +366,13 @@ def test_what_stands_in_memory_is_within_the_bound() -> None:
     assert plan_of(gathered, memory=least).shown_bytes == 0
     many = (*gathered, *(replace(gathered[0], name=f"m{k}", key=f"m{k}") for k in range(5)))
     assert plan_of(many).shown_bytes == planning.SHOWN_BYTES
+    monkeypatch.setattr(planning, "free_memory", lambda: 2 * (without.arena_bytes + size // 2 + PAGE))
+    assert plan_of(gathered).shown_bytes == size // 2 + PAGE, "half of what is free"
+    monkeypatch.setattr(planning, "SHOWN_BYTES", size // 2 - PAGE)
+    assert plan_of(gathered).shown_bytes == 0, "no matrix fits"
+    monkeypatch.setattr(planning, "SHOWN_BYTES", size)
+    monkeypatch.setattr(planning, "stay_cached", lambda n_bytes: n_bytes < 2**20)
+    assert plan_of(gathered).shown_bytes == 0, "reads go past the page cache"
 
 
 def test_a_run_is_within_the_memory_that_was_planned(path: str, tmp_path: Path) -> None:

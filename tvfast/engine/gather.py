@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvfast.checkpoint.stored import Stored
-from tvfast.engine.shown import resident_bytes
 from tvfast.errors import CheckpointError
 from tvfast.ops.host import CONSTANT_ROW, MEAN_ROW
 
@@ -99,11 +98,6 @@ class Gather:
     def n_constants(self) -> int:
         """Constant rows of each source: those of the map, and its padding."""
         return len(self.map.constants) + self.map.is_padded
-
-    @property
-    def resident_bytes(self) -> int:
-        """What the sources take where they stand in memory."""
-        return sum(resident_bytes(stored.offset, stored.n_bytes) for stored in self.sources)
 
     @property
     def sampled_bytes(self) -> int:

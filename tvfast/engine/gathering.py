@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from tvfast.checkpoint.stored import Stored
 from tvfast.engine.gather import Gather, RowMap, Window
 from tvfast.engine.shown import Allowance, Borrow, Matrices, Standing
 from tvfast.errors import MergeError
@@ -33,7 +34,7 @@ class Gatherer:
         self._ahead = ahead
         self._lock = threading.Lock()
         self._constants: list[array[Any]] | None = None
-        self._matrices = Matrices(gather.sources, gather.map.n_rows * gather.row, borrow, allowance)
+        self._matrices = Matrices(gather.sources, borrow, allowance)
 
     def fill(self, window: Window, address: int) -> None:
         """Fill a window of the block at `address`.
@@ -43,7 +44,7 @@ class Gatherer:
         """
         gather = self._gather
         outs = [address + at for at in window.at]
-        with self._matrices.standing(window.n) as matrices:
+        with self._matrices.standing() as matrices:
             constants = [part.buffer_info()[0] for part in self._prepared(matrices)]
             self._call(matrices, window.start, window.n, outs, constants, DType[gather.dtype])
 
@@ -150,9 +151,22 @@ class Gatherer:
                 raise MergeError(
                     f"{sources[k].path}: ends at byte {at}, in the middle of a row. {_AGAIN}"
                 ) from error
-        for stored, matrix in zip(sources, matrices, strict=True):
-            if matrix is not None and matrix.lost:
-                raise MergeError(f"{stored.path}: rows of it cannot be read any more. {_AGAIN}")
+            for stored, source, matrix in zip(sources, described, matrices, strict=True):
+                if matrix is not None:
+                    _check_end(stored, source.descriptor)
+                    if matrix.lost:
+                        raise MergeError(f"{stored.path}: rows of it cannot be read any more. {_AGAIN}")
+
+
+def _check_end(stored: Stored, descriptor: int) -> None:
+    """Raise if a file ends before a matrix that was taken from memory, where zeros stand for the rest.
+
+    Raises:
+        MergeError: it was shortened.
+    """
+    end = os.fstat(descriptor).st_size
+    if end < stored.offset + stored.n_bytes:
+        raise MergeError(f"{stored.path}: ends at byte {end}, in the middle of a row. {_AGAIN}")
 
 
 def _single_row(row: int) -> RowMap:

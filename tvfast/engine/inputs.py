@@ -126,14 +126,17 @@ class Inputs:
         """Let every read that has not begun fail, so that those who wait for one end soon."""
         self._stopped = True
 
-    def check_shown(self, block: Buffer) -> None:
-        """Raise if what stood in a block was not there to the end of its use.
+    def check_shown(self, extents: Sequence[Extent], block: Buffer) -> None:
+        """Raise if what stood in a block was not there to the end of its use: zeros stand for what is lost.
 
         Raises:
-            MergeError: a file was shortened meanwhile, or its system could not read it again.
+            MergeError: a file was changed meanwhile, or its system could not read it again.
         """
+        if not block.pages.n_shown:
+            return
+        for path in dict.fromkeys(extent.path for extent in extents):
+            _check(path, self._files[path])
         if block.pages.lost:
-            self.check()
             raise MergeError(f"an input cannot be read any more. {_AGAIN}")
 
     def check(self) -> None:
@@ -143,11 +146,7 @@ class Inputs:
             MergeError: a file was changed, replaced or removed.
         """
         for path, state in self._files.items():
-            try:
-                found = FileState.of(os.stat(path))
-            except OSError as error:
-                raise MergeError(f"{path}: input is gone ({error.strerror}). {_AGAIN}") from error
-            _same(path, state, found)
+            _check(path, state)
 
     def close(self) -> None:
         """Stop reading and close every file."""
@@ -273,6 +272,14 @@ def _fill(piece: Extent, block: Buffer, file: _Open) -> None:
 
 
 _AGAIN = "What is merged so far is kept: restore the file and run again with --resume."
+
+
+def _check(path: str, expected: FileState) -> None:
+    try:
+        found = FileState.of(os.stat(path))
+    except OSError as error:
+        raise MergeError(f"{path}: input is gone ({error.strerror}). {_AGAIN}") from error
+    _same(path, expected, found)
 
 
 def _same(path: str, expected: FileState, found: FileState) -> None:

@@ -8,9 +8,9 @@ _LEAST = 64 * 2**20
 _UNKNOWN = 4 * 2**30
 
 
-def all_memory() -> int:
-    """Bytes of memory, used and free."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def stay_cached(n_bytes: int) -> bool:
+    """Whether so many bytes of files would stay in the page cache: no more than half of all memory."""
+    return n_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def free_memory() -> int:

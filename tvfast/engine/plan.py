@@ -17,9 +17,10 @@ from tvfast.engine import device_plan
 from tvfast.engine.arrange import Part, block_bytes
 from tvfast.engine.device import ALIGNMENT, Traits
 from tvfast.engine.device_plan import MOST_WORKERS, DevicePlan, plan_device
-from tvfast.engine.machine import free_memory
+from tvfast.engine.machine import free_memory, stay_cached
 from tvfast.engine.memory import PAGE, round_up
 from tvfast.engine.passes import count_passes
+from tvfast.engine.shown import resident_bytes
 from tvfast.engine.tasks import Task, row_elements
 from tvfast.engine.units import (
     CHUNKS_IN_FLIGHT,
@@ -267,8 +268,6 @@ def make_plan(
     opening = PROGRAM_BYTES + (TORCH_BYTES if share else 0) + METADATA_PEAK * binding.metadata_bytes
     budget = _budget(groups, single, threads, memory, on_device, beside, per_host, opening)
     arena, n_workers = budget.arena, budget.n_workers
-    left = SHOWN_BYTES if memory is None else memory - budget.fixed - arena
-    shown = 0 if device else min(SHOWN_BYTES, left, sum(t.gather.resident_bytes for t in tasks if t.gather))
     if on_device:
         room = Room.beside(on_device, device_plan.UNIT_BYTES, n_workers, arena, single)
     else:
@@ -279,6 +278,8 @@ def make_plan(
         held = sum(round_up(unit.ring_bytes, ALIGNMENT) for unit in units)
         on_device = on_device.shrunk(max(held, ALIGNMENT), not_on_device(units, on_device))
         arena = min(arena, sum(round_up(unit.n_bytes, PAGE) for unit in units) or PAGE)  # all of it is pinned
+    shows = not device and stay_cached(sum(unit.input_bytes for unit in units))
+    shown = _shown_bytes(tasks, budget.left) if shows else 0
     return Plan(
         binding=binding,
         layout=layout,
@@ -300,11 +301,12 @@ def make_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Budget:
-    """How memory is divided: `arena` for tensors, `fixed` for everything else."""
+    """How memory is divided: `arena` for tensors, `fixed` for everything else; `left` may be taken yet."""
 
     n_workers: int
     arena: int
     fixed: int
+    left: int
 
 
 def _budget(
@@ -375,7 +377,7 @@ def _budget(
             if device and largest > arena:
                 largest = 0  # it is streamed anyway: nothing is pinned for it
                 continue
-            return _Budget(n_workers, arena, fixed)
+            return _Budget(n_workers, arena, fixed, (free if memory is None else memory - fixed) - arena)
         if n_workers == 1:
             where = f" on {device.traits.name}" if device else ""
             raise ArgumentError(
@@ -383,6 +385,14 @@ def _budget(
                 f"{max(opening, fixed + arena)} ({math.ceil(max(opening, fixed + arena) / 1e6)}M)."
             )
         n_workers = (n_workers + 1) // 2
+
+
+def _shown_bytes(tasks: Iterable[Task], left: int) -> int:
+    """Of whole matrices in the page cache: those that fit, where so many bytes are left."""
+    most = max(0, min(SHOWN_BYTES, left))
+    sources = (stored for task in tasks if task.gather for stored in task.gather.sources)
+    sizes = (resident_bytes(stored.offset, stored.n_bytes) for stored in sources)
+    return min(most, sum(n for n in sizes if n <= most))
 
 
 def _split_by_scope(tasks: Iterable[Task]) -> tuple[list[list[Task]], list[Task]]:

@@ -17,7 +17,7 @@ from tvfast.engine.conversions import narrow_results, widen_inputs
 from tvfast.engine.device import Device, OutOfDeviceMemory
 from tvfast.engine.finite import check_finite, check_range, reads_all
 from tvfast.engine.inputs import FileState, Inputs
-from tvfast.engine.machine import all_memory
+from tvfast.engine.machine import stay_cached
 from tvfast.engine.memory import Arena, Block, Slots, round_up
 from tvfast.engine.observing import Blind, Clock, Observer
 from tvfast.engine.offload import Job, Offload, Region
@@ -78,7 +78,7 @@ class Run:
         self._progress = progress
         self._arena = Arena(plan.arena_bytes)
         on_device = device is not None and plan.device is not None  # whose uploads need memory of our own
-        direct = _larger_than_memory(plan)
+        direct = not stay_cached(sum(unit.input_bytes for unit in plan.units))
         self._inputs = Inputs(
             files, direct=direct, on_read=self._on_read, shown=not on_device, matrices=plan.shown_bytes
         )
@@ -212,11 +212,11 @@ class Run:
             else:
                 self._merge_on_device(self._offload, unit, loaded, n_threads)
         except Exception:
-            self._inputs.check_shown(block)  # zeros where a file ends now may be all that is wrong
+            self._inputs.check_shown(loaded.arrangement.extents, block)  # may be all that is wrong
             raise
         clock.lap("merging")
         self._go_on()
-        self._inputs.check_shown(block)
+        self._inputs.check_shown(loaded.arrangement.extents, block)
         self._write(loaded, checked=on_host, spread=True)
         clock.lap("writing")
         self._observer.spent(unit.parts, clock.seconds)
@@ -474,8 +474,3 @@ def _copy(part: Part, loaded: Loaded, index: int) -> None:
 def _merges_with_torch(part: Part) -> bool:
     task = part.task
     return task.tensor is not None and task.tensor.method.merge_views() is None
-
-
-def _larger_than_memory(plan: Plan) -> bool:
-    """Whether the inputs would not stay in the page cache."""
-    return sum(unit.input_bytes for unit in plan.units) > all_memory() // 2

@@ -16,26 +16,6 @@ Borrow = Callable[[str], AbstractContextManager[int]]
 """A descriptor of an input file, open for buffered reading."""
 
 
-class Allowance:
-    """How many bytes of files may stand in memory of their own at a time."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self._left = n_bytes
-        self._lock = threading.Lock()
-
-    def take(self, n_bytes: int) -> bool:
-        """Whether so many more may; they count until they are given back."""
-        with self._lock:
-            if n_bytes > self._left:
-                return False
-            self._left -= n_bytes
-            return True
-
-    def give_back(self, n_bytes: int) -> None:
-        with self._lock:
-            self._left += n_bytes
-
-
 class Standing:
     """Bytes of a file in memory of their own; the first of them is at `address`."""
 
@@ -54,10 +34,13 @@ class Standing:
         begin, at = ctypes.addressof(ctypes.c_char.from_buffer(memory)), offset % PAGE
         pages = ShownPages(begin, size)
         standing = Standing(memory, pages, begin + at)
-        if pages.show(descriptor, offset, n_bytes, at):
-            return standing
-        standing.close()
-        return None
+        shown = False
+        try:
+            shown = pages.show(descriptor, offset, n_bytes, at)
+        finally:
+            if not shown:
+                standing.close()
+        return standing if shown else None
 
     @property
     def lost(self) -> bool:
@@ -65,7 +48,7 @@ class Standing:
         return self._pages.lost
 
     def close(self) -> None:
-        self._pages.hide()
+        self._pages.forget()
         self._memory.close()
 
 
@@ -74,72 +57,102 @@ def resident_bytes(offset: int, n_bytes: int) -> int:
     return round_up(offset % PAGE + n_bytes, PAGE)
 
 
+class Allowance:
+    """How many bytes of files may stand in memory of their own at a time.
+
+    Attributes:
+        left: bytes that nobody has taken.
+        lock: is held by who takes and gives back.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self.left = n_bytes
+        self.lock = threading.Lock()
+        self._most = n_bytes
+        self._holders: list[Matrices] = []
+
+    def take(self, n_bytes: int, holder: Matrices) -> bool:
+        """Whether so many more may, after others that are idle have given back theirs."""
+        if n_bytes > self._most:
+            return False
+        for other in list(self._holders):
+            if n_bytes > self.left and other is not holder and not other.n_users:
+                other.hide()
+        if n_bytes > self.left:
+            return False
+        self.left -= n_bytes
+        if holder not in self._holders:
+            self._holders.append(holder)
+        return True
+
+    def give_back(self, n_bytes: int) -> None:
+        """They do not stand in memory any more."""
+        self.left += n_bytes
+
+
 class Matrices:
     """The matrices of one gather, for several threads.
 
-    They stand in memory from their first use until all rows are taken.
+    They stand in memory from their first use until others need the room, or nobody takes rows any more.
 
     Args:
         sources: where they are.
-        n: elements that are taken from each of them, in all.
         borrow: opens their files.
         allowance: shared with other gathers.
+
+    Attributes:
+        n_users: threads that take rows.
     """
 
-    def __init__(self, sources: Sequence[Stored], n: int, borrow: Borrow, allowance: Allowance) -> None:
+    def __init__(self, sources: Sequence[Stored], borrow: Borrow, allowance: Allowance) -> None:
+        self.n_users = 0
         self._sources = sources
-        self._n = n
         self._borrow = borrow
         self._allowance = allowance
-        self._lock = threading.Lock()
-        self._n_users = 0
-        self._forget()
+        self._found: list[Standing | None] = [None] * len(sources)
+        self._cached = [True] * len(sources)  # as far as anybody knows
 
     @contextmanager
-    def standing(self, n: int) -> Iterator[Sequence[Standing | None]]:
-        """Each matrix, or None where it has to be read, while `n` elements are taken from each."""
-        with self._lock:
+    def standing(self) -> Iterator[Sequence[Standing | None]]:
+        """Each matrix, or None where it has to be read."""
+        with self._allowance.lock:
             for k in range(len(self._sources)):
-                if not self._asked[k]:
+                if self._found[k] is None and self._cached[k]:
                     self._show(k)
-            self._n_users += 1
+            self.n_users += 1
             found = tuple(self._found)
         try:
             yield found
         finally:
-            with self._lock:
-                self._n_users -= 1
-                self._n_left -= n
-                if self._n_left <= 0 and not self._n_users:
-                    self._hide()
+            with self._allowance.lock:
+                self.n_users -= 1
 
     def close(self) -> None:
-        """Nobody uses them any more."""
-        with self._lock:
-            self._hide()
+        """Nobody takes rows any more."""
+        with self._allowance.lock:
+            self.hide()
+
+    def hide(self) -> None:
+        """With the allowance's lock held, where nobody takes rows."""
+        for k, standing in enumerate(self._found):
+            if standing is not None:
+                self._found[k] = None
+                self._allowance.give_back(self._n_bytes(k))
+                standing.close()
 
     def _show(self, k: int) -> None:
-        """Try again when others have given back what they had; what is not in the page cache is read."""
-        stored = self._sources[k]
-        n_bytes = resident_bytes(stored.offset, stored.n_bytes)
-        if not self._allowance.take(n_bytes):
+        """Let a matrix stand in memory if it is allowed and the page cache holds it, which is asked once."""
+        n_bytes = self._n_bytes(k)
+        if not self._allowance.take(n_bytes, self):
             return
-        self._asked[k] = True
         try:
-            with self._borrow(stored.path) as descriptor:
+            with self._borrow(self._sources[k].path) as descriptor:
+                stored = self._sources[k]
                 self._found[k] = Standing.made(descriptor, stored.offset, stored.n_bytes)
         finally:
             if self._found[k] is None:
+                self._cached[k] = False
                 self._allowance.give_back(n_bytes)
 
-    def _hide(self) -> None:
-        for stored, standing in zip(self._sources, self._found, strict=True):
-            if standing is not None:
-                standing.close()
-                self._allowance.give_back(resident_bytes(stored.offset, stored.n_bytes))
-        self._forget()
-
-    def _forget(self) -> None:
-        self._found: list[Standing | None] = [None] * len(self._sources)
-        self._asked = [False] * len(self._sources)
-        self._n_left = self._n
+    def _n_bytes(self, k: int) -> int:
+        return resident_bytes(self._sources[k].offset, self._sources[k].n_bytes)

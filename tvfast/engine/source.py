@@ -82,7 +82,7 @@ class StreamSource:
             if check is not None:
                 check(loaded)
             yield self._resident(loaded)
-            self._inputs.check_shown(loaded.block)
+            self._inputs.check_shown(loaded.arrangement.extents, loaded.block)
             if write:
                 writing.append(self._finish(loaded))
             else:
@@ -130,7 +130,7 @@ class StreamSource:
         """Pieces from everywhere."""
         for loaded in self._loaded(self._samples, None):
             yield self._resident(loaded)
-            self._inputs.check_shown(loaded.block)
+            self._inputs.check_shown(loaded.arrangement.extents, loaded.block)
             loaded.block.release()
 
     def _loaded(self, chunks: Sequence[tuple[Part, ...]], layout: Layout | None) -> Iterator[Loaded]:

@@ -12,7 +12,7 @@ PAGE = mmap.PAGESIZE
 class ShownPages:
     """The files that stand in `n_bytes` of private memory at `address`, a multiple of `PAGE`.
 
-    One thread shows and hides; nobody uses the memory meanwhile.
+    One thread at a time shows, hides and forgets; nobody uses the memory meanwhile.
     """
 
     def __init__(self, address: int, n_bytes: int) -> None:
@@ -42,10 +42,20 @@ class ShownPages:
         """Whether a page that was shown could not be read any more: its file was shortened. It has zeros."""
         return self._guard >= 0 and bool(_C_cpu.lost_pages(self._guard))
 
+    @property
+    def n_shown(self) -> int:
+        """How often something was shown since the memory was hidden."""
+        return len(self._shown)
+
     def hide(self) -> None:
         """Make it memory again, whose content is nothing in particular."""
         while self._shown:
             _C_cpu.hide_pages(*self._shown.pop())
+        self.forget()
+
+    def forget(self) -> None:
+        """The memory itself is given back next: nobody looks after it any more."""
+        self._shown.clear()
         if self._guard >= 0:
             _C_cpu.end_guard(self._guard)
             self._guard = -1
