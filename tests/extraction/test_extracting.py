@@ -249,6 +249,22 @@ def test_an_adapter_is_not_overwritten_unasked(models: tuple[Path, Path], tmp_pa
         tvfast.extract_lora(tuned, base, base, rank=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rank_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = torch.randn(40, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    left, right = torch.ones(40, 1), torch.linspace(-1, 1, 32)[None]
+    for name, tensor in (("base", base), ("tuned", (base + 0.5 * left @ right).to(dtype))):
+        write(tmp_path / name, {"model.layers.0.self_attn.q_proj.weight": tensor})
+    tvfast.extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "one", rank=1)
+    kept = tvfast.extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "two", sv_epsilon=1.0)
+    assert kept.ranks == {"model.layers.0.self_attn.q_proj": 1}
+    factors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    a, b = (next(t for name, t in factors.items() if f"lora_{side}" in name) for side in "AB")
+    assert (a.shape, b.shape) == ((1, 32), (40, 1))
+    product = b.float() @ a.float()
+    assert torch.allclose(product, 0.5 * left @ right, atol=0.02)
+
+
 def test_the_command_has_both_spellings(
     models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
+from tvfast.engine.joining import Body, check_joined
 from tvfast.engine.layers import (
     LayerCount,
     gradient_stacks,
@@ -96,6 +97,12 @@ class Rows:
 
     def _stacked(self) -> Iterator[Row]:
         first, last = self.recipe.slices[0], self.recipe.slices[-1]
+        bodies = {}
+        for part in self.recipe.slices:
+            model = part.sources[part.reference].model
+            if model not in bodies:
+                bodies[model] = self._body(model)
+                check_joined(self.recipe, next(iter(bodies.values())), bodies[model])
         yield from self._outside(first, before=True)
         offset = 0
         for part in self.recipe.slices:
@@ -105,6 +112,16 @@ class Rows:
                 yield from self._layer(part, k, n_layers, offset + k)
             offset += n_layers
         yield from self._outside(last, before=False)
+
+    def _body(self, model: str) -> Body:
+        checkpoint = self.checkpoints[model]
+        main, _ = self._main(checkpoint)
+        inside: dict[str, list[Stored]] = {}
+        for layer, suffixes in self._layers(checkpoint, main).items():
+            for suffix in suffixes:
+                inside.setdefault(suffix, []).append(checkpoint.tensors[f"{main}{layer}.{suffix}"])
+        outside = {n: stored for n, stored in checkpoint.tensors.items() if not _inside(n, main)}
+        return Body(model, outside, inside)
 
     def _outside(self, part: Slice, *, before: bool) -> Iterator[Row]:
         """What is in no layer: embeddings from the first slice, norm and head from the last."""

@@ -168,7 +168,8 @@ def _numbers(stored: Stored) -> Iterator[bytes]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)  # one row may have any strides
+    return plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _json(value: Mapping[str, Any]) -> str:
