@@ -306,7 +306,7 @@ LAYERS = {
     # Other libraries on tvfast's kernels. `install()` imports them, and what it put in their place.
     "tvfast.integrations": Layer(
         inside=("tvfast.errors", "tvfast.program", "tvfast.ops", "tvfast.methods"),
-        exactly=("tvfast",),
+        exactly=("tvfast", "tvfast.dtypes", "tvfast.recipe"),
         outside=("torch", "peft", "fusion_bench"),
     ),
     # What pages and pictures show of checkpoints and merges; matplotlib is imported where a picture is drawn.

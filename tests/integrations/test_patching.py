@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import tvfast
 from tvfast.errors import PeerError, UnknownNameError
@@ -150,3 +152,38 @@ def test_importing_them_imports_no_peer() -> None:
     for name in tvfast.integrations.__all__:
         getattr(tvfast.integrations, name)
     assert not {"mergekit", "fusion_bench", "sd_mecha"} & {name.split(".")[0] for name in sys.modules}
+
+
+@pytest.mark.usefixtures("peer")
+def test_a_call_that_is_left_to_the_peer_has_drawn_nothing() -> None:
+    def drawing(x: int) -> Any:
+        torch.rand(3)
+        raise NotServed("not this time")
+
+    one = Integration(
+        "pretended", "pretended", ("1.0",), lambda _: [Hook("m", "pretended.merges", "merge", same(drawing))]
+    )
+    with one.install():
+        before = torch.get_rng_state()
+        assert module("merges").merge(1) == ("peer", 1)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("peer")
+def test_many_threads_install_once() -> None:
+    one, original = integration(), module("merges").merge
+    for _ in range(20):
+        barrier = threading.Barrier(8)
+
+        def work(barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            one.install()
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(one._patches) == 2
+        one.uninstall()
+        assert module("merges").merge is original

@@ -72,7 +72,7 @@ def _weighted_sum(original: Function) -> Function:
             raise NotServed("a result on another device")
         if 0.0 in own:
             raise NotServed("a weight of 0, whose state dict is not read")
-        return _sums(state_dicts, own, Divisor.NONE, lambda rest: original(rest, own))
+        return _sums(state_dicts, own, Divisor.NONE, lambda rest: original(rest, weights))
 
     return state_dict_weighted_sum
 
@@ -82,7 +82,7 @@ def _interpolation(original: Function) -> Function:
         state_dicts: StateDicts, scalars: Sequence[float]
     ) -> OrderedDict[str, Tensor]:
         own = _weights(state_dicts, scalars)
-        return _sums(state_dicts, own, Divisor.NONE, lambda rest: original(rest, own))
+        return _sums(state_dicts, own, Divisor.NONE, lambda rest: original(rest, scalars))
 
     return state_dict_interpolation
 
@@ -92,6 +92,8 @@ def _ones(state_dicts: StateDicts) -> list[float]:
 
 
 def _weights(state_dicts: StateDicts, weights: Sequence[float]) -> list[float]:
+    if not isinstance(weights, list | tuple):
+        raise NotServed("weights that are no list")
     own = [number(weight, "a weight") for weight in weights]
     if len(own) != len(state_dicts):
         raise NotServed("another number of weights")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tvfast.integrations._chunks import flat_chunks
-from tvfast.integrations._fusion_bench_leaves import leaves
+from tvfast.integrations._fusion_bench_leaves import Leaf, leaves
 from tvfast.integrations._fusion_bench_models import negative_zeros_
 from tvfast.integrations._patching import NotServed
 from tvfast.integrations._tables import Merge, check_served, entry, number, scalars
@@ -21,15 +21,20 @@ from tvfast.program import Members, Program, Reduce, Vote, ZeroSign
 _UNIFIED = Program(vote=Vote.MASS, zero_sign=ZeroSign.MINUS, members=Members.STRICT, reduce=Reduce.MAX_ABS)
 
 
-@torch.no_grad()
 def emr_merge(
     task_vectors: list[Mapping[str, Tensor]],
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor]:
     """(largest entries of the elected sign, masks of those who agree, ratios of mean magnitudes)."""
     if not task_vectors:
         raise NotServed("no task vectors")
-    n_models = len(task_vectors)
-    found = leaves(task_vectors[0], task_vectors)
+    found = leaves(task_vectors[0], task_vectors)  # left to the library where gradients are recorded
+    with torch.no_grad():
+        return _emr_merged(found, len(task_vectors))
+
+
+def _emr_merged(
+    found: Sequence[Leaf], n_models: int
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor]:
     if any(leaf.base.dtype != torch.float32 for leaf in found):
         raise NotServed("16 bits")
     unified = {leaf.name: on_huge_pages(torch.empty_like(leaf.base)) for leaf in found}

@@ -59,13 +59,12 @@ def _elect(made: Ties, entries: Sequence[Entry]) -> tuple[Program, list[TensorSc
     return made.resolve(Merge(list(entries), []).statistics)
 
 
-@torch.no_grad()
 def ties_merging(flat_task_checks: Tensor, reset_thresh: Any = None, merge_func: str = "") -> Tensor:
     """TIES of the rows [K, d] of one tensor."""
     check_served([flat_task_checks])
     if flat_task_checks.dim() != 2:
         raise NotServed("task vectors that are no matrix")
-    rows = list(flat_task_checks)
+    rows = list(flat_task_checks.detach())
     made = _ties_method(reset_thresh, merge_func, 1.0, rows[0], rows[0].numel())
     out = on_huge_pages(torch.empty_like(rows[0]))
     one = entry(rows, out, name="tensor")

@@ -34,6 +34,10 @@ def merging_with_fisher_weights(
             raise NotServed("16 bits, or another number of models")
     if fisher_scaling_coefficients.numel() != n_models or fisher_scaling_coefficients.is_cuda:
         raise NotServed("another number of coefficients")
+    if fisher_scaling_coefficients.requires_grad and torch.is_grad_enabled():
+        raise NotServed("gradients are recorded")
+    if fisher_scaling_coefficients.dtype == torch.float64:
+        raise NotServed("coefficients of float64")
     weights = fisher_scaling_coefficients.to(torch.float32).reshape(-1)
     if normalize_fisher_weight:
         inverse = 1.0 / (_norms(models_to_merge_param_dict, fishers) + floor)

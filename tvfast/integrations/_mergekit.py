@@ -171,13 +171,15 @@ def model_stock(base: Tensor, models: Sequence[Tensor], *, guard_singular: bool)
     out = on_huge_pages(torch.empty_like(base, dtype=torch.float32))
     deltas = Merge([entry(models, out, base=base)], [scalars((1.0,) * n)])
     gram = deltas.statistics.gram(Program(), deltas.numbers)[0]
+    if not all(math.isfinite(value) for row in gram for value in row):
+        raise NotServed("values that are not finite")
     cosines = [
         max(-1.0, min(1.0, gram[j][k] / max(math.sqrt(gram[j][j] * gram[k][k]), _SMALLEST_PRODUCT)))
         for j in range(n)
         for k in range(j + 1, n)
     ]
-    if not all(math.isfinite(cosine) for cosine in cosines) or not cosines:
-        raise NotServed("values that are not finite")
+    if not cosines:
+        raise NotServed("one model")
     cosine = sum(cosines) / len(cosines)
     denominator = 1.0 + (n - 1) * cosine
     if abs(denominator) < 1e-6:
@@ -202,5 +204,7 @@ def karcher(
         raise NotServed("one model")
     check_served(tensors)
     weights = [number(alpha, "a weight") for alpha in alphas]
+    if not math.isclose(math.fsum(weights), 1.0, rel_tol=1e-9):
+        raise NotServed("weights whose sum is not 1")
     made = method("karcher", weights=weights, max_iter=max_iter, tol=number(tol, "tol"))
     return merge_by(made, None, list(tensors))

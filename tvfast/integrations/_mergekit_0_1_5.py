@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tvfast.integrations._tables import Merge, check_served, entry, merge_by, me
 from tvfast.methods import METHODS
 from tvfast.methods.linear import sum_of_weights
 from tvfast.ops._huge_pages import on_huge_pages
-from tvfast.program import Divisor, Program, Reduce
+from tvfast.program import Divisor, Members, Program, Reduce
 
 _METHODS = "mergekit.merge_methods"
 _PER_MODEL = ("weight", "density", "gamma", "epsilon")
@@ -78,6 +79,8 @@ def _linear(batch: Any, weight: Tensor, normalize: bool = True) -> Tensor:
     check_served(tensors)
     if weight.requires_grad and torch.is_grad_enabled():
         raise NotServed("gradients are recorded")
+    if tensors[0].dim() < 1 or weight.shape != (tensors[0].shape[0], len(tensors)):
+        raise NotServed("another number of weights than one per output and tensor")
     out = on_huge_pages(torch.empty_like(tensors[0]))
     program = Program(reduce=Reduce.FUSED_SUM, divisor=Divisor.WEIGHT if normalize else Divisor.NONE)
     numbers = []
@@ -92,7 +95,8 @@ def _linear(batch: Any, weight: Tensor, normalize: bool = True) -> Tensor:
         entry([tensor[index] for tensor in tensors], out[index], name=str(index))
         for index in range(len(numbers))
     ]
-    Merge(entries, numbers).combine(program)
+    # The divisor is a given one, so who is a member decides about the sign of a sum of zeros alone.
+    Merge(entries, numbers).combine(replace(program, members=Members.STRICT))
     return out
 
 

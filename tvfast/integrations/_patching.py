@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType, TracebackType
 from typing import Any
 
+import torch
+
 from tvfast.errors import PeerError, UnknownNameError
 
 Function = Callable[..., Any]
@@ -21,7 +23,7 @@ GENERATORS = ("tvfast", "peer")
 
 
 class NotServed(Exception):
-    """This call is left to the peer's own code; raised before anything is drawn or written."""
+    """This call is left to the peer's own code; raised before anything is written that was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Integration:
     _served: Counter[str] = field(default_factory=Counter)
     _left: Counter[tuple[str, str]] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _patching: threading.RLock = field(default_factory=threading.RLock)
 
     def install(self, *, rng: str = "tvfast") -> Integration:
         """Replace the peer's functions, in every module of it that has bound them; the counts start at 0.
@@ -90,30 +93,35 @@ class Integration:
         """
         if rng not in GENERATORS:
             raise UnknownNameError(f"rng {rng!r} does not exist; expected one of {', '.join(GENERATORS)}.")
-        if not self._patches:
-            found = self._version()
-            self._served.clear()
-            self._left.clear()
-            try:
-                for hook in self.hooks(found):
-                    self._patch(hook)
-            except (ImportError, AttributeError) as error:
-                self.uninstall()
-                raise PeerError(
-                    f"{self.distribution} {found} cannot be accelerated: {error}. Expected an intact "
-                    f"installation of {self._known()}."
-                ) from error
-        self.rng = rng
+        with self._patching:
+            if not self._patches:
+                self._replace(self._version())
+            self.rng = rng
         return self
+
+    def _replace(self, found: str) -> None:
+        self._served.clear()
+        self._left.clear()
+        try:
+            for hook in self.hooks(found):
+                self._patch(hook)
+        except (ImportError, AttributeError) as error:
+            self.uninstall()
+            raise PeerError(
+                f"{self.distribution} {found} cannot be accelerated: {error}. Expected an intact "
+                f"installation of {self._known()}."
+            ) from error
 
     def uninstall(self) -> None:
         """Give the peer its own functions back; counts stay. Nothing happens if none are replaced."""
-        while self._patches:
-            patch = self._patches.pop()
-            if patch.owner is None:
-                _rebind(self.package, patch.replacement, patch.original)
-            else:
-                setattr(patch.owner, patch.attribute, patch.original)
+        with self._patching:
+            self.options.clear()
+            while self._patches:
+                patch = self._patches.pop()
+                if patch.owner is None:
+                    _rebind(self.package, patch.replacement, patch.original)
+                else:
+                    setattr(patch.owner, patch.attribute, patch.original)
 
     def stats(self) -> dict[str, int]:
         """Calls that went through tvfast since `install()`, by hook."""
@@ -182,10 +190,12 @@ class Integration:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._patches:  # someone kept the function beyond `uninstall`
                 return original(*args, **kwargs)
+            drawn = torch.get_rng_state()
             try:
                 result = ours(*args, **kwargs)
             except NotServed as left:
                 reason = str(left)
+                torch.set_rng_state(drawn)  # the peer draws what it would have drawn without us
             else:
                 with self._lock:
                     self._served[name] += 1

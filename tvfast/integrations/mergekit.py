@@ -43,8 +43,9 @@ def install(*, rng: str = "tvfast", engine: bool = False) -> Integration:
         PeerError: mergekit is not installed, or of a version that is not known.
         UnknownNameError: `rng`.
     """
-    INTEGRATION.options["engine"] = engine
-    return INTEGRATION.install(rng=rng)
+    found = INTEGRATION.install(rng=rng)
+    found.options["engine"] = engine
+    return found
 
 
 uninstall = INTEGRATION.uninstall

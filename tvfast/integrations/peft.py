@@ -138,6 +138,15 @@ def _vote(majority_sign_method: str) -> Vote:
     return _VOTES[majority_sign_method]
 
 
+def _voting(task_tensors: list[Tensor], weights: Tensor, density: float, method: str) -> tuple[_Call, float]:
+    """The call and its density; peft makes NaN of an infinity that is voted out."""
+    call, share = _Call.of(task_tensors, weights), _density(density)
+    _vote(method)
+    if share >= 1:
+        call.merge.check_finite()
+    return call, share
+
+
 def _elected(call: _Call, keep: Keep, method: str, gain: Gain, masks: list[Tensor] | None) -> Tensor:
     """The weighted members of the elected sign, divided by how many they are."""
     program = Program(
@@ -170,8 +179,7 @@ def ties(
     task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
     """Σ w_k trim(τ_k) over the models of the elected sign, divided by their number."""
-    call, share = _Call.of(task_tensors, weights), _density(density)
-    _vote(majority_sign_method)
+    call, share = _voting(task_tensors, weights, density, majority_sign_method)
     return _elected(call, call.trim(share), majority_sign_method, Gain.MODEL, None)
 
 
@@ -186,8 +194,7 @@ def dare_ties(
     task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
     """As `ties`, with (m_k ∘ τ_k) / density for the trimmed task vectors."""
-    call, share = _Call.of(task_tensors, weights), _density(density)
-    _vote(majority_sign_method)
+    call, share = _voting(task_tensors, weights, density, majority_sign_method)
     keep, masks = call.drop(share)
     return _elected(call, keep, majority_sign_method, Gain.INVERSE_PROBABILITY, masks)
 
