@@ -127,7 +127,9 @@ def strip_wrappers(names: Iterable[Any]) -> dict[Any, str]:
     return stripped
 
 
-def match(base: Weights, models: Sequence[Weights], roles: Sequence[str] = ()) -> list[Leaf]:
+def match(
+    base: Weights, models: Sequence[Weights], roles: Sequence[str] = (), first: str = "base"
+) -> list[Leaf]:
     """The floating-point leaves of the base with their counterparts; aliases are one leaf.
 
     Integer and boolean leaves are left out, but must have the base's shape. A bare tensor must be
@@ -135,33 +137,34 @@ def match(base: Weights, models: Sequence[Weights], roles: Sequence[str] = ()) -
 
     Args:
         roles: what messages call the models; models[0], models[1] ... by default.
+        first: what they call the base.
 
     Raises:
         StateDictError: different sets of names, or tensors that the base ties and a model has different.
         ShapeError, DeviceError, DTypeError: a model's tensor does not fit the base's.
         LayoutError: a tensor that is not plain contiguous memory.
     """
-    base_tensors = named_tensors(base, "base")
+    base_tensors = named_tensors(base, first)
     called = list(roles) or [f"models[{k}]" for k in range(len(models))]
     model_tensors = [named_tensors(model, role) for model, role in zip(models, called, strict=True)]
     for tensors, role in zip(model_tensors, called, strict=True):
-        check_names(base_tensors, tensors, role)
+        check_names(base_tensors, tensors, role, first)
     leaves: list[Leaf] = []
     by_memory: dict[tuple[Any, ...], Leaf] = {}
     for name, tensor in base_tensors.items():
         counterparts = tuple(tensors[name] for tensors in model_tensors)
         roled = list(zip(called, counterparts, strict=True))
-        merged = is_merged(name, tensor, roled, bare=isinstance(base, Tensor))
+        merged = is_merged(name, tensor, roled, bare=isinstance(base, Tensor), first=first)
         for role, counterpart in roled:
-            check_same(name, role, counterpart, "base", tensor)
+            check_same(name, role, counterpart, first, tensor)
         if not merged:
             continue
-        base_view = view(tensor, name, "base", float64=True)
+        base_view = view(tensor, name, first, float64=True)
         model_views = [view(m, name, role, float64=True) for role, m in roled]
         leaf = Leaf(name, tensor, counterparts, base_view, tuple(model_views))
         key = _memory(tensor)
         if key in by_memory:
-            _check_tied(by_memory[key], leaf, called)
+            _check_tied(by_memory[key], leaf, called, first)
             by_memory[key].aliases.append(name)
         else:
             leaves.append(leaf)
@@ -170,15 +173,17 @@ def match(base: Weights, models: Sequence[Weights], roles: Sequence[str] = ()) -
     return leaves
 
 
-def check_names(base: Mapping[str, Tensor], model: Mapping[str, Tensor], role: str) -> None:
+def check_names(
+    base: Mapping[str, Tensor], model: Mapping[str, Tensor], role: str, first: str = "base"
+) -> None:
     missing = [name for name in base if name not in model]
     extra = [name for name in model if name not in base]
     if missing or extra:
         found = [f"lacks {_names(missing)}"] * bool(missing) + [
-            f"has {_names(extra)} that base lacks"
+            f"has {_names(extra)} that {first} lacks"
         ] * bool(extra)
         raise StateDictError(
-            f"{role} {' and '.join(found)}; expected the names of base, no more and no fewer."
+            f"{role} {' and '.join(found)}; expected the names of {first}, no more and no fewer."
         )
 
 
@@ -188,16 +193,18 @@ def _names(names: Sequence[str]) -> str:
     return f"{len(names)} tensors ({shown}{more})" if len(names) > 1 else f"the tensor {shown}"
 
 
-def is_merged(name: str, base: Tensor, models: Sequence[tuple[str, Tensor]], *, bare: bool) -> bool:
+def is_merged(
+    name: str, base: Tensor, models: Sequence[tuple[str, Tensor]], *, bare: bool, first: str = "base"
+) -> bool:
     """Whether a leaf is floating-point everywhere; False for integers and booleans in a container."""
-    for role, tensor in [("base", base), *models]:
+    for role, tensor in [(first, base), *models]:
         if tensor.is_complex() or (tensor.is_floating_point() != base.is_floating_point()):
             raise DTypeError(
-                f"{where(name, role)} has dtype {tensor.dtype}, base has {base.dtype}; expected real "
+                f"{where(name, role)} has dtype {tensor.dtype}, {first} has {base.dtype}; expected real "
                 "floating-point tensors, or integers everywhere. Cast it first."
             )
     if bare and not base.is_floating_point():
-        raise DTypeError(f"{where(name, 'base')} has dtype {base.dtype}; expected a floating-point tensor.")
+        raise DTypeError(f"{where(name, first)} has dtype {base.dtype}; expected a floating-point tensor.")
     return base.is_floating_point()
 
 
@@ -206,11 +213,11 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
-def _check_tied(first: Leaf, second: Leaf, roles: Sequence[str]) -> None:
+def _check_tied(one: Leaf, two: Leaf, roles: Sequence[str], first: str) -> None:
     # Comparing values reads both tensors; it happens only where a base is tied and a model is not.
-    for role, left, right in zip(roles, first.models, second.models, strict=True):
+    for role, left, right in zip(roles, one.models, two.models, strict=True):
         if _memory(left) != _memory(right) and not torch.equal(left, right):
             raise StateDictError(
-                f"base ties {first.name!r} and {second.name!r}, but they differ in {role}; expected "
-                "equal tensors, because there is one result for both. Untie the base or tie the model."
+                f"{first} ties {one.name!r} and {two.name!r}, but they differ in {role}; expected "
+                "equal tensors, because there is one result for both. Untie {first}, or tie {role}."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -203,8 +204,10 @@ def _sum(values: list[float]) -> float:
 
 
 def _cosine(gram: Matrix, j: int, k: int) -> float:
-    # The root of the product, not the product of the roots: exactly 1 on the diagonal.
-    length = math.sqrt(gram[j][j] * gram[k][k])
+    # The root of the product, exactly 1 on the diagonal; the product of the roots where that is out of range.
+    product = gram[j][j] * gram[k][k]
+    normal = sys.float_info.min <= product < math.inf
+    length = math.sqrt(product) if normal else math.sqrt(gram[j][j]) * math.sqrt(gram[k][k])
     if length == 0.0:
         return math.nan
     cosine = gram[j][k] / length

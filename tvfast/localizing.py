@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tvfast._leaves import Leaf, Weights, match, model_list
-from tvfast.errors import ArgumentError
+from tvfast._leaves import Leaf, Weights, match, model_list, named_tensors
+from tvfast.errors import ArgumentError, ShapeError, StateDictError
 from tvfast.methods.base import PerModel, check_name, numbers
 from tvfast.ops import combine
 from tvfast.ops._planes import pack, unpack
@@ -33,12 +33,14 @@ class Localized:
         task_vector: by name, in float32, or float64 where an input is.
         masks: by name, a plane of 64-bit words for every task, lowest bit first.
         factors: of every task.
+        aliases: names of tensors that share memory with another, by whose name they are found above.
     """
 
     kind: str
     task_vector: Mapping[str, Tensor]
     masks: Mapping[str, tuple[Tensor, ...]]
     factors: tuple[float, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def mask(self, name: str, task: int) -> Tensor:
         """Which entries of a tensor belong to a task; bool, in its shape.
@@ -46,7 +48,8 @@ class Localized:
         Raises:
             ArgumentError: there is no such tensor or task.
         """
-        self._check(task)
+        task = self._checked(task)
+        name = self.aliases.get(name, name)
         if name not in self.task_vector:
             raise ArgumentError(f"there is no tensor {name!r}; expected one that was localized.")
         shared = self.task_vector[name]
@@ -54,23 +57,39 @@ class Localized:
         unpack(self.masks[name][task], bits)
         return bits.view(shared.shape)
 
-    def model(self, base: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
-        """θ₀ + factor · mask ∘ τ of one task, in the base's types; what is not a floating-point tensor stays.
+    def model(self, base: Weights, task: int) -> dict[str, Tensor]:
+        """θ₀ + factor · mask ∘ τ of one task, by name, in the base's types; what is not localized stays.
+
+        Args:
+            base: what was localized, or tensors of these names and shapes.
 
         Raises:
             ArgumentError: there is no such task.
+            StateDictError, ShapeError: the base lacks a tensor, or has it in another shape.
         """
-        self._check(task)
-        merged = dict(base)
+        task = self._checked(task)
+        merged = named_tensors(base, "base")
         for name, shared in self.task_vector.items():
-            wide = base[name].to(shared.dtype)
+            if name not in merged:
+                raise StateDictError(
+                    f"base lacks the tensor {name!r}; expected the names that were localized."
+                )
+            start = merged[name].detach()
+            if start.shape != shared.shape:
+                raise ShapeError(
+                    f"tensor {name!r}: base has shape {list(start.shape)}, the task vector has "
+                    f"{list(shared.shape)}; expected equal ones."
+                )
             own = torch.where(self.mask(name, task), shared, 0.0) * self.factors[task]
-            merged[name] = (wide + own).to(base[name].dtype)
+            merged[name] = (start.to(shared.dtype) + own).to(start.dtype)
+        for alias, name in self.aliases.items():
+            merged[alias] = merged[name]
         return merged
 
-    def _check(self, task: int) -> None:
-        if not 0 <= task < len(self.factors):
-            raise ArgumentError(f"task is {task}; expected 0 to {len(self.factors) - 1}.")
+    def _checked(self, task: int) -> int:
+        if not isinstance(task, int) or not 0 <= task < len(self.factors):
+            raise ArgumentError(f"task is {task!r}; expected 0 to {len(self.factors) - 1}.")
+        return task
 
 
 def localize(
@@ -96,21 +115,24 @@ def localize(
 
     Raises:
         UnknownNameError: no such kind or rescale.
-        ArgumentError: a threshold that is negative, or not one per model.
+        ArgumentError: no model, a threshold that is negative, or not one per model.
         StateDictError, ShapeError, DTypeError, DeviceError, LayoutError: models do not fit the base.
 
     Notes:
-        T + 1 tensors of one name are in float32 at a time. NaN belongs to no mask, and stays in the shared
-        vector.
+        T + 1 tensors of one name are in float32 at a time. NaN belongs to no mask, counts in no factor and
+        stays in the shared vector.
 
     Source: Huang et al. 2024, arXiv:2405.17461 (EMR); Wang et al. 2024, arXiv:2405.07813 (TALL).
     """
     check_name("kind", kind, KINDS, "localize")
     check_name("rescale", rescale, RESCALES, "localize")
     found = model_list(models)
+    if not found:
+        raise ArgumentError("models is empty; expected at least one.")
     thresholds = _per_model(threshold, len(found))
     task_vector: dict[str, Tensor] = {}
     masks: dict[str, tuple[Tensor, ...]] = {}
+    aliases: dict[str, str] = {}
     own = [0.0] * len(found)
     shared = [0.0] * len(found)
     for leaf in match(base, found):
@@ -119,16 +141,17 @@ def localize(
         planes = []
         for t, tau in enumerate(taus):
             if kind == "emr":
-                mask = (tau.sign() == one.sign()) & (one != 0)
+                mask = (tau.sign() == one.sign()) & (one != 0) & ~one.isnan()  # the sign of NaN is 0
                 by = float(max(1, one.numel())) if rescale == "tensors" else 1.0
-                own[t] += float(tau.abs().sum(dtype=torch.float64)) / by
+                own[t] += float(tau.abs().nansum(dtype=torch.float64)) / by
                 shared[t] += float(torch.where(mask, one.abs(), 0.0).sum(dtype=torch.float64)) / by
             else:
                 mask = tau.abs() > thresholds[t] * (one - tau).abs()
             planes.append(pack(mask.contiguous()))
         task_vector[leaf.name], masks[leaf.name] = one, tuple(planes)
+        aliases |= dict.fromkeys(leaf.aliases, leaf.name)
     factors = [1.0 if kind == "tall" or s == 0.0 else o / s for o, s in zip(own, shared, strict=True)]
-    return Localized(kind, task_vector, masks, tuple(factors))
+    return Localized(kind, task_vector, masks, tuple(factors), aliases)
 
 
 def _per_model(threshold: PerModel, n_models: int) -> tuple[float, ...]:

@@ -422,3 +422,26 @@ def test_refusals(case: str) -> None:
     act, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         act(network())
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_losses_without_a_graph_are_refused(how: str) -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(how != "no_grad"):
+            found: Tensor = model(x).pow(2).sum(1)
+        return found.detach() if how == "detach" else found
+
+    with pytest.raises(ArgumentError, match="does not depend on any parameter, or loss_fn detached it"):
+        collect(nn.Linear(4, 3), loss, [torch.randn(5, 4)])
+
+
+def test_parameters_that_the_losses_do_not_reach_have_no_importance() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = model["used"](x).pow(2).sum(1)  # type: ignore[index, operator]
+        return found
+
+    found = collect(model, loss, [torch.randn(5, 4)], parameters=["unused.weight"])
+    assert isinstance(found, dict)
+    assert not found["unused.weight"].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import tracemalloc
 from collections.abc import Sequence
 from typing import Any
@@ -345,7 +346,7 @@ WRONG: list[tuple[dict[str, Any], type[ValueError], str]] = [
     ({"by": "layers"}, UnknownNameError, "by is 'layers'; expected 'layer', 'tensor'"),
     ({"by": 3}, ArgumentError, "by is a int"),
     ({"n_threads": -1}, ArgumentError, "n_threads is -1"),
-    ({"deltas": [torch.ones(5)]}, ShapeError, r"models\[0\] has shape \[5\]"),
+    ({"deltas": [torch.ones(5)]}, ShapeError, r"deltas\[0\] has shape \[5\]"),
     ({"deltas": [{"a": torch.ones(4)}]}, StateDictError, "lacks the tensor 'tensor'"),
     ({"model": SHARED[:4], "deltas": [SHARED[2:6]]}, LayoutError, r"deltas\[0\] overlaps the memory of"),
     ({"model": SHARED[:4], "base": SHARED[:4]}, LayoutError, "base overlaps the memory of"),
@@ -406,6 +407,37 @@ def test_votes_of_the_whole_model_take_no_coefficients_per_group() -> None:
     merging = tvfast.LiveMerge(state(0), deltas=[state(1), state(2)], method="ties", dialect="paper")
     with pytest.raises(ArgumentError, match="elects signs over the whole model"):
         merging.set({name: [1.0, 1.0] for name in merging.groups})
+
+
+def test_a_scale_that_is_not_finite_writes_nothing() -> None:
+    weights = {"a": torch.ones(3)}
+    live = tvfast.LiveMerge(weights, deltas=[{"a": torch.ones(3)}])
+    for scale in (float("nan"), float("inf"), 1e39):
+        with pytest.raises(ArgumentError, match=f"scale is {re.escape(str(scale))}; expected"):
+            live.set([0.5], scale=scale)
+        assert torch.equal(weights["a"], torch.ones(3))
+    live.set([0.5])
+    assert torch.equal(weights["a"], torch.full((3,), 1.5))
+
+
+def test_weights_that_do_not_fit_are_called_what_they_are() -> None:
+    x, y = torch.ones(3), torch.ones(4)
+    with pytest.raises(ShapeError, match=r"'q': base has shape \[4\], model has \[3\]"):
+        tvfast.LiveMerge({"q": x}, deltas=[{"q": x}], base={"q": y})
+    with pytest.raises(ShapeError, match=r"'q': deltas\[1\] has shape \[4\], model has \[3\]"):
+        tvfast.LiveMerge({"q": x}, deltas=[{"q": x.clone()}, {"q": y}], base={"q": x.clone()})
+    with pytest.raises(StateDictError, match=r"models\[0\] lacks the tensor 'q'"):
+        tvfast.LiveMerge({"q": x}, models=[{}], method="ties")
+
+
+def test_leaving_restores_weights_that_moved() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    delta = {name: torch.ones_like(tensor) for name, tensor in before.items()}
+    with tvfast.LiveMerge(model, deltas=[delta]) as live:
+        live.set(1.0)
+        model[1].weight.data = model[1].weight.data.clone()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_that_moved_are_named() -> None:

@@ -95,6 +95,14 @@ def test_zero_vectors_have_no_angle() -> None:
     assert found.cosines[1][1] == 1.0
 
 
+@pytest.mark.parametrize("size", [1e100, 1e-100])
+def test_angles_of_very_long_and_very_short_vectors(size: float) -> None:
+    base = torch.zeros(2, dtype=torch.float64)
+    first, second = torch.tensor([3.0, 4.0]).double() * size, torch.tensor([4.0, 3.0]).double() * size
+    cosines = torch.tensor(tvfast.compare(base, [first, second]).total.cosines, dtype=torch.float64)
+    assert torch.allclose(cosines, torch.tensor([[1, 0.96], [0.96, 1]], dtype=torch.float64), rtol=1e-12)
+
+
 def test_signs_conflict_where_both_occur() -> None:
     base = torch.zeros(5)
     models = [torch.tensor([1.0, -1.0, 0.0, 1.0, 2.0]), torch.tensor([-1.0, -1.0, 1.0, 0.0, -3.0])]

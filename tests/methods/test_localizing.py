@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 import tvfast
 from tests.methods.inputs import exact_bits, grid, normal
-from tvfast.errors import ArgumentError, UnknownNameError
+from tvfast.errors import ArgumentError, ShapeError, StateDictError, UnknownNameError
 
 
 def family(n: int = 3) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -120,6 +122,55 @@ def test_masks_take_a_bit_per_entry() -> None:
     base, models = family()
     found = tvfast.localize(base, models)
     assert [words.numel() for words in found.masks["a"]] == [-(-13 * 17 // 64)] * 3
+
+
+@pytest.mark.parametrize("kind", ["emr", "tall"])
+def test_tied_tensors_stay_tied(kind: str) -> None:
+    start, tuned = torch.zeros(3), torch.tensor([1.0, -2.0, 3.0])
+    base, model = {"e": start, "h": start}, {"e": tuned, "h": tuned}
+    found = tvfast.localize(base, [model], kind)
+    for of in (base, {"e": start, "h": start.clone()}):
+        merged = found.model(of, 0)
+        assert torch.equal(merged["e"], tuned)
+        assert merged["h"] is merged["e"]
+    assert torch.equal(found.mask("h", 0), found.mask("e", 0))
+
+
+def test_whatever_is_localized_has_models() -> None:
+    """Bare tensors, lists, modules, names behind wrapper prefixes."""
+    start, tuned = torch.zeros(3), torch.ones(3)
+    assert torch.equal(tvfast.localize(start, [tuned]).model(start, 0)["tensor"], tuned)
+    assert torch.equal(tvfast.localize([start], [[tuned]]).model([start], 0)["0"], tuned)
+    wrapped = tvfast.localize({"module.a": start}, [{"a": tuned}])
+    assert torch.equal(wrapped.model({"module.a": start}, 0)["a"], tuned)
+    base, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    merged = tvfast.localize(base, [model]).model(base, 0)
+    assert torch.allclose(merged["weight"], model.weight.detach())
+    assert not merged["weight"].requires_grad
+
+
+@pytest.mark.parametrize("rescale", ["tensors", "entries"])
+def test_nan_stays_where_it_is(rescale: str) -> None:
+    base = {"a": torch.zeros(3), "b": torch.zeros(2)}
+    whole = {"a": torch.tensor([1.0, 2.0, 0.0]), "b": torch.ones(2)}
+    holed = {"a": torch.tensor([float("nan"), 2.0, float("nan")]), "b": torch.ones(2)}
+    found = tvfast.localize(base, [holed, whole], "emr", rescale=rescale)
+    assert found.task_vector["a"].isnan().tolist() == [True, False, True]
+    assert all(found.mask("a", t).tolist() == [False, True, False] for t in range(2))
+    assert all(math.isfinite(factor) for factor in found.factors)
+    assert not any(x.isnan().any() for x in found.model(base, 0).values())
+
+
+def test_bases_that_do_not_fit_a_localized_model() -> None:
+    found = tvfast.localize({"a": torch.zeros(3)}, [{"a": torch.ones(3)}])
+    with pytest.raises(ShapeError, match=r"'a': base has shape \[1\], the task vector has \[3\]"):
+        found.model({"a": torch.zeros(1)}, 0)
+    with pytest.raises(StateDictError, match="base lacks the tensor 'a'"):
+        found.model({"b": torch.zeros(3)}, 0)
+    with pytest.raises(ArgumentError, match="models is empty"):
+        tvfast.localize(torch.zeros(3), [])
+    with pytest.raises(ArgumentError, match=r"task is 0\.5; expected 0 to 0"):
+        found.mask("a", 0.5)  # type: ignore[arg-type]
 
 
 def test_bad_arguments() -> None:

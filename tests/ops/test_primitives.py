@@ -405,6 +405,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[TvfastError], str]] = {
         ArgumentError,
         "offset is 9223372036854775808",
     ),
+    "seed": (lambda: ops.topk_mask(X, 0.5, seed=1.5), ArgumentError, "seed is 1.5; expected an integer"),  # type: ignore[arg-type]
+    "name": (lambda: ops.topk_mask(X, 0.5, name=3), ArgumentError, "name is a int; expected str"),  # type: ignore[arg-type]
     "infinite weight": (lambda: ops.elect([X], weights=[math.inf]), ArgumentError, r"weights\[0\] is inf"),
     "scalars": (
         lambda: ops.combine(None, [X, X], scalars=TensorScalars(models=[ModelScalars()])),

@@ -384,7 +384,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[TvfastError], str]] = {
         r"activations\[0\] is not contiguous",
     ),
     "scale": (lambda: ops.score(E, T, activations=A, scale=[1.0]), ArgumentError, "has 1 values for 2"),
-    "scale nan": (lambda: ops.score(T, T, scale=math.nan), ArgumentError, r"weights\[0\] is nan"),
+    "scale nan": (lambda: ops.score(T, T, scale=math.nan), ArgumentError, "scale is nan"),
     "out": (
         lambda: ops.score(E, T, activations=A, out=torch.ones(4, 4)),
         ShapeError,

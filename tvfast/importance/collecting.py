@@ -204,6 +204,8 @@ class _Run:
             found: Sequence[Tensor | None] = [None] * len(own)
             if objective.requires_grad:
                 found = torch.autograd.grad(objective.sum(), list(own.values()), allow_unused=True)
+            else:
+                self.check_graph(batch)
         rest = {
             name: torch.zeros(p.shape, dtype=_wide(p), device=p.device) if g is None else g.to(_wide(p))
             for (name, p), g in zip(own.items(), found, strict=True)
@@ -220,6 +222,20 @@ class _Run:
             if name in gradients.unserved
             or not _norm(rest[name]) <= _agreement(parameter) * rest_of.sizes[name] + rounding
         }
+
+    def check_graph(self, batch: Any) -> None:
+        """Raise unless the losses depend on parameters, if not on those of this pass.
+
+        Raises:
+            ArgumentError: they were computed without a graph.
+        """
+        with _requiring(p for p in self.model.parameters() if p.is_floating_point()):
+            losses = self.loss_fn(self.model, batch)
+            if isinstance(losses, Tensor) and not losses.requires_grad:
+                raise ArgumentError(
+                    "what loss_fn returned does not depend on any parameter, or loss_fn detached it; "
+                    "expected a differentiable function of the model's outputs, without torch.no_grad()."
+                )
 
 
 class _Adder:

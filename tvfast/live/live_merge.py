@@ -21,7 +21,7 @@ from tvfast.live.remembering import RememberingBackend
 from tvfast.merging import Planes, work_tables
 from tvfast.methods import ProgramMethod, TableStatistics, make_method
 from tvfast.methods.base import own_values
-from tvfast.ops._check import number, threads
+from tvfast.ops._check import threads
 from tvfast.ops._views import check_overlap, span, view
 from tvfast.ops.raw import Backend
 from tvfast.program import Program, TensorScalars, WorkTable, ZeroSign
@@ -117,7 +117,7 @@ class LiveMerge:
             self._method = _chosen(method, scale, parameters, len(operands), deltas is not None)
             self._n_tasks = len(operands)
             if said is None:
-                self._live, leaves = _leaves(model, base, operands)
+                self._live, leaves = _leaves(model, base, operands, role)
             else:
                 self._shards = _shards(said, self._method, role, model, base, operands)
                 self._live, leaves = self._shards.live, self._shards.rows
@@ -198,7 +198,7 @@ class LiveMerge:
         """
         self._check_usable()
         columns = columns_of(coefficients, self._n_tasks, self.groups)
-        lambda_now = self._scale if scale is None else number("scale", scale)
+        lambda_now = self._scale if scale is None else replace(self._method, scale=scale).scale
         resolved = [self._scalars(part, columns, lambda_now) for part in self._parts]
         with torch.no_grad():
             for part, (program, scalars) in zip(self._parts, resolved, strict=True):
@@ -253,8 +253,8 @@ class LiveMerge:
             tensor.grad = None
 
     def restore(self) -> None:
-        """Put θ₀ back, bit for bit (rounded once where `base` has a wider dtype)."""
-        self._check_usable()
+        """Put θ₀ back, bit for bit (rounded once where `base` has a wider dtype), wherever tensors are."""
+        self._check_open()
         with torch.no_grad():
             for leaf, base in zip(self._live, self._base, strict=True):
                 leaf.base.detach().copy_(base)
@@ -332,10 +332,13 @@ class LiveMerge:
             )
         return found
 
-    def _check_usable(self) -> None:
+    def _check_open(self) -> None:
         if not self._open or self._kept:
             why = "keep() made the weights permanent" if self._open else "the with block has ended"
             raise ArgumentError(f"this LiveMerge is over: {why}. Make a new one.")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         for leaf, address in zip(self._live, self._addresses, strict=True):
             if leaf.base.data_ptr() != address:
                 raise LayoutError(
@@ -413,11 +416,12 @@ def _shards(
 
 
 def _leaves(
-    model: Weights, base: Weights | None, operands: Sequence[Weights]
+    model: Weights, base: Weights | None, operands: Sequence[Weights], role: str
 ) -> tuple[list[Leaf], list[Leaf]]:
     """The live tensors, and the rows to merge: the base's values with the tasks."""
+    roles = [f"{role}[{k}]" for k in range(len(operands))]
     if base is not None:
-        live = match(model, [base, *operands])
+        live = match(model, [base, *operands], ["base", *roles], first="model")
         rows = [
             replace(
                 leaf,
@@ -429,7 +433,7 @@ def _leaves(
             for leaf in live
         ]
         return live, rows
-    live = match(model, operands)
+    live = match(model, operands, roles, first="model")
     rows = []
     for leaf in live:
         copy = leaf.base.detach().clone(memory_format=torch.contiguous_format)

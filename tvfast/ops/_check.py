@@ -60,6 +60,20 @@ def number(name: str, value: float) -> float:
     raise ArgumentError(f"{name} is {value!r}; expected a number.")
 
 
+def integer(name: str, value: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        ArgumentError: not an integer; booleans are not.
+    """
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ArgumentError(f"{name} is {value!r}; expected an integer.")
+
+
 def index(name: str, value: int, end: int = 2**63) -> int:
     """`value` as an int.
 
@@ -143,7 +157,7 @@ def tensor(role: str, found: object) -> Tensor:
     return found
 
 
-def weights_of(weights: float | Sequence[float] | None, n_models: int) -> list[float]:
+def weights_of(weights: float | Sequence[float] | None, n_models: int, name: str = "weights") -> list[float]:
     """One finite weight per model, from one for all or one per model; 1 by default.
 
     Raises:
@@ -152,15 +166,18 @@ def weights_of(weights: float | Sequence[float] | None, n_models: int) -> list[f
     if weights is None:
         return [1.0] * n_models
     try:
-        found = [number(f"weights[{k}]", weight) for k, weight in enumerate(weights)]  # type: ignore[arg-type]
+        listed = list(weights)  # type: ignore[arg-type]
     except TypeError:
-        found = [number("weights", weights)] * n_models  # type: ignore[arg-type]
+        value = number(name, weights)  # type: ignore[arg-type]
+        _finite(name, value)
+        return [value] * n_models
+    found = [number(f"{name}[{k}]", weight) for k, weight in enumerate(listed)]
     if len(found) != n_models:
         raise ArgumentError(
-            f"weights has {len(found)} values for {n_models} models; expected one value or one per model."
+            f"{name} has {len(found)} values for {n_models} models; expected one value or one per model."
         )
     for k, weight in enumerate(found):
-        _finite(f"weights[{k}]", weight)
+        _finite(f"{name}[{k}]", weight)
     return found
 
 

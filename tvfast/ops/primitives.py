@@ -143,7 +143,7 @@ def topk_mask(
         bool, the tensor's shape and device; `out` if given.
 
     Raises:
-        ArgumentError: density outside [0, 1]. UnknownNameError: `tie`.
+        ArgumentError: density outside [0, 1], a seed that is no integer. UnknownNameError: `tie`.
         ShapeError, DTypeError, DeviceError, LayoutError: `base` or `out` does not fit, or a tensor is not
             contiguous.
         BackendError: no backend can run the call.
@@ -157,6 +157,8 @@ def topk_mask(
     share = check.fraction("density", density)
     rule = check.choice("tie", tie, _TIES)
     check.threads(n_threads)
+    seed = check.integer("seed", seed)
+    check.instance("name", name, str)
     entry = _entry(base, [check.tensor("tensor", tensor)], name="", roles=("tensor",))
     if out is None:
         result = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)

@@ -111,7 +111,7 @@ def kron(
     if square_root and (block is not None or packed):
         raise ArgumentError("square_root was given with block or packed; expected roots [o, S] and [i, S].")
     n_threads = check.threads(n_threads)
-    (factor,) = check.weights_of(scale, 1)
+    (factor,) = check.weights_of(scale, 1, "scale")
     n_out, n_in = x.shape
     parse = _root if square_root else _blocks
     left, right = parse("b", b, n_out, block, packed), parse("a", a, n_in, block, packed)

@@ -111,7 +111,7 @@ def score(
     if tokens is not None:
         return _of_embedding(gradient, tokens, weight, base, out, scale, n_threads)
     g = _plain("gradient", gradient)
-    (share,) = check.weights_of(scale, 1)
+    (share,) = check.weights_of(scale, 1, "scale")
     parameter = _parameter(weight, base, out, g.shape, g.device, "gradient", [("gradient", g)])
     _elementwise(g, parameter, share, n_threads)
     return parameter.out if out is None else out
@@ -141,7 +141,7 @@ def _of_layer(
 ) -> Tensor:
     e, a = _samples("gradient", gradient, 2), _samples("activations", activations, 2)
     _check_tokens("activations", e, a)
-    shares = check.weights_of(scale, len(e))
+    shares = check.weights_of(scale, len(e), "scale")
     shape = torch.Size([e[0].shape[1], a[0].shape[1] + bias_column])
     inputs = [(f"gradient[{j}]", one) for j, one in enumerate(e)]
     inputs += [(f"activations[{j}]", one) for j, one in enumerate(a)]
@@ -182,7 +182,7 @@ def _of_embedding(
 ) -> Tensor:
     e, ids = _samples("gradient", gradient, 2), _samples("tokens", tokens, 1)
     _check_tokens("tokens", e, ids)
-    shares = check.weights_of(scale, len(e))
+    shares = check.weights_of(scale, len(e), "scale")
     table = weight if weight is not None else out
     if table is None:
         raise ArgumentError(
