@@ -11,7 +11,7 @@ import pytest
 import tvfast
 from tests.cli.families import Family, digest, make_family, recipe
 from tvfast.cli.main import main
-from tvfast.cli.mergekit_yaml import WITHOUT_EFFECT
+from tvfast.cli.mergekit_flags import WITHOUT_EFFECT
 from tvfast.errors import ArgumentError
 from tvfast.recipe import Recipe
 

@@ -251,6 +251,29 @@ def test_rows_that_differ_in_more_than_their_number(tmp_path: Path) -> None:
         merged(recipe("a", "b", tokenizer_source="union"))
 
 
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
+def test_a_tokenizer_of_the_hub_that_is_no_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    write_model(tmp_path / "a", tokenizer(TOKENS), 3, seed=1)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = tmp_path / "hub" / "models--acme--words" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text(json.dumps(tokenizer(["z", "x"])))
+    refs = tmp_path / "hub" / "models--acme--words" / "refs"
+    refs.mkdir()
+    (refs / "v2").write_text("c0ffee")
+
+    def config(source: str) -> dict[str, Any]:
+        return recipe("a", **{key: {"source": source} if key == "tokenizer" else source})
+
+    merged(config("acme/words@v2"))
+    assert vocabulary(tmp_path / "out") == {"z": 0, "x": 1}
+    with pytest.raises(CheckpointError, match=r"acme/other: .*not in the local cache.*HF_HUB_OFFLINE"):
+        merged(config("acme/other"))
+
+
 def test_a_tokenizer_without_its_own_file_is_converted(tmp_path: Path) -> None:
     """GPT-2's files, through transformers, only where tokens are added."""
     write_model(tmp_path / "a", None, 3, seed=1)

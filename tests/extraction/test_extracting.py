@@ -278,5 +278,12 @@ def test_the_command_has_both_spellings(
     assert "4 modules of rank 3" in capsys.readouterr().out
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+    flags = ["--lazy-unpickle", "--no-allow-crimes", "--device", "cpu", "-j", "1", "--random-seed", "7"]
+    assert main(["extract-lora", *theirs, "--overwrite", *flags, "-v", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "note: --lazy-unpickle has no effect: tensors of .bin files" in said.err
+    assert "note: --device has no effect: matrices are decomposed on the CPU." in said.err
+    assert "--random-seed" not in said.err
     assert main(["extract-lora", "--base", base, "--out", str(tmp_path / "c")]) == 2
     assert "expected one" in capsys.readouterr().err

@@ -15,6 +15,8 @@ WHOLE_MODEL = (("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"), ("*.b
 
 ADAPTER = (("adapter_config.json", "adapter_model.safetensors"), ("adapter_model.bin",))
 
+TOKENIZER = (("*.json", "*.model", "*.txt", "*.jinja"),)
+
 _ELSEWHERE = ("*/*", "consolidated*")  # other formats, and the same weights once more
 _WEIGHTS = ".safetensors"
 ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")

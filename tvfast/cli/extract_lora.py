@@ -5,13 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 
+from tvfast.cli.mergekit_flags import WITHOUT_EFFECT, Flag, accept, say_what_has_no_effect
 from tvfast.cli.quantities import bytes_as_text, counted, positive, seed, whole_number
 from tvfast.errors import ArgumentError
 
 RANK = 128
 DTYPES = ("bfloat16", "float16", "float32")
+
+_CPU = "matrices are decomposed on the CPU"
+_WITHOUT_EFFECT = (
+    *WITHOUT_EFFECT,
+    Flag("--cuda", _CPU),
+    Flag("--device", _CPU, "NAME"),
+    Flag("--gpu-rich", _CPU),
+    Flag("--multi-gpu", _CPU),
+    Flag("--lora-merge-dtype", "no adapter is added to a model", "NAME"),
+    Flag("--unsafe-truncate-embeddings", "embeddings are saved whole where their rows differ in number"),
+    Flag("--copy-tokenizer", "an adapter has no tokenizer"),
+    Flag("--safe-serialization", "adapters are safetensors always"),
+    Flag("--out-shard-size", "an adapter is one file", "SIZE"),
+    Flag("--write-model-card", "the card is always written"),
+)
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -74,10 +91,31 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="relative excess over the least error of that rank (%(default)s)",
     )
     command.add_argument("--dtype", choices=DTYPES, help="of the factors (the base's)")
-    command.add_argument("--seed", type=seed, default=0, metavar="N", help="of random projections")
-    command.add_argument("--threads", type=whole_number, default=0, metavar="N", help="0: all cores")
+    command.add_argument(
+        "--seed",
+        "--random-seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        dest="seed",
+        help="of random projections",
+    )
+    command.add_argument(
+        "--threads",
+        "-j",
+        "--num-threads",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        dest="threads",
+        help="0: all cores",
+    )
+    command.add_argument("--transformers-cache", metavar="PATH", help="where models of the hub are cached")
+    command.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    command.add_argument("-v", dest="verbosity", action="count", default=0, help="no effect")
     command.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    accept(command, _WITHOUT_EFFECT)
     command.set_defaults(run=run)
 
 
@@ -85,6 +123,9 @@ def run(options: argparse.Namespace) -> int:
     """Extract, and print what was."""
     from tvfast import extract_lora
 
+    say_what_has_no_effect(options, _WITHOUT_EFFECT)
+    if options.transformers_cache is not None:
+        os.environ["HF_HUB_CACHE"] = options.transformers_cache
     given = [path for path in (options.positional, options.model) if path is not None]
     if len(given) != 1:
         raise ArgumentError(f"extract-lora got {len(given)} models; expected one, as MODEL or --model MODEL.")
@@ -105,12 +146,14 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
         dtype=options.dtype,
         overwrite=options.overwrite,
-        progress=_show if sys.stderr.isatty() else None,
+        progress=_show if sys.stderr.isatty() and not options.quiet else None,
     )
     for warning in found.warnings:
         print(f"tvfast: warning: {warning}", file=sys.stderr)
     if options.json:
         print(json.dumps(found.as_json(), indent=2))
+        return 0
+    if options.quiet:
         return 0
     rank = max(found.ranks.values(), default=0)
     worst = max(found.errors, key=lambda module: found.errors[module], default="")

@@ -6,11 +6,12 @@ import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import tvfast
 from tvfast.cli.merge import as_text, device
+from tvfast.cli.mergekit_flags import WITHOUT_EFFECT, accept, say_what_has_no_effect
 from tvfast.cli.progress import TerminalProgress
 from tvfast.cli.quantities import seed, whole_number
 from tvfast.cli.signals import stoppable
@@ -21,39 +22,6 @@ if TYPE_CHECKING:
     from tvfast.recipe import Recipe
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One of mergekit's options that changes nothing here.
-
-    Attributes:
-        name: with its dashes.
-        why: it has no effect.
-        takes: what stands for its value; None: it is a switch, which has a form with `--no-`.
-    """
-
-    name: str
-    why: str
-    takes: str | None = None
-
-    @property
-    def field(self) -> str:
-        """Where argparse puts its value."""
-        return self.name.removeprefix("--").replace("-", "_")
-
-
-WITHOUT_EFFECT = (
-    Flag("--allow-crimes", "tensors are found by their names, whatever the architecture is called"),
-    Flag("--lora-merge-cache", "nothing is merged into a cache", "PATH"),
-    Flag("--low-cpu-memory", "memory is bounded anyway; see `tvfast merge --memory`"),
-    Flag("--clone-tensors", "repeated layers need no copy"),
-    Flag("--trust-remote-code", "no code of a model is run"),
-    Flag("--lazy-unpickle", "tensors of .bin files are read one by one anyway"),
-    Flag("--read-to-gpu", "reading, uploading and merging overlap anyway"),
-    Flag("--async-write", "writing overlaps with merging anyway"),
-    Flag("--write-threads", "writing overlaps with merging anyway", "N"),
-)
 
 
 def add_to(commands: Commands) -> None:
@@ -101,20 +69,14 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--unsafe-truncate-embeddings", action=switch, default=False, help="not supported")
     command.add_argument("--quiet", action=switch, default=False, help="print warnings and errors only")
     command.add_argument("-v", dest="verbosity", action="count", default=0, help="no effect")
-    for flag in WITHOUT_EFFECT:
-        if flag.takes is None:
-            command.add_argument(flag.name, action=switch, default=None, help=argparse.SUPPRESS)
-        else:
-            command.add_argument(flag.name, metavar=flag.takes, help=argparse.SUPPRESS)
+    accept(command, WITHOUT_EFFECT)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Merge, and print what was done."""
     _refuse(options)
-    for flag in WITHOUT_EFFECT:
-        if getattr(options, flag.field) is not None:
-            print(f"tvfast: note: {flag.name} has no effect: {flag.why}.", file=sys.stderr)
+    say_what_has_no_effect(options, WITHOUT_EFFECT)
     if options.transformers_cache is not None:
         os.environ["HF_HUB_CACHE"] = options.transformers_cache
     recipe = tvfast.load_recipe(options.config_file)

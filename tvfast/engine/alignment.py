@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
+from tvfast.checkpoint import hub
 from tvfast.checkpoint.reading import Checkpoint
 from tvfast.checkpoint.stored import Stored
 from tvfast.dtypes import MERGEABLE
@@ -123,11 +124,26 @@ class Alignment:
             return tokenizer_as_it_is(members[source].vocabulary, more, self._where)
         directory = os.path.expanduser(source)
         if not os.path.isdir(directory):
-            raise RecipeError(
-                f"{self._where}: {source}: {source} is no directory; expected one that has a tokenizer."
-            )
+            directory = self._from_hub(source)
         vocabulary = load_vocabulary(directory, self._where, like=members[base].vocabulary)
         return tokenizer_as_it_is(vocabulary, more, self._where)
+
+    def _from_hub(self, source: str) -> str:
+        """The directory of a model of the hub that is no input.
+
+        Raises:
+            RecipeError: it is no id of one.
+            CheckpointError: it is not in the local cache, and cannot be downloaded.
+        """
+        cached = hub.cached_snapshot(source)
+        if cached is not None and vocabulary_file(cached) is not None:
+            return cached
+        if not hub.may_be_downloaded(source):
+            raise RecipeError(
+                f"{self._where}: {source}: {source} is no directory; expected one that has a tokenizer, or a "
+                "model of the hub."
+            )
+        return hub.downloaded(source, hub.TOKENIZER)
 
     # -- tensors ----------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tvfast import dtypes
+from tvfast.checkpoint.stored import Stored
 from tvfast.engine.source import Loaded
 from tvfast.errors import MergeError
 from tvfast.ops.host import first_nonfinite
@@ -29,10 +30,17 @@ def check_finite(loaded: Loaded, indices: Iterable[int] | None = None) -> None:
             found = first_nonfinite(at, part.n, DType[stored.operand])
             if found >= 0:
                 raise MergeError(
-                    f"{stored.path}: tensor {stored.name!r} holds NaN or infinity at element "
-                    f"{part.start + found} (shape {list(stored.shape)}); expected finite numbers. "
+                    f"{stored.path}: tensor {stored.name!r}{_made_of(stored)} holds NaN or infinity at "
+                    f"element {part.start + found} (shape {list(stored.shape)}); expected finite numbers. "
                     "Give another checkpoint, or pass --nonfinite propagate to let it through."
                 )
+
+
+def _made_of(stored: Stored) -> str:
+    """What else its numbers are made of."""
+    if stored.update is not None:
+        return f" with the adapter of {stored.update.a.path}"
+    return " with its scales" if stored.blocks is not None and stored.blocks.factors is not None else ""
 
 
 def check_range(loaded: Loaded, indices: Iterable[int] | None = None) -> None:

@@ -39,13 +39,13 @@ def check_joined(recipe: Recipe, first: Body, other: Body) -> None:
     if recipe.on_missing == "error":
         _check_names(f"{where} have different tensors outside of the layers", first.outside, other.outside)
         _check_names(f"{where} have different tensors in their layers", first.inside, other.inside)
-    for name in first.outside.keys() & other.outside.keys():
+    for name in (name for name in first.outside if name in other.outside):
         mine, its = first.outside[name].shape, other.outside[name].shape
         if recipe.tokenizer is not None and mine[1:] == its[1:]:
             continue  # rows are found by token
         if mine != its:
             raise ShapeError(_shapes(where, name, mine, its))
-    for name in first.inside.keys() & other.inside.keys():
+    for name in (name for name in first.inside if name in other.inside):
         shapes = [{stored.shape for stored in body.inside[name]} for body in (first, other)]
         if shapes[0] != shapes[1] and all(len(found) == 1 for found in shapes):
             raise ShapeError(_shapes(where, name, *map(_only, shapes)))
@@ -53,8 +53,8 @@ def check_joined(recipe: Recipe, first: Body, other: Body) -> None:
         if recipe.output_dtype is None and ways[0] != ways[1]:
             raise DTypeError(
                 f"{where} store tensors {name!r} of their layers in different ways: "
-                f"{_listed(ways[0])}, {_listed(ways[1])}; expected one, which config.json tells. "
-                "Add `dtype: bfloat16`, which makes numbers of codes."
+                f"{_listed(sorted(ways[0]))}, {_listed(sorted(ways[1]))}; expected one, which config.json "
+                "tells. Add `dtype: bfloat16`, which makes numbers of codes."
             )
 
 

@@ -76,7 +76,9 @@ class Rows:
             StateDictError: models have different tensors.
             RecipeError: layers that a model has not, or no layers at all.
         """
-        return list(self._stacked() if self.recipe.stacked else self._whole())
+        found = list(self._stacked() if self.recipe.stacked else self._whole())
+        self._note_architectures()
+        return found
 
     def n_layers(self, model: str) -> int | None:
         """How many layers slices of a model are cut from; None: nothing is cut."""
@@ -251,6 +253,19 @@ class Rows:
             message + "Expected equal sets of names; `tvfast: {on_missing: base}` takes those of "
             f"{reference.model} and copies what another model lacks."
         )
+
+    def _note_architectures(self) -> None:
+        """Configurations may call models differently whose tensors have equal names and shapes."""
+        sources = [source for part in self.recipe.slices for source in part.sources]
+        reference = self.recipe.slices[0].sources[self.recipe.slices[0].reference].model
+        own = self._architecture(reference)
+        for model in dict.fromkeys(source.model for source in sources):
+            other = self._architecture(model)
+            if None not in (own, other) and own != other:
+                self.warnings.append(
+                    f"{model} is of architecture {other}, {reference} of {own}: they are merged all the "
+                    "same, because their tensors have the same names and shapes."
+                )
 
     def _architecture(self, model: str) -> str | None:
         """What `config.json` calls the class of a model; None: nothing."""
