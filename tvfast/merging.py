@@ -93,6 +93,8 @@ def merge_(
         StateDictError, ShapeError, DTypeError, DeviceError, LayoutError: models do not fit the base, or
             memory that is written overlaps other memory. All is checked before anything is written.
         BackendError: no backend can run the call.
+        MergeError: what a tensor's numbers show: `SolveError` for equations that have no solution, or NaN in
+            a model or its factors; directions that cancel. Tensors before it are merged already.
 
     Notes:
         float32 arithmetic, rounded once per output; float64 tensors are merged in float64 by the reference

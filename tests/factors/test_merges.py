@@ -193,10 +193,20 @@ def test_non_finite_factors_are_named(bad: float) -> None:
     gram = moment(4, 1)
     gram[0, 0] = bad
     weight = torch.zeros(2, 4).double()
-    with pytest.raises(SolveError, match=r"encoder\.3: .* NaN or infinity"):
+    with pytest.raises(SolveError, match=r"encoder\.3: the factors hold NaN or infinity"):
         regmean([weight], [Dense(gram)], start=weight, coefficients=[1.0], where="encoder.3")
-    with pytest.raises(SolveError, match="NaN or infinity"):
+    with pytest.raises(SolveError, match="the factors hold NaN or infinity"):
         mats([weight], [Dense(gram)], [None], start=weight, coefficients=[1.0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_models_are_not_blamed_on_factors(bad: float) -> None:
+    gram, start = Dense(moment(4, 1)), torch.zeros(2, 4).double()
+    weight = torch.full((2, 4), bad).double()
+    with pytest.raises(SolveError, match=r"encoder\.3: a model's weights hold NaN or infinity"):
+        regmean([weight], [gram], start=start, coefficients=[1.0], where="encoder.3")
+    with pytest.raises(SolveError, match="a model's weights hold NaN or infinity"):
+        mats([weight], [gram], [Dense(moment(2, 1))], start=start, coefficients=[1.0])
 
 
 def test_zero_and_indefinite_factors_are_named() -> None:

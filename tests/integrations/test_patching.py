@@ -170,6 +170,34 @@ def test_a_call_that_is_left_to_the_peer_has_drawn_nothing() -> None:
 
 
 @pytest.mark.usefixtures("peer")
+def test_the_end_of_a_block_brings_back_what_was_around_it() -> None:
+    one, original = integration(), module("merges").merge
+    with one.install(rng="peer"):
+        one.options["engine"] = True
+        with one.install():
+            assert one.rng == "tvfast"
+            one.options["engine"] = False
+            with one:
+                pass
+            assert one.installed
+        assert one.installed
+        assert (one.rng, one.options) == ("peer", {"engine": True})
+        with one:
+            pass
+        assert (one.installed, one.rng) == (True, "peer")
+    assert not one.installed
+    assert module("merges").merge is original
+    assert not one.options
+    with one:
+        assert one.rng == "tvfast"
+    assert not one.installed
+    with one.install():
+        one.uninstall()
+        assert not one.installed
+    assert not one.installed
+
+
+@pytest.mark.usefixtures("peer")
 def test_many_threads_install_once() -> None:
     one, original = integration(), module("merges").merge
     for _ in range(20):

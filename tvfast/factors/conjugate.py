@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tvfast.errors import SolveError
 from tvfast.factors.forms import Blocks, Dense, Diagonal, Factor
-from tvfast.factors.solving import RIDGES, Solved
+from tvfast.factors.solving import RIDGES, Solved, check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,11 +266,7 @@ def conjugate_gradients(
     """
     if tolerance is None:
         tolerance = 1e-10 if rhs.dtype == torch.float64 else 1e-5
-    if not all(f.is_finite() for f in (*system.a, *system.b) if f is not None) or not _finite(rhs):
-        raise SolveError(
-            f"{where}: factors or weights hold NaN or infinity; expected finite ones. "
-            "Collect the statistics again, in float32, and look at the data."
-        )
+    check_finite(where, all(f.is_finite() for f in (*system.a, *system.b) if f is not None), _finite(rhs))
     precondition = Preconditioner(system, rhs, where) if preconditioned else torch.clone
     x, claimed, steps = _iterate(system, precondition, rhs, iterations, tolerance)
     worst = _residual(system, rhs, x)

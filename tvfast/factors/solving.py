@@ -49,11 +49,7 @@ def solve(matrix: Factor, rhs: Tensor, where: str) -> Solved:
     Raises:
         SolveError: S is zero, not finite, or singular beyond the largest ridge; with its condition.
     """
-    if not matrix.is_finite() or not bool(torch.isfinite(rhs).all()):
-        raise SolveError(
-            f"{where}: the equations hold NaN or infinity; expected finite factors and weights. "
-            "Collect the statistics again, in float32, and look at the data."
-        )
+    check_finite(where, matrix.is_finite(), bool(torch.isfinite(rhs).all()))
     if isinstance(matrix, Diagonal):
         return _solve_diagonal(matrix, rhs, where)
     if not isinstance(matrix, Blocks):
@@ -76,6 +72,24 @@ def solve(matrix: Factor, rhs: Tensor, where: str) -> Solved:
     norm = float(rhs.norm())
     shown = "; ".join(notes[:2]) + (f"; {len(notes) - 2} more blocks" if len(notes) > 2 else "")
     return Solved(x, math.sqrt(squares) / norm if norm else 0.0, shown)
+
+
+def check_finite(where: str, factors: bool, weights: bool) -> None:
+    """Raise unless factors are finite, and so are weights times factors.
+
+    Raises:
+        SolveError: which of them hold NaN or infinity.
+    """
+    if not factors:
+        raise SolveError(
+            f"{where}: the factors hold NaN or infinity; expected finite ones. Collect the statistics again, "
+            "in float32, and look at the data."
+        )
+    if not weights:
+        raise SolveError(
+            f"{where}: a model's weights hold NaN or infinity, or are too large for their factors; expected "
+            "finite ones. Give another model."
+        )
 
 
 def _solve_diagonal(matrix: Diagonal, rhs: Tensor, where: str) -> Solved:

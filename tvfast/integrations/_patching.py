@@ -55,6 +55,10 @@ class _Patch:
     replacement: Any
 
 
+_State = tuple[str, dict[str, Any]]
+"""Generator and options of an integration that is in force."""
+
+
 @dataclass(slots=True)
 class Integration:
     """One peer: its hooks, whether they are in force, and what they did.
@@ -74,6 +78,8 @@ class Integration:
     _left: Counter[tuple[str, str]] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _patching: threading.RLock = field(default_factory=threading.RLock)
+    _before: _State | None = None
+    _outer: list[_State | None] = field(default_factory=list)
 
     def install(self, *, rng: str = "tvfast") -> Integration:
         """Replace the peer's functions, in every module of it that has bound them; the counts start at 0.
@@ -85,7 +91,8 @@ class Integration:
                 generator, so that `torch.manual_seed` decides; or "peer", the peer's own draws in its order.
 
         Returns:
-            A context manager that uninstalls.
+            A context manager, whose end brings back what was before: the peer's functions, or the options of
+            an installation around it.
 
         Raises:
             PeerError: the peer is not installed, or of a version that is not known.
@@ -94,10 +101,14 @@ class Integration:
         if rng not in GENERATORS:
             raise UnknownNameError(f"rng {rng!r} does not exist; expected one of {', '.join(GENERATORS)}.")
         with self._patching:
-            if not self._patches:
+            before = self._state()
+            if before is None:
                 self._replace(self._version())
-            self.rng = rng
+            self._before, self.rng = before, rng
         return self
+
+    def _state(self) -> _State | None:
+        return (self.rng, dict(self.options)) if self._patches else None
 
     def _replace(self, found: str) -> None:
         self._served.clear()
@@ -116,6 +127,7 @@ class Integration:
         """Give the peer its own functions back; counts stay. Nothing happens if none are replaced."""
         with self._patching:
             self.options.clear()
+            self._outer.clear()
             while self._patches:
                 patch = self._patches.pop()
                 if patch.owner is None:
@@ -142,7 +154,12 @@ class Integration:
         return bool(self._patches)
 
     def __enter__(self) -> Integration:
-        return self if self.installed else self.install()
+        with self._patching:
+            if not self.installed:
+                self.install()
+            self._outer.append(self._before)
+            self._before = self._state()  # of a block inside that does not install
+        return self
 
     def __exit__(
         self,
@@ -150,7 +167,15 @@ class Integration:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.uninstall()
+        with self._patching:
+            before = self._outer.pop() if self._outer else None
+            if before is None or not self.installed:
+                self.uninstall()
+            else:
+                self.rng, options = before
+                self.options.clear()
+                self.options.update(options)
+                self._before = before
 
     def _version(self) -> str:
         try:
@@ -221,7 +246,7 @@ class IntegrationModule(ModuleType):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.INTEGRATION.uninstall()
+        self.INTEGRATION.__exit__(kind, error, traceback)
 
 
 def same(function: Function) -> Callable[[Function], Function]:
