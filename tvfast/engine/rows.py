@@ -77,7 +77,8 @@ class Rows:
             RecipeError: layers that a model has not, or no layers at all.
         """
         found = list(self._stacked() if self.recipe.stacked else self._whole())
-        self._note_architectures()
+        if self._module is None:  # components may well differ
+            self._note_architectures()
         return found
 
     def n_layers(self, model: str) -> int | None:
@@ -255,7 +256,7 @@ class Rows:
         )
 
     def _note_architectures(self) -> None:
-        """Configurations may call models differently whose tensors have equal names and shapes."""
+        """Configurations may call models differently whose tensors have equal names."""
         sources = [source for part in self.recipe.slices for source in part.sources]
         reference = self.recipe.slices[0].sources[self.recipe.slices[0].reference].model
         own = self._architecture(reference)
@@ -263,8 +264,8 @@ class Rows:
             other = self._architecture(model)
             if None not in (own, other) and own != other:
                 self.warnings.append(
-                    f"{model} is of architecture {other}, {reference} of {own}: they are merged all the "
-                    "same, because their tensors have the same names and shapes."
+                    f"{model} is of architecture {other}, {reference} of {own}: they are merged by the "
+                    "names of their tensors."
                 )
 
     def _architecture(self, model: str) -> str | None:

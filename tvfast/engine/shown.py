@@ -146,8 +146,8 @@ class Matrices:
         if not self._allowance.take(n_bytes, self):
             return
         try:
-            with self._borrow(self._sources[k].path) as descriptor:
-                stored = self._sources[k]
+            stored = self._sources[k]
+            with self._borrow(stored.path) as descriptor:
                 self._found[k] = Standing.made(descriptor, stored.offset, stored.n_bytes)
         finally:
             if self._found[k] is None:
