@@ -433,7 +433,7 @@ def _leaves(
             for leaf in live
         ]
         return live, rows
-    live = match(model, operands, roles, first="model")
+    live = match(model, operands, roles)
     rows = []
     for leaf in live:
         copy = leaf.base.detach().clone(memory_format=torch.contiguous_format)
