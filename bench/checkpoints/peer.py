@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.checkpoints.running import RunError, remove, run, warm
+from bench.checkpoints.running import RunError, back_memory, remove, run, total_bytes, warm
 from bench.environment import load_average
 from bench.timing import Summary
 
@@ -50,6 +50,7 @@ class Peer:
         before = load_average()
         for _ in range(repeats):
             remove(out)
+            back_memory(total_bytes(inputs))
             warm(inputs)
             done = run(command, environment=environment)
             samples.append(done.seconds)

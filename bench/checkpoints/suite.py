@@ -28,6 +28,7 @@ from bench.checkpoints.running import (
     ROOT,
     Finished,
     RunError,
+    back_memory,
     evict,
     remove,
     shards,
@@ -85,7 +86,10 @@ def promised_bytes(place: Place, row: MethodRow, options: Sequence[str]) -> int:
 def warm_rows(
     place: Place, rows: Sequence[MethodRow], rounds: int, options: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Inputs in the page cache. Each round goes through limits and rows in turn, so that drift meets all."""
+    """Inputs in the page cache, as much memory touched.
+
+    Each round goes through limits and rows in turn, so that drift meets all.
+    """
     runs: dict[str, list[Finished]] = {row.method: [] for row in rows}
     limits: dict[tuple[str, ...], list[dict[str, float]]] = {row.inputs(): [] for row in rows}
     failed: dict[str, str] = {}
@@ -98,11 +102,13 @@ def warm_rows(
     for _ in range(rounds):
         for members, samples in limits.items():
             files = [shard for member in members for shard in shards(place.family / member)]
+            back_memory(total_bytes(files))
             warm(files)
             samples.append(warm_limit(files, shards(place.family / members[0]), place.work / "scratch"))
         for row in rows:
             if row.method in failed:
                 continue
+            back_memory(total_bytes(place.inputs(row)))
             warm(place.inputs(row))
             try:
                 runs[row.method].append(merge(place, row, options))
